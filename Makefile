@@ -1,0 +1,53 @@
+# Each target is the only command needed: the first one to run makes .venv.
+PYTHON ?= python3
+JOBS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test lint types check format bench clean
+
+help:
+	@echo "make demo     calibrate, plan and run the demo pipeline; prints a table, writes pictures"
+	@echo "make test     run the tests and the examples in the documentation of the code"
+	@echo "make lint     check style            make types    check types"
+	@echo "make check    all three              make format   rewrite the code in the house style"
+	@echo "make bench    measure speed and cost make clean    remove .venv and everything built"
+
+demo: $(READY)
+	$(BIN)/smoothcache demo
+
+# One thread for each of the JOBS processes: the cores are shared out once.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+check: lint types test
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	@for script in benchmarks/*.py; do \
+		echo "==> $$script"; \
+		$(BIN)/python "$$script" || exit 1; \
+	done
+
+# The stamp is written last: an installation that broke off is taken up again.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, and $(PYTHON) is older. Try: make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks training -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,26 @@
+"""The ``smoothcache`` command, which says what to install where its packages are missing."""
+
+from __future__ import annotations
+
+import sys
+
+NEEDED = ("typer", "rich", "click")
+
+
+def main() -> None:
+    """Runs the command line."""
+    try:
+        from .cli import app
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in NEEDED:
+            raise
+        sys.stderr.write(
+            f"The smoothcache command needs {error.name}, which is not installed: "
+            "pip install 'smoothcache[cli]'\n"
+        )
+        sys.exit(2)
+    app(prog_name="smoothcache")
+
+
+if __name__ == "__main__":
+    main()

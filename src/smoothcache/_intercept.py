@@ -1,0 +1,111 @@
+"""The only code that alters a module: it swaps the module's class for one that asks first.
+
+``intercept(module, handler)`` makes every forward of the module, whoever calls it, go through
+``handler(forward, args, kwargs)``. The class of the module becomes a generated subclass of the
+same name; nothing else changes, so state-dict keys, ``isinstance``, hooks and an instance-level
+``forward`` stay what they were, and ``release`` has nothing to repair. Copies and pickles of an
+intercepted module are plain modules of the original class.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+_SLOT = "_smoothcache_slot"
+_generated: WeakKeyDictionary[type, type] = WeakKeyDictionary()
+
+
+class Handler(Protocol):
+    """Decides what a call of an intercepted module returns."""
+
+    def __call__(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any: ...
+
+
+class _Slot:
+    """What an intercepted module carries: its handler and the forward that it had."""
+
+    def __init__(self, module: nn.Module, base: type, handler: Handler) -> None:
+        self.module = module
+        self.base = base
+        self.handler: Handler | None = handler
+        # Some constructors, and most hooks, put a forward on the instance; it outranks the class.
+        self.instance_forward = module.__dict__.pop("forward", None)
+        self.inside_instance_forward = False
+        self.forward: Callable[..., Any] = (
+            base.forward.__get__(module)  # type: ignore[attr-defined]
+            if self.instance_forward is None
+            else self._run_instance_forward
+        )
+
+    def _run_instance_forward(self, *args: Any, **kwargs: Any) -> Any:
+        # A hook put on top of an earlier interception leads back here: then the class answers.
+        self.inside_instance_forward = True
+        try:
+            return self.instance_forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.inside_instance_forward = False
+
+
+def intercept(module: nn.Module, handler: Handler) -> None:
+    """Sends every forward of ``module`` through ``handler`` until ``release``."""
+    base = type(module)
+    slot = _Slot(module, base, handler)
+    object.__setattr__(module, _SLOT, slot)
+    module.__class__ = _subclass(base)
+
+
+def is_intercepted(module: nn.Module) -> bool:
+    """Whether a handler stands before the module's forward."""
+    return _SLOT in module.__dict__
+
+
+def release(module: nn.Module) -> None:
+    """Takes the handler away and leaves the module as ``intercept`` found it."""
+    slot: _Slot = module.__dict__[_SLOT]
+    if type(module) is _generated.get(slot.base):
+        module.__class__ = slot.base
+    if slot.instance_forward is not None and "forward" in module.__dict__:
+        slot.handler = None  # A hook that came later calls through to the forward kept here.
+        return
+    del module.__dict__[_SLOT]
+    if slot.instance_forward is not None:
+        module.__dict__["forward"] = slot.instance_forward
+
+
+def _subclass(base: type) -> type:
+    """The generated subclass of a module class, one for all modules of that class."""
+    if base in _generated:
+        return _generated[base]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        slot = self.__dict__.get(_SLOT)
+        if slot is None or slot.inside_instance_forward:
+            return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        if slot.handler is None:
+            return slot.forward(*args, **kwargs)
+        return slot.handler(slot.forward, args, kwargs)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        state = {name: value for name, value in self.__dict__.items() if name != _SLOT}
+        slot = self.__dict__.get(_SLOT)
+        if slot is not None and slot.instance_forward is not None:
+            state.setdefault("forward", slot.instance_forward)
+        return copyreg.__newobj__, (base,), state  # type: ignore[attr-defined]
+
+    forward.__wrapped__ = base.forward  # type: ignore[attr-defined]  # keeps inspect.signature
+    names = {
+        "forward": forward,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    _generated[base] = type(base.__name__, (base,), names)
+    return _generated[base]

@@ -1,0 +1,233 @@
+"""One layer under a schedule: keeps what it computes while that is of use, and reuses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .predictors import PREDICTORS, extrapolation_weights, last_uses
+
+
+@dataclass
+class Tally:
+    """What the layers of a run did, counted as they do it.
+
+    Attributes:
+        computed: Layer calls that ran the layer, as planned.
+        reused: Layer calls answered from kept values.
+        recomputed: Layer calls that were to reuse but had to compute, by the reason.
+        held_bytes: Bytes of the values kept at this moment.
+        peak_bytes: The most that ``held_bytes`` has been.
+        reason: Why a value that is missing in the present call is missing.
+    """
+
+    computed: int = 0
+    reused: int = 0
+    recomputed: dict[str, int] = field(default_factory=dict)
+    held_bytes: int = 0
+    peak_bytes: int = 0
+    reason: str = ""
+
+    def hold(self, change: int) -> None:
+        """Counts bytes that are kept from now on, or no longer (negative)."""
+        self.held_bytes += change
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+
+
+@dataclass
+class _Kept:
+    """The output of one call, flattened: what was computed at a step, of use until another."""
+
+    step: int
+    last_use: int
+    leaves: list[Any]
+    spec: Any
+    swapped: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in self.leaves if isinstance(leaf, Tensor))
+
+
+class ReusedLayer:
+    """Handler of one layer: computes or reuses as its row of the schedule says.
+
+    A layer may be called several times in one call of the denoiser, and the denoiser several
+    times in one step: each (call in the step, use in the call) has values of its own.
+
+    Args:
+        computed: Whether the layer is computed, for every step.
+        predictor: Name of the predictor.
+        tally: Where to count.
+        residual: Reuse what the module adds to its input instead of its output.
+    """
+
+    def __init__(
+        self, computed: Sequence[bool], predictor: str, tally: Tally, *, residual: bool = False
+    ) -> None:
+        self._computed = computed
+        self._order = PREDICTORS[predictor].order
+        self._last_uses = last_uses(computed, self._order)
+        self._tally = tally
+        self._residual = residual
+        self._kept: dict[tuple[int, int], list[_Kept]] = {}
+        self._active = False
+        self._step = self._branch = self._use = 0
+        self.ran = False
+
+    def begin(self, step: int, branch: int) -> None:
+        """Prepares for a call of the denoiser."""
+        if branch == 0 and self._kept:
+            self._drop(lambda place, kept: kept.last_use < step)
+        self._step, self._branch, self._use = step, branch, 0
+        self._active = True
+
+    def end(self) -> None:
+        """Lets the layer run as it is until the next call of the denoiser."""
+        self._active = False
+
+    def forget(self, branch: int | None = None) -> None:
+        """Drops all kept values, or those of one call of the step."""
+        self._drop(lambda place, kept: branch is None or place[0] == branch)
+
+    def __call__(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if not self._active:
+            return forward(*args, **kwargs)
+        self.ran = True
+        place = (self._branch, self._use)
+        self._use += 1
+        if not self._computed[self._step]:
+            if self._kept.get(place):
+                self._tally.reused += 1
+                return self._reuse(place, args, kwargs)
+            reason = self._tally.reason
+            self._tally.recomputed[reason] = self._tally.recomputed.get(reason, 0) + 1
+        else:
+            self._tally.computed += 1
+        if self._last_uses[self._step] is None:
+            return forward(*args, **kwargs)
+        return self._compute(place, forward, args, kwargs)
+
+    def _compute(
+        self,
+        place: tuple[int, int],
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        inputs = [x.clone() for x in _float_tensors((args, kwargs))] if self._residual else []
+        output = forward(*args, **kwargs)
+        leaves, spec = pytree.tree_flatten(output)
+        swapped = _swapped(leaves, inputs)
+        bases = _bases(leaves, inputs, swapped)
+        values = [_minus(leaf, base) for leaf, base in zip(leaves, bases, strict=True)]
+        last_use = self._last_uses[self._step]
+        kept = _Kept(self._step, -1 if last_use is None else last_use, values, spec, swapped)
+        history = self._kept.setdefault(place, [])
+        history.append(kept)
+        self._tally.hold(kept.nbytes)
+        if len(history) > self._order + 1:
+            self._tally.hold(-history.pop(0).nbytes)
+        return output
+
+    def _reuse(self, place: tuple[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        history = self._kept[place]
+        newest = history[-1]
+        weights = extrapolation_weights([kept.step for kept in history], self._step)
+        is_last = newest.last_use <= self._step
+        values = [
+            _combined([kept.leaves[i] for kept in history], weights, consume=is_last)
+            for i in range(len(newest.leaves))
+        ]
+        if self._residual:
+            inputs = _float_tensors((args, kwargs))
+            bases = _bases(values, inputs, newest.swapped)
+            values = [_plus(value, base) for value, base in zip(values, bases, strict=True)]
+        self._drop(lambda at, kept: at == place and kept.last_use <= self._step)
+        return pytree.tree_unflatten(values, newest.spec)
+
+    def _drop(self, is_spent: Callable[[tuple[int, int], _Kept], bool]) -> None:
+        for place, history in list(self._kept.items()):
+            spent = [kept for kept in history if is_spent(place, kept)]
+            self._tally.hold(-sum(kept.nbytes for kept in spent))
+            if len(spent) == len(history):
+                del self._kept[place]
+            elif spent:
+                self._kept[place] = [kept for kept in history if not is_spent(place, kept)]
+
+
+def _combined(values: list[Any], weights: list[float], *, consume: bool) -> Any:
+    """The weighted sum of a leaf's kept values; whoever gets it may write into it."""
+    newest = values[-1]
+    if not isinstance(newest, Tensor):
+        return newest
+    if len(values) == 1 or not newest.is_floating_point():
+        return newest if consume else newest.clone()
+    total = newest * weights[-1]
+    for value, weight in zip(values[:-1], weights[:-1], strict=True):
+        total.add_(value, alpha=weight)
+    return total
+
+
+# ------------------------------------------------------------------- residuals of whole blocks
+
+
+def _float_tensors(arguments: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(arguments)
+    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _swapped(outputs: list[Any], inputs: list[Tensor]) -> Tensor | None:
+    """Whether two streams of one shape come out in the other order than they went in.
+
+    Decided on the device by which order leaves the smaller residuals; None where shapes tell.
+    """
+    outs = [x for x in outputs if isinstance(x, Tensor)]
+    if len(outs) != 2 or outs[0].shape != outs[1].shape:
+        return None
+    ins = [x for x in inputs if _alike(x, outs[0])][:2]
+    if len(ins) != 2:
+        return None
+    straight = (outs[0] - ins[0]).abs().sum() + (outs[1] - ins[1]).abs().sum()
+    crossed = (outs[0] - ins[1]).abs().sum() + (outs[1] - ins[0]).abs().sum()
+    return crossed < straight
+
+
+def _bases(
+    outputs: list[Any], inputs: list[Tensor], swapped: Tensor | None
+) -> list[Tensor | None]:
+    """The input that each output leaf continues: the first unused one of its shape."""
+    free = list(inputs)
+    bases: list[Tensor | None] = []
+    for output in outputs:
+        fits = (i for i, x in enumerate(free) if isinstance(output, Tensor) and _alike(x, output))
+        index = next(fits, None)
+        bases.append(None if index is None else free.pop(index))
+    if swapped is not None:
+        first, second = (i for i, output in enumerate(outputs) if isinstance(output, Tensor))
+        a, b = bases[first], bases[second]
+        if a is not None and b is not None:
+            bases[first], bases[second] = torch.where(swapped, b, a), torch.where(swapped, a, b)
+    return bases
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+def _minus(leaf: Any, base: Tensor | None) -> Any:
+    """A value to keep: a copy of its own, that no later in-place operation can alter."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.detach().clone() if base is None else leaf.detach() - base
+
+
+def _plus(value: Any, base: Tensor | None) -> Any:
+    return value if base is None else value + base

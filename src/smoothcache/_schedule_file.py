@@ -1,0 +1,163 @@
+"""The file of a schedule: JSON that people can read, checked in full before it is believed."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import _files
+from ._checks import listed
+from ._files import Value
+from ._published import read_masks
+from .errors import InvalidArgumentError
+from .layers import CacheLayer
+from .predictors import PREDICTORS
+from .schedule import Row, Schedule
+
+FORMAT, VERSION = "smoothcache.schedule", 1
+
+
+def save(schedule: Schedule, path: str | os.PathLike[str]) -> None:
+    """Write a schedule; see ``Schedule.save``."""
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "num_steps": schedule.num_steps,
+        "model": _files.identity_to_json(schedule.model),
+        "solver": schedule.solver,
+        "timesteps": schedule.timesteps,
+        "compute": schedule.compute,
+        "quality": {name: _finite_or_text(x) for name, x in schedule.quality.items()},
+        "provenance": dict(schedule.provenance),
+        "layers": schedule.layers and [_files.layer_to_json(x) for x in schedule.layers],
+        "rows": _rows_to_json(schedule),
+    }
+    _files.write_atomically(path, _files.format_json(document))
+
+
+def load(path: str | os.PathLike[str]) -> Schedule:
+    """Read a schedule or a published 0/1 file; see ``Schedule.load``."""
+    document = _files.parse_json(Path(path).read_bytes(), str(path))
+    if _is_published(document):
+        masks = read_masks(document)
+        return Schedule(
+            num_steps=len(next(iter(masks.values()))),
+            rows={name: Row(mask) for name, mask in masks.items()},
+            provenance={"source": "published 0/1 file", "file": Path(path).name},
+        )
+    _files.check_version(document, FORMAT, VERSION)
+    fields = document.fields(
+        *("format", "version", "num_steps", "model", "solver", "timesteps", "compute"),
+        *("quality", "provenance", "layers", "rows"),
+    )
+    num_steps = fields["num_steps"].integer(least=1)
+    layers = fields["layers"].or_none(lambda x: tuple(x.list_of(_files.layer_from_json)))
+    try:
+        return Schedule(
+            num_steps=num_steps,
+            rows=_rows_from_json(fields["rows"], layers, num_steps),
+            layers=layers,
+            model=fields["model"].or_none(_files.identity_from_json),
+            solver=fields["solver"].or_none(Value.text),
+            timesteps=fields["timesteps"].or_none(lambda x: tuple(x.list_of(Value.number))),
+            compute=fields["compute"].or_none(Value.number),
+            quality=fields["quality"].dict_of(_number_or_text),
+            provenance=fields["provenance"].dict_of(Value.text),
+        )
+    except InvalidArgumentError as error:  # what only the whole can tell, as a repeated layer
+        raise document.error(str(error).rstrip(".")) from error
+
+
+def _is_published(document: Value) -> bool:
+    """Whether this is meant to be a published 0/1 file: lists, and no field of ours."""
+    entries = document.raw if isinstance(document.raw, dict) else {}
+    has_lists = any(isinstance(entry, list) for entry in entries.values())
+    return has_lists and not {"format", "version", "rows"} & entries.keys()
+
+
+def _rows_to_json(schedule: Schedule) -> list[dict[str, Any]]:
+    """A row a kind where all its layers do the same, otherwise a row a layer."""
+    if schedule.layers is None:
+        return [_row_to_json("name", name, row) for name, row in schedule.rows.items()]
+    by_kind: dict[str, dict[str, Row]] = {}
+    for layer in schedule.layers:
+        by_kind.setdefault(layer.kind, {})[layer.path] = schedule.rows[layer.path]
+    written = []
+    for kind, rows in by_kind.items():
+        if len(distinct := set(rows.values())) == 1:
+            written.append(_row_to_json("kind", kind, distinct.pop()))
+        else:
+            written += [_row_to_json("layer", path, row) for path, row in rows.items()]
+    return written
+
+
+def _row_to_json(what: str, name: str, row: Row) -> dict[str, Any]:
+    steps = [step for step, computed in enumerate(row.computed) if computed]
+    return {what: name, "predictor": row.predictor, "compute_steps": steps}
+
+
+def _rows_from_json(
+    rows: Value, layers: Sequence[CacheLayer] | None, num_steps: int
+) -> dict[str, Row]:
+    """The row of every layer; each must have exactly one, its own or that of its kind."""
+    found: dict[str, Row] = {}
+    for item in rows.items():
+        what = _what(item, ("name",) if layers is None else ("kind", "layer"))
+        fields = item.fields(what, "predictor", "compute_steps")
+        name = fields[what].text()
+        if layers is None:
+            covered = [name]
+        else:
+            covered = [x.path for x in layers if name == (x.kind if what == "kind" else x.path)]
+        if not covered:
+            raise item.error(f"there is no layer with the {_noun(what)} '{name}' in 'layers'")
+        for path in covered:
+            if path in found:
+                raise item.error(f"'{path}' already has a row; each layer needs exactly one")
+            found[path] = _row_from_json(item, fields, num_steps)
+    if without := [layer.path for layer in layers or () if layer.path not in found]:
+        raise rows.error(f"no row covers {listed(without)}; each layer needs exactly one")
+    return found
+
+
+def _row_from_json(item: Value, fields: dict[str, Value], num_steps: int) -> Row:
+    predictor = fields["predictor"].text()
+    if predictor not in PREDICTORS:
+        known = listed(PREDICTORS, 20)
+        raise fields["predictor"].error(f"'{predictor}' is unknown; there are {known}")
+    steps: set[int] = set()
+    for value in fields["compute_steps"].items():
+        step = value.integer()
+        if step >= num_steps:
+            raise value.error(f"step {step} is out of range; the steps are 0 to {num_steps - 1}")
+        if steps and step <= max(steps):
+            raise value.error(f"step {step} comes after step {max(steps)}; steps must rise")
+        if not steps and step != 0:
+            raise value.error("step 0 must be computed: there is nothing to reuse yet")
+        steps.add(step)
+    if not steps:
+        raise item.error("step 0 must be computed: there is nothing to reuse yet")
+    return Row(tuple(step in steps for step in range(num_steps)), predictor)
+
+
+def _what(item: Value, choices: tuple[str, ...]) -> str:
+    """Whether a row is for a kind, a layer or a name."""
+    found = [choice for choice in choices if choice in item.entries()]
+    if len(found) != 1:
+        raise item.error(f"expected exactly one of the fields {listed(choices)}")
+    return found[0]
+
+
+def _noun(what: str) -> str:
+    return "path" if what == "layer" else what
+
+
+def _finite_or_text(number: float) -> float | str:
+    return number if math.isfinite(number) else str(number)  # JSON has no infinity
+
+
+def _number_or_text(value: Value) -> float:
+    return float(str(value.raw)) if value.raw in ("inf", "-inf") else value.number()

@@ -1,0 +1,283 @@
+"""Runs a model under a schedule: ``cached`` for a block of code, ``enable`` until disabled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ._attach import Attachment
+from ._reuse import ReusedLayer, Tally
+from .clock import Tick
+from .errors import (
+    InvalidArgumentError,
+    ScheduleMismatchError,
+    SmoothCacheError,
+    SmoothCacheWarning,
+)
+from .layers import find_layers, identify, layer_modules
+from .schedule import Schedule
+from .summary import Summary
+
+_NEVER_SEEN = "no value had been computed for this call"
+_OTHER_SHAPES = "the shape of the inputs had changed"
+_NOT_VOUCHED = "it could have been another generation's value"
+
+
+@contextmanager
+def cached(model: Any, schedule: Schedule) -> Iterator[Run]:
+    """Runs a model under a schedule inside a ``with`` block.
+
+    Args:
+        model: A diffusers pipeline (all of its denoisers) or any module.
+        schedule: What to compute and what to reuse at every step.
+
+    Yields:
+        The run, whose ``summary()`` says what happened; it can be asked after the block too.
+
+    Raises:
+        ScheduleMismatchError: If the schedule does not fit the model (nothing is altered then),
+            or a generation has another number of steps than the schedule.
+        AlreadyCachedError: If the model runs under a schedule already.
+
+    Example:
+        >>> from diffusers import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1)
+        >>> with cached(model, Schedule.uniform(model, num_steps=4, interval=2)) as run:
+        ...     pass  # run the sampler here
+        >>> run.summary().finished
+        0
+    """
+    run = enable(model, schedule)
+    try:
+        yield run
+    finally:
+        run._detach()
+    run._refuse_too_few_steps()
+
+
+def enable(model: Any, schedule: Schedule) -> Run:
+    """Runs a model under a schedule until the returned handle is disabled.
+
+    Arguments and errors are those of ``cached``.
+
+    Example:
+        >>> from diffusers import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1)
+        >>> handle = enable(model, Schedule.uniform(model, num_steps=4, interval=2))
+        >>> handle.disable()
+    """
+    if not isinstance(schedule, Schedule):
+        raise InvalidArgumentError(
+            f"expected a Schedule, got {type(schedule).__name__}; plan one, or Schedule.load a file"
+        )
+    layers = find_layers(model)
+    if schedule.layers is not None:  # a layer that the schedule leaves out is always computed
+        planned = {layer.path for layer in schedule.layers}
+        layers = [layer for layer in layers if layer.path in planned]
+    return Run(model, schedule.bind(layers, identify(model)))
+
+
+class Run:
+    """A model running under a schedule.
+
+    Attributes:
+        schedule: The schedule, bound to the model's layers.
+    """
+
+    def __init__(self, model: Any, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self._tally = Tally()
+        layers = schedule.layers or ()
+        self._layers = {
+            layer.path: ReusedLayer(
+                schedule.rows[layer.path].computed,
+                schedule.rows[layer.path].predictor,
+                self._tally,
+                residual=layer.kind.endswith("block"),
+            )
+            for layer in layers
+        }
+        self._shapes: dict[tuple[str, int], Any] = {}
+        self._finished = self._broken_off = self._reused_before = 0
+        self._steps_seen = 0
+        self._open = self._warned = False
+        modules = layer_modules(model, list(layers))
+        self._attachment: Attachment | None = None
+        self._attachment = attachment = Attachment(
+            model, modules, self._layers, self, schedule.timesteps
+        )
+        self._clock = attachment.clock
+        self._by_denoiser = _by_denoiser(self._layers, attachment.denoisers)
+
+    # ------------------------------------------------------------------------------- the user
+
+    def disable(self) -> None:
+        """Leaves the model as it was found, and drops all kept values.
+
+        Raises:
+            SmoothCacheError: If it was disabled before.
+        """
+        if self._attachment is None:
+            raise SmoothCacheError("this run has been disabled already")
+        self._detach()
+        if self._too_few_steps():
+            warnings.warn(self._too_few_steps(), SmoothCacheWarning, stacklevel=2)
+
+    def reset(self) -> None:
+        """Forgets the generation under way; the next call of the model begins a new one."""
+        self._clock.forget()
+        self._forget()
+        self._close_generation()
+
+    def summary(self) -> Summary:
+        """What was computed and reused so far."""
+        is_complete = self._open and self._steps_seen >= self.schedule.num_steps
+        return Summary(
+            schedule=self.schedule,
+            finished=self._finished + is_complete,
+            broken_off=self._broken_off,
+            steps_under_way=self._steps_seen if self._open and not is_complete else 0,
+            computed=self._tally.computed,
+            reused=self._tally.reused,
+            recomputed=dict(self._tally.recomputed),
+            peak_bytes=self._tally.peak_bytes,
+            held_bytes=self._tally.held_bytes,
+            never_ran=tuple(path for path, layer in self._layers.items() if not layer.ran),
+        )
+
+    # ------------------------------------------------------------- what the attachment reports
+
+    def before(self, denoiser: str, tick: Tick, args: tuple[Any, ...], kwargs: Any) -> None:
+        """Prepares the layers for a call of a denoiser."""
+        if tick.starts:
+            self._close_generation()
+            self._forget()
+            self._refuse_announced_steps()
+            self._open = True
+        self._refuse_too_many_steps(tick)
+        self._steps_seen = tick.step + 1
+        self._tally.reason = self._refresh(denoiser, tick, args, kwargs)
+        for layer in self._by_denoiser[denoiser]:
+            layer.begin(tick.step, tick.branch)
+
+    def after(self, denoiser: str, tick: Tick) -> None:
+        """Lets the layers run as they are until the next call."""
+        for layer in self._by_denoiser[denoiser]:
+            layer.end()
+        if tick.step == self.schedule.num_steps - 1:
+            self._warn_if_nothing_was_reused()
+
+    def failed(self) -> None:
+        """Forgets a generation that an exception broke off."""
+        for layer in self._layers.values():
+            layer.end()
+        self._forget()
+        self._broken_off += self._open
+        self._open = False
+
+    # ---------------------------------------------------------------------------- generations
+
+    def _refresh(self, denoiser: str, tick: Tick, args: tuple[Any, ...], kwargs: Any) -> str:
+        """Drops values that this call must not reuse; says why some may be missing."""
+        shapes = _shapes((args, kwargs))
+        known = self._shapes.get((denoiser, tick.branch), shapes)
+        self._shapes[denoiser, tick.branch] = shapes
+        if tick.vouched and known == shapes:
+            return _NEVER_SEEN
+        for layer in self._by_denoiser[denoiser]:
+            layer.forget(tick.branch)
+        return _OTHER_SHAPES if known != shapes else _NOT_VOUCHED
+
+    def _forget(self) -> None:
+        self._shapes.clear()
+        for layer in self._layers.values():
+            layer.forget()
+
+    def _close_generation(self) -> None:
+        if self._open:
+            is_complete = self._steps_seen >= self.schedule.num_steps
+            self._finished += is_complete
+            self._broken_off += not is_complete
+        self._open = False
+        self._reused_before = self._tally.reused
+
+    def _detach(self) -> None:
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
+            self._forget()
+
+    # -------------------------------------------------------------------------------- refusals
+
+    def _refuse_announced_steps(self) -> None:
+        announced = self._clock.num_steps
+        planned = self.schedule.num_steps
+        if announced is not None and announced != planned:
+            raise ScheduleMismatchError(
+                f"the noise scheduler announces {announced} steps, but the schedule was made for "
+                f"{planned}; ask for {planned} steps, or plan for {announced}"
+            )
+
+    def _refuse_too_many_steps(self, tick: Tick) -> None:
+        planned = self.schedule.num_steps
+        if tick.step >= planned:
+            raise ScheduleMismatchError(
+                f"the generation has come to step {tick.step + 1}, but the schedule covers "
+                f"{planned}; plan for the right number of steps, or call run.reset() if a new "
+                "generation has begun"
+            )
+
+    def _too_few_steps(self) -> str:
+        """What to say of a last generation that ended early; nothing if it did not.
+
+        A pipeline's scheduler announced the right number, so there it was interrupted.
+        """
+        planned = self.schedule.num_steps
+        if not self._open or self._clock.num_steps is not None or self._steps_seen >= planned:
+            return ""
+        return (
+            f"the last generation ended after {self._steps_seen} steps, but the schedule covers "
+            f"{planned}; plan for {self._steps_seen} steps (if it was broken off on purpose, call "
+            "run.reset())"
+        )
+
+    def _refuse_too_few_steps(self) -> None:
+        if self._too_few_steps():
+            raise ScheduleMismatchError(self._too_few_steps())
+
+    def _warn_if_nothing_was_reused(self) -> None:
+        nothing = self._tally.reused == self._reused_before
+        if nothing and not self.schedule.is_all_compute and not self._warned:
+            self._warned = True
+            ran = [path for path, layer in self._layers.items() if layer.ran]
+            why = (
+                f"({sum(self._tally.recomputed.values())} layer calls had to be computed: "
+                f"{', '.join(self._tally.recomputed)})"
+                if ran
+                else "(none of its layers ran: is the model compiled, or does it bypass them?)"
+            )
+            warnings.warn(
+                f"the schedule reused nothing in a finished generation {why}",
+                SmoothCacheWarning,
+                stacklevel=2,
+            )
+
+
+def _shapes(arguments: Any) -> list[Any]:
+    leaves = pytree.tree_leaves(arguments)
+    return [(x.shape, x.dtype, x.device) for x in leaves if isinstance(x, Tensor)]
+
+
+def _by_denoiser(
+    layers: dict[str, ReusedLayer], denoisers: list[str]
+) -> dict[str, list[ReusedLayer]]:
+    """The layers of each denoiser; the prefix of the only one is empty."""
+    return {
+        name: [layer for path, layer in layers.items() if not name or path.startswith(f"{name}.")]
+        for name in denoisers
+    }

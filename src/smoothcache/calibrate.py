@@ -1,0 +1,344 @@
+"""Runs the user's sampler under observers and measures what reusing each layer would cost."""
+
+from __future__ import annotations
+
+import datetime
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from tqdm.auto import tqdm
+
+from ._attach import Attachment
+from ._checks import check_count
+from .calibration import Calibration
+from .clock import Tick
+from .costs import MacCounter
+from .denoisers import noise_scheduler
+from .distance import l1_distance, l1_norm
+from .errors import CalibrationError, InvalidArgumentError
+from .layers import CacheLayer, find_layers, identify, layer_modules
+from .version import __version__
+
+_TINY = np.finfo(np.float64).tiny
+
+
+def calibrate(
+    model: Any,
+    sample: Callable[[int], Any],
+    num_samples: int = 10,
+    max_gap: int = 3,
+    *,
+    tokens: int | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Measures the error of reusing each layer, for every gap and step, on a few samples.
+
+    The model is not changed, and the samples come out as they would without this. Between calls
+    at most ``max_gap`` outputs of each layer are kept (of each of its uses, if the denoiser calls
+    it several times in a step). Errors stay on the device until a sample is complete.
+
+    Args:
+        model: A diffusers pipeline (all of its denoisers) or any module.
+        sample: ``sample(i)`` runs generation number i, with its own prompt and seed, from start
+            to end. What it returns is ignored.
+        num_samples: How many generations to run.
+        max_gap: The largest gap to measure, in steps.
+        tokens: Compare about this many tokens of each output, evenly spaced along its last
+            dimension but one; None compares all. Saves memory and time on large models.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Error curves with their spread over the samples, and the cost of each layer. Layers that
+        the model did not run at every step are left out, and so always computed later; the
+        ``left_out`` entry of its provenance names them.
+
+    Raises:
+        InvalidArgumentError: If an argument has no sensible value.
+        LayersNotFoundError: If the model has no layer that could be reused.
+        CalibrationError: If ``sample`` never runs the model, runs several generations or a
+            varying number of steps, or a layer's output is not finite.
+
+    Source: arXiv 2411.10510, section 3 (calibration); where guidance runs in several calls of a
+    step, numerator and denominator are summed over the calls, as they are over a batch.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(
+        ...     num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2,
+        ...     sample_size=8,
+        ... ).eval()
+        >>> def sample(i):
+        ...     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i))
+        ...     for t in (900, 600, 300):
+        ...         x = x - 0.1 * model(x, torch.tensor([t]), torch.tensor([i])).sample
+        ...     return x
+        >>> with torch.no_grad():
+        ...     calibration = calibrate(model, sample, num_samples=2, max_gap=2, progress=False)
+        >>> calibration.num_steps
+        3
+    """
+    if not callable(sample):
+        raise InvalidArgumentError(
+            f"sample must be a function of the sample's number, got {type(sample).__name__}"
+        )
+    check_count("num_samples", num_samples, least=1)
+    check_count("max_gap", max_gap, least=1)
+    if tokens is not None:
+        check_count("tokens", tokens, least=1)
+    layers = find_layers(model)
+    session = _Session(model, layers, max_gap, tokens)
+    try:
+        with tqdm(range(num_samples), "calibrating", unit="sample", disable=not progress) as bar:
+            for i in bar:
+                session.start(i)
+                sample(i)
+                session.complete()
+    finally:
+        session.attachment.remove()
+    return session.result(model)
+
+
+class _Session:
+    """The observers of one calibration and what they have seen."""
+
+    def __init__(
+        self, model: Any, layers: list[CacheLayer], max_gap: int, tokens: int | None
+    ) -> None:
+        self._layers = layers
+        self._max_gap = max_gap
+        self._tokens = tokens
+        self._memory = _Memory()
+        self._observers = {
+            layer.path: _Observer(max_gap, tokens, self._memory) for layer in layers
+        }
+        self._errors: list[npt.NDArray[np.float64]] = []
+        self._counting = ExitStack()
+        self._total_macs = 0
+        self._timesteps: tuple[float, ...] = ()
+        self._sample = 0
+        self._generations = 0
+        self.attachment = Attachment(model, layer_modules(model, layers), self._observers, self)
+
+    # ------------------------------------------------------------- what the attachment reports
+
+    def before(self, denoiser: str, tick: Tick, args: tuple[Any, ...], kwargs: Any) -> None:
+        """Prepares the observers for a call of a denoiser, and counts MACs in the first step."""
+        self._generations += tick.starts
+        if self._generations > 1:
+            raise CalibrationError(
+                f"sample({self._sample}) began a second generation; it must run exactly one from "
+                "start to end (a model that runs back and forth in time cannot be calibrated)"
+            )
+        counter = None
+        if self._sample == 0 and tick.step == 0:
+            counter = self._counting.enter_context(MacCounter())
+        for observer in self._observers.values():
+            observer.begin(tick.step, tick.branch, counter)
+        self._counter = counter
+
+    def after(self, denoiser: str, tick: Tick) -> None:
+        """Ends a call of a denoiser."""
+        if self._counter is not None:
+            self._total_macs += self._counter.total
+        self._end_call()
+
+    def failed(self) -> None:
+        """Ends a call that raised."""
+        self._end_call()
+
+    def _end_call(self) -> None:
+        self._counting.close()
+        self._counter = None
+        for observer in self._observers.values():
+            observer.end()
+
+    # --------------------------------------------------------------------------------- samples
+
+    def start(self, i: int) -> None:
+        """Prepares for a sample."""
+        self._sample, self._generations = i, 0
+        self.attachment.clock.forget()
+        for observer in self._observers.values():
+            observer.forget()
+
+    def complete(self) -> None:
+        """Reads the errors of a sample that has been run."""
+        if not self._generations:
+            raise CalibrationError(
+                f"sample({self._sample}) never ran the model; it must run the pipeline or module "
+                "that was passed to calibrate, from start to end"
+            )
+        timesteps = tuple(self.attachment.clock.timesteps)
+        if self._timesteps and len(timesteps) != len(self._timesteps):
+            raise CalibrationError(
+                f"sample({self._sample}) ran {len(timesteps)} steps, the ones before it "
+                f"{len(self._timesteps)}; every sample must run the same number of steps"
+            )
+        self._timesteps = self._timesteps or timesteps
+        self._errors.append(self._read(len(timesteps)))
+
+    def _read(self, num_steps: int) -> npt.NDArray[np.float64]:
+        """The errors of a sample, [layers, max_gap, steps]: the host's only read of them."""
+        sums = [observer.sums(num_steps) for observer in self._observers.values()]
+        values = torch.stack([part.to(sums[0].device) for part in sums]).cpu().double().numpy()
+        self._refuse_non_finite(values)
+        norms, distances = values[:, :1], values[:, 1:]
+        errors = np.where(distances > 0, distances / np.maximum(norms, _TINY), 0.0)
+        for gap in range(1, self._max_gap + 1):
+            errors[:, gap - 1, :gap] = np.nan
+        return errors
+
+    def _refuse_non_finite(self, values: npt.NDArray[np.float64]) -> None:
+        bad = np.argwhere(~np.isfinite(values[:, 0]))
+        if len(bad):
+            index, step = bad[np.argmin(bad[:, 1])]
+            raise CalibrationError(
+                f"the output of {self._layers[index].path!r} is not finite at step {step} of "
+                f"sample({self._sample}); check the model's dtype and its inputs"
+            )
+
+    # ---------------------------------------------------------------------------------- result
+
+    def result(self, model: Any) -> Calibration:
+        """Everything that was measured."""
+        steps = len(self._timesteps)
+        ran = [o.steps_seen == set(range(steps)) for o in self._observers.values()]
+        if not any(ran):
+            raise CalibrationError(
+                "the model ran, but none of its layers did at every step "
+                f"({', '.join(layer.path for layer in self._layers[:3])}, ...); it may be compiled "
+                "or call them in a way that cannot be observed"
+            )
+        left_out = [x.path for x, did in zip(self._layers, ran, strict=True) if not did]
+        solver = noise_scheduler(model)
+        provenance = {
+            "smoothcache": __version__,
+            "torch": str(torch.__version__),
+            "created": datetime.date.today().isoformat(),
+        }
+        if left_out:
+            provenance["left_out"] = ", ".join(left_out)
+        return Calibration(
+            layers=tuple(
+                replace(layer, macs=self._observers[layer.path].macs)
+                for layer, did in zip(self._layers, ran, strict=True)
+                if did
+            ),
+            errors=np.stack(self._errors)[:, ran],
+            total_macs=self._total_macs,
+            timesteps=self._timesteps,
+            model=identify(model),
+            solver=None if solver is None else type(solver).__name__,
+            peak_bytes=self._memory.peak,
+            tokens=self._tokens,
+            provenance=provenance,
+        )
+
+
+class _Memory:
+    """Bytes of kept outputs, now and at most."""
+
+    def __init__(self) -> None:
+        self.held = self.peak = 0
+
+    def hold(self, change: int) -> None:
+        self.held += change
+        self.peak = max(self.peak, self.held)
+
+
+class _Observer:
+    """Handler of one layer that compares each output with the last ones and changes nothing."""
+
+    def __init__(self, max_gap: int, tokens: int | None, memory: _Memory) -> None:
+        self._max_gap = max_gap
+        self._tokens = tokens
+        self._memory = memory
+        self._kept: dict[tuple[int, int], deque[tuple[int, list[Tensor]]]] = {}
+        self._sums: dict[tuple[int, int], Tensor] = {}
+        self._counter: MacCounter | None = None
+        self._active = False
+        self._step = self._branch = self._use = 0
+        self.macs = 0
+        self.steps_seen: set[int] = set()
+
+    def begin(self, step: int, branch: int, counter: MacCounter | None) -> None:
+        self._step, self._branch, self._use = step, branch, 0
+        self._counter = counter
+        self._active = True
+
+    def end(self) -> None:
+        self._active = False
+        self._counter = None
+
+    def forget(self) -> None:
+        """Drops the outputs and errors of the last sample."""
+        for history in self._kept.values():
+            self._memory.hold(-sum(_nbytes(outputs) for _, outputs in history))
+        self._kept.clear()
+        self._sums.clear()
+
+    def sums(self, num_steps: int) -> Tensor:
+        """L1 norms (row 0) and L1 distances for gaps 1..max_gap; [1 + max_gap, steps]."""
+        zero = next(iter(self._sums.values())).new_zeros(()) if self._sums else torch.zeros(())
+        rows = range(self._max_gap + 1)
+        cells = [self._sums.get((row, step), zero) for row in rows for step in range(num_steps)]
+        return torch.stack(cells).reshape(self._max_gap + 1, num_steps)
+
+    def __call__(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if not self._active:
+            return forward(*args, **kwargs)
+        before = self._counter.total if self._counter else 0
+        output = forward(*args, **kwargs)
+        if self._counter:
+            self.macs += self._counter.total - before
+        self._compare(self._taken(output))
+        self.steps_seen.add(self._step)
+        self._use += 1
+        return output
+
+    def _compare(self, outputs: list[Tensor]) -> None:
+        history = self._kept.setdefault((self._branch, self._use), deque())
+        for value in outputs:
+            self._add(0, l1_norm(value))
+        for step, earlier in history:
+            gap = self._step - step
+            if gap <= self._max_gap and _same_shapes(outputs, earlier):
+                for value, kept in zip(outputs, earlier, strict=True):
+                    self._add(gap, l1_distance(value, kept))
+        if len(history) == self._max_gap:
+            self._memory.hold(-_nbytes(history.popleft()[1]))
+        history.append((self._step, outputs))
+        self._memory.hold(_nbytes(outputs))
+
+    def _add(self, row: int, value: Tensor) -> None:
+        at = (row, self._step)
+        self._sums[at] = self._sums[at] + value if at in self._sums else value
+
+    def _taken(self, output: Any) -> list[Tensor]:
+        """Copies of an output's tensors: the model may write into its own ones."""
+        tensors = [x.detach() for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+        return [self._thinned(x).clone() for x in tensors]
+
+    def _thinned(self, value: Tensor) -> Tensor:
+        if self._tokens is None or value.ndim < 3:
+            return value
+        return value[..., :: max(1, value.shape[-2] // self._tokens), :]
+
+
+def _nbytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _same_shapes(a: list[Tensor], b: list[Tensor]) -> bool:
+    return [x.shape for x in a] == [x.shape for x in b]

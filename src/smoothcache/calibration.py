@@ -1,0 +1,319 @@
+"""Calibration: what reusing each layer would cost in error, measured on a few samples."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from . import _files
+from ._checks import check_count, check_number, check_texts, listed
+from ._files import Value
+from .errors import InvalidArgumentError
+from .layers import CacheLayer, ModelIdentity
+
+FORMAT, VERSION = "smoothcache.calibration", 1
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Relative L1 error of a reuse with one gap, at every step.
+
+    Attributes:
+        mean: Over layers, then over samples; [steps], NaN where the gap reaches before step 0.
+        low: Lower end of the 95 % confidence interval over samples; NaN with one sample.
+        high: Its upper end.
+    """
+
+    mean: FloatArray
+    low: FloatArray
+    high: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Error curves and costs of every layer: enough to plan for any threshold without the model.
+
+    Source: Liu et al., "SmoothCache", arXiv 2411.10510, section 3; E(t, k) is the relative L1
+    error of the output kept from step t - k at step t.
+
+    >>> layer = CacheLayer("blocks.0.attn", kind="self_attn", block="blocks.0", macs=50)
+    >>> errors = np.array([[[[np.nan, 0.5, 0.25]]]])
+    >>> calibration = Calibration((layer,), errors, total_macs=100, timesteps=(9.0, 5.0, 1.0))
+    >>> calibration.curve(gap=1, kind="self_attn").mean
+    array([ nan, 0.5 , 0.25])
+
+    Attributes:
+        layers: The layers, with their MACs where known.
+        errors: errors[i, l, k - 1, t] is E(t, k) of sample i and layer l, dimensionless;
+            [samples, layers, max_gap, steps], NaN exactly where t < k. Read-only.
+        total_macs: MACs of one uncached step, all denoiser calls and layers included; 0 if unknown.
+        timesteps: The model's own t at every step, in running order; [steps].
+        model: What was calibrated; None if unknown.
+        solver: Class name of the noise scheduler; None if there was none.
+        peak_bytes: Most bytes of kept outputs at any moment while calibrating.
+        tokens: Tokens per output that were compared; None means all.
+        provenance: Who made it, when and with what.
+
+    Raises:
+        InvalidArgumentError: If any of these contradicts another.
+    """
+
+    layers: tuple[CacheLayer, ...]
+    errors: FloatArray
+    total_macs: int
+    timesteps: tuple[float, ...]
+    model: ModelIdentity | None = None
+    solver: str | None = None
+    peak_bytes: int = 0
+    tokens: int | None = None
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        layers = tuple(self.layers)
+        timesteps = tuple(check_number("a timestep", t) for t in self.timesteps)
+        checked = {
+            "layers": layers,
+            "errors": _check_errors(self.errors, len(layers), len(timesteps)),
+            "total_macs": check_count("total_macs", self.total_macs, least=0),
+            "timesteps": timesteps,
+            "peak_bytes": check_count("peak_bytes", self.peak_bytes, least=0),
+            "provenance": check_texts("provenance", self.provenance.items()),
+        }
+        if self.tokens is not None:
+            checked["tokens"] = check_count("tokens", self.tokens, least=1)
+        _check_layers(layers, self.total_macs)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.errors.shape[0])
+
+    @property
+    def max_gap(self) -> int:
+        """The largest gap that was measured, in steps; so many reuses in a row can be planned."""
+        return int(self.errors.shape[2])
+
+    @property
+    def num_steps(self) -> int:
+        return int(self.errors.shape[3])
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of layers, in the order in which they first appear."""
+        return tuple(dict.fromkeys(layer.kind for layer in self.layers))
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The blocks, in the order in which they first appear."""
+        return tuple(dict.fromkeys(layer.block for layer in self.layers))
+
+    def curve(
+        self,
+        *,
+        gap: int,
+        layer: str | None = None,
+        kind: str | None = None,
+        block: str | None = None,
+    ) -> Curve:
+        """The error curve of one layer, of a kind, of a block, of a kind in a block, or of all.
+
+        Averages over the chosen layers within each sample, then over samples; the interval is
+        Student's t over samples.
+
+        Args:
+            gap: Steps since the reused output was computed, 1 to ``max_gap``.
+            layer: Path of one layer; not together with ``kind`` or ``block``.
+            kind: Only layers of this kind.
+            block: Only layers of this block.
+
+        Raises:
+            InvalidArgumentError: If the gap was not measured or no layer is meant; lists what is.
+        """
+        if check_count("gap", gap, least=1) > self.max_gap:
+            raise InvalidArgumentError(
+                f"gap {gap} was not measured; the largest is {self.max_gap}."
+            )
+        chosen = self._choose(layer, kind, block)
+        per_sample = self.errors[:, chosen, gap - 1, :].mean(axis=1)
+        mean = per_sample.mean(axis=0)
+        half_width = np.full_like(mean, np.nan)
+        if self.num_samples > 1:
+            standard_error = per_sample.std(axis=0, ddof=1) / np.sqrt(self.num_samples)
+            half_width = student_t_95(self.num_samples - 1) * standard_error
+        return Curve(mean=mean, low=mean - half_width, high=mean + half_width)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file that ``load`` reads back exactly.
+
+        Raises:
+            FileNotFoundError: If the folder does not exist.
+        """
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "layers": [_files.layer_to_json(layer) for layer in self.layers],
+            "total_macs": self.total_macs,
+            "timesteps": self.timesteps,
+            "model": _files.identity_to_json(self.model),
+            "solver": self.solver,
+            "peak_bytes": self.peak_bytes,
+            "tokens": self.tokens,
+            "provenance": self.provenance,
+        }
+        _files.write_atomically(
+            path, save({"errors": self.errors}, {"smoothcache": json.dumps(document)})
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read a file that ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            FileFormatError: If it is damaged or made by a newer version; says where and why.
+        """
+        errors, document = _read(Path(path))
+        _files.check_version(document, FORMAT, VERSION)
+        fields = document.fields(
+            *("format", "version", "layers", "total_macs", "timesteps", "model", "solver"),
+            *("peak_bytes", "tokens", "provenance"),
+        )
+        try:
+            return cls(
+                layers=tuple(fields["layers"].list_of(_files.layer_from_json)),
+                errors=errors,
+                total_macs=fields["total_macs"].integer(),
+                timesteps=tuple(fields["timesteps"].list_of(Value.number)),
+                model=fields["model"].or_none(_files.identity_from_json),
+                solver=fields["solver"].or_none(Value.text),
+                peak_bytes=fields["peak_bytes"].integer(),
+                tokens=fields["tokens"].or_none(lambda value: value.integer(least=1)),
+                provenance=fields["provenance"].dict_of(Value.text),
+            )
+        except InvalidArgumentError as error:  # what only the whole can tell, as a wrong shape
+            raise document.error(str(error).rstrip(".")) from error
+
+    def __str__(self) -> str:
+        model = self.model.class_name if self.model else "an unknown model"
+        lines = [
+            f"Calibration of {model}: {self.num_samples} samples, {self.num_steps} steps, "
+            f"gaps up to {self.max_gap}"
+        ]
+        for kind in self.kinds:
+            macs = [layer.macs for layer in self.layers if layer.kind == kind]
+            line = f"  {kind}: {len(macs)} layers"
+            if self.total_macs and None not in macs:
+                line += f", {sum(x or 0 for x in macs) / self.total_macs:.1%} of the MACs"
+            if self.num_steps > 1:
+                errors = self.curve(gap=1, kind=kind).mean[1:]
+                line += f", error after one step {errors.min():.3g} to {errors.max():.3g}"
+            lines.append(line)
+        return "\n".join(lines)
+
+    def _choose(self, layer: str | None, kind: str | None, block: str | None) -> list[int]:
+        if layer is not None and (kind is not None or block is not None):
+            raise InvalidArgumentError("give either layer, or kind and block; a layer is in one.")
+        known = {
+            "layer": (layer, [x.path for x in self.layers]),
+            "kind": (kind, self.kinds),
+            "block": (block, self.blocks),
+        }
+        for name, (wanted, existing) in known.items():
+            if wanted is not None and wanted not in existing:
+                raise InvalidArgumentError(
+                    f"there is no {name} {wanted!r}; there are {listed(existing, 20)}."
+                )
+        chosen = [
+            index
+            for index, x in enumerate(self.layers)
+            if layer in (None, x.path) and kind in (None, x.kind) and block in (None, x.block)
+        ]
+        if not chosen:
+            kinds = dict.fromkeys(x.kind for x in self.layers if x.block == block)
+            raise InvalidArgumentError(
+                f"the block {block!r} has no layer of the kind {kind!r}; it has {listed(kinds)}."
+            )
+        return chosen
+
+
+@cache
+def student_t_95(degrees: int) -> float:
+    """How many standard errors a two-sided 95 % confidence interval reaches from the mean.
+
+    With t = sqrt(n) tan(a), Student's density of n degrees of freedom is cos(a)^(n - 1), up to
+    a factor; so integrate that until 95 % lie within.
+
+    >>> round(student_t_95(9), 3)
+    2.262
+    """
+    angle = np.linspace(0, np.pi / 2, 200_001)
+    middle = (angle[1:] + angle[:-1]) / 2
+    within = np.concatenate([[0.0], np.cumsum(np.cos(middle) ** (degrees - 1))])
+    return float(np.sqrt(degrees) * np.tan(np.interp(0.95 * within[-1], within, angle)))
+
+
+def _check_errors(errors: FloatArray, num_layers: int, num_steps: int) -> FloatArray:
+    """A read-only copy in float64."""
+    try:
+        checked = np.array(errors, dtype=np.float64, order="C")
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"errors is not an array of numbers: {error}.") from error
+    if checked.ndim != 4 or 0 in checked.shape or checked.shape[1::2] != (num_layers, num_steps):
+        raise InvalidArgumentError(
+            f"errors has the shape {checked.shape}, expected [samples, layers, max_gap, steps] "
+            f"with {num_layers} layers and {num_steps} steps, none of them 0."
+        )
+    gaps, steps = np.arange(1, checked.shape[2] + 1), np.arange(num_steps)
+    before_start = np.broadcast_to(steps < gaps[:, None], checked.shape)
+    wrong = np.where(before_start, ~np.isnan(checked), ~(np.isfinite(checked) & (checked >= 0)))
+    if wrong.any():
+        sample, layer, gap, step = (int(index) for index in np.argwhere(wrong)[0])
+        raise InvalidArgumentError(
+            f"errors[{sample}, {layer}, {gap}, {step}] is {checked[sample, layer, gap, step]}, "
+            f"expected NaN where the step is below the gap (index + 1), and elsewhere a finite "
+            f"number that is not negative."
+        )
+    checked.flags.writeable = False
+    return checked
+
+
+def _check_layers(layers: Sequence[CacheLayer], total_macs: int) -> None:
+    paths = [layer.path for layer in layers]
+    if len(set(paths)) < len(paths):
+        twice = {path for path in paths if paths.count(path) > 1}
+        raise InvalidArgumentError(f"the layers {listed(sorted(twice))} come twice.")
+    in_layers = sum(layer.macs or 0 for layer in layers)
+    if 0 < total_macs < in_layers:
+        raise InvalidArgumentError(
+            f"the layers have {in_layers} MACs together, more than total_macs = {total_macs}."
+        )
+
+
+def _read(path: Path) -> tuple[FloatArray, Value]:
+    """The table and the JSON document of a calibration file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file '{path}'.")
+    file = Value(None, str(path))
+    try:
+        with safe_open(path, framework="np") as tensors:
+            metadata = tensors.metadata() or {}
+            names = list(tensors.keys())
+            if "smoothcache" not in metadata or names != ["errors"]:
+                raise file.error("a safetensors file, but no calibration", "Check the path.")
+            errors = tensors.get_tensor("errors")
+    except (SafetensorError, TypeError, AttributeError) as error:
+        raise file.error(f"not a safetensors file, or cut short ({error})") from error
+    if errors.dtype != np.float64:
+        raise file.error(f"errors are stored as {errors.dtype}, expected float64")
+    return errors, _files.parse_json(metadata["smoothcache"], f"{path}, metadata")

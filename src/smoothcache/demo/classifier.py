@@ -1,0 +1,68 @@
+"""A small classifier of the demo images: judges samples and gives features to compare sets by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class ShapeClassifier(nn.Module):
+    """A convolutional network from images [n, 3, 32, 32] in [-1, 1] to class logits.
+
+    Args:
+        num_classes: Number of logits.
+        width: Channels of the first stage; each of the two later ones has twice as many.
+        feature_dim: Length of the penultimate features.
+    """
+
+    def __init__(self, num_classes: int = 10, width: int = 24, feature_dim: int = 64) -> None:
+        super().__init__()
+        self.config = {"num_classes": num_classes, "width": width, "feature_dim": feature_dim}
+        self.trunk = nn.Sequential(
+            _stage(3, width), _stage(width, 2 * width), _stage(2 * width, 4 * width)
+        )
+        self.project = nn.Linear(4 * width * 16, feature_dim)
+        self.head = nn.Linear(feature_dim, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class logits [n, num_classes]."""
+        logits: Tensor = self.head(self.features(images).relu())
+        return logits
+
+    def features(self, images: Tensor) -> Tensor:
+        """Penultimate features [n, feature_dim], before the last nonlinearity."""
+        features: Tensor = self.project(self.trunk(images).flatten(1))
+        return features
+
+
+def save_classifier(classifier: ShapeClassifier, folder: str | Path) -> None:
+    """Write the weights in half precision and the configuration to `folder`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.cpu().half() for name, value in classifier.state_dict().items()}
+    save_file(weights, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(classifier.config, indent=2) + "\n")
+
+
+def load_classifier(folder: str | Path) -> ShapeClassifier:
+    """The classifier that `save_classifier` wrote to `folder`, in float32 and evaluation mode."""
+    folder = Path(folder)
+    config = json.loads((folder / CONFIG).read_text())
+    classifier = ShapeClassifier(**config)
+    classifier.load_state_dict(load_file(folder / WEIGHTS))
+    return classifier.eval()
+
+
+def _stage(inputs: int, outputs: int) -> nn.Sequential:
+    """A convolution that halves the resolution."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1),
+        nn.GroupNorm(8, outputs),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+    )

@@ -1,0 +1,31 @@
+"""How far a layer's output has moved: tensors in, zero-dimensional tensors out, no read by the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def l1_norm(value: Tensor) -> Tensor:
+    """Sum of absolute values, accumulated in float32 or better; shape []."""
+    if not value.is_floating_point():
+        return torch.zeros((), device=value.device)
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    return torch.linalg.vector_norm(value, 1, dtype=dtype)
+
+
+def l1_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of absolute differences of two tensors of one shape; shape []."""
+    return l1_norm(a - b) if a.is_floating_point() else l1_norm(a)
+
+
+def relative_l1(value: Tensor, reference: Tensor) -> Tensor:
+    """``||value - reference||_1 / ||reference||_1``, dimensionless; shape [].
+
+    Source: arXiv 2411.10510, the error of a reuse.
+
+    Example:
+        >>> relative_l1(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 3.0]))
+        tensor(0.2000)
+    """
+    return l1_distance(value, reference) / l1_norm(reference)

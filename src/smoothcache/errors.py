@@ -1,0 +1,35 @@
+"""What smoothcache raises: every error says what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class SmoothCacheError(Exception):
+    """Any error that smoothcache raises on purpose."""
+
+
+class InvalidArgumentError(SmoothCacheError, ValueError):
+    """An argument has a value that the function cannot work with."""
+
+
+class LayersNotFoundError(SmoothCacheError, ValueError):
+    """The model has no layer that could be reused, or nothing in it is a denoiser."""
+
+
+class CalibrationError(SmoothCacheError, RuntimeError):
+    """The user's sampler did something that error curves cannot be measured from."""
+
+
+class FileFormatError(SmoothCacheError, ValueError):
+    """A file is damaged, of a newer version, or no smoothcache file at all."""
+
+
+class ScheduleMismatchError(SmoothCacheError, ValueError):
+    """A schedule does not fit the model or the generation that it was asked to run."""
+
+
+class AlreadyCachedError(SmoothCacheError, RuntimeError):
+    """The model, or a part of it, already runs under a schedule or an observer."""
+
+
+class SmoothCacheWarning(UserWarning):
+    """Something that is not wrong, but is not what was asked for either."""

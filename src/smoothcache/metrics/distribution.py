@@ -1,0 +1,98 @@
+"""How good samples are as a set, with no reference for each of them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .._optional import optional_module
+from ..errors import InvalidArgumentError
+
+
+def frechet_distance(features: Tensor, reference: Tensor) -> float:
+    """Frechet distance between two sets of feature vectors, each taken as a Gaussian.
+
+    With Inception features this is the FID. Any features serve to compare samplers with each
+    other, as long as both sets and all comparisons use the same ones. The estimate is biased
+    upwards, the more so the fewer vectors there are: compare only sets of equal size.
+
+    Args:
+        features: Of the samples; [samples, features].
+        reference: Of real data, or of uncached samples; [references, features].
+
+    Returns:
+        The squared distance, in squared units of the features; never negative.
+
+    Raises:
+        InvalidArgumentError: If the features are not as described, not finite, or fewer than two.
+        MissingPackageError: If torchmetrics is not installed.
+
+    Source: Heusel et al., "GANs trained by a two time-scale update rule", arXiv 1706.08500.
+
+    Example:
+        >>> import torch
+        >>> features = torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 7.0]])
+        >>> round(frechet_distance(features + 3, features), 6)
+        18.0
+    """
+    _check_features("features", features)
+    _check_features("reference", reference)
+    if features.shape[1] != reference.shape[1]:
+        raise InvalidArgumentError(
+            f"features have {features.shape[1]} columns, their reference {reference.shape[1]}; "
+            "both must come from the same network."
+        )
+    fid = optional_module("torchmetrics.image.fid", extra="metrics")
+    identity = nn.Identity()
+    identity.num_features = features.shape[1]  # type: ignore[assignment]
+    distance = fid.FrechetInceptionDistance(feature=identity)
+    # The distance does not change with the origin; near the mean it is exact for large offsets.
+    origin = reference.detach().cpu().double().mean(dim=0)
+    distance.update(reference.detach().cpu().double() - origin, real=True)
+    distance.update(features.detach().cpu().double() - origin, real=False)
+    return max(0.0, float(distance.compute()))
+
+
+def class_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of samples that a classifier recognises as what was asked for.
+
+    Args:
+        logits: The classifier's scores; [samples, classes].
+        labels: The class that each sample was asked to be; integers, [samples].
+
+    Returns:
+        A fraction in [0, 1].
+
+    Raises:
+        InvalidArgumentError: If shapes or types are not as described, or a label is no class.
+
+    Example:
+        >>> import torch
+        >>> class_accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
+        0.5
+    """
+    if logits.ndim != 2 or logits.numel() == 0:
+        raise InvalidArgumentError(f"logits must be [samples, classes], got {list(logits.shape)}.")
+    if labels.shape != logits.shape[:1] or labels.is_floating_point():
+        raise InvalidArgumentError(
+            f"labels must be integers of shape [{logits.shape[0]}], "
+            f"got {labels.dtype} of shape {list(labels.shape)}."
+        )
+    if not logits.isfinite().all():
+        raise InvalidArgumentError("logits contain NaN or infinity.")
+    labels = labels.to(logits.device)
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise InvalidArgumentError(
+            f"labels must be classes from 0 to {logits.shape[1] - 1}, "
+            f"got {int(labels.min())} to {int(labels.max())}."
+        )
+    return float((logits.argmax(dim=1) == labels).double().mean())
+
+
+def _check_features(name: str, features: Tensor) -> None:
+    if features.ndim != 2 or features.shape[0] < 2 or features.shape[1] < 1:
+        raise InvalidArgumentError(
+            f"{name} must be [samples, features] with at least 2 samples, "
+            f"got {list(features.shape)}."
+        )
+    if not features.is_floating_point() or not features.isfinite().all():
+        raise InvalidArgumentError(f"{name} must be finite numbers of floating point.")

@@ -1,0 +1,28 @@
+"""Ways to fill in a schedule: one method a file.
+
+A new planner is a file with a function from a calibration to a schedule, and an entry in
+``PLANNERS``; the tests of all planners and of the running then include it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+from ..calibration import Calibration
+from .threshold import plan as plan
+from .uniform import plan_uniform as plan_uniform
+from ..schedule import Schedule
+
+PLANNERS: Mapping[str, Callable[[Calibration], Schedule]] = MappingProxyType(
+    {
+        "everything": partial(plan_uniform, interval=1),
+        "uniform-2": partial(plan_uniform, interval=2),
+        "uniform-2-last": partial(plan_uniform, interval=2, last=True),
+        "uniform-3-taylor": partial(plan_uniform, interval=3, predictor="taylor"),
+        "threshold-kind": partial(plan, alpha=0.18),
+        "threshold-block": partial(plan, alpha=0.18, per="block"),
+    }
+)
+"""One example setting of each method, by name."""

@@ -1,0 +1,31 @@
+"""What every planner ends with: rows become a schedule for what was calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..calibration import Calibration
+from ..schedule import Row, Schedule, compute_fraction
+
+
+def assemble(
+    calibration: Calibration, rows: Mapping[str, Row], settings: Mapping[str, object]
+) -> Schedule:
+    """The schedule of these rows, with its identity and cost from the calibration.
+
+    Args:
+        calibration: What the rows were planned from.
+        rows: Layer path -> row, for every layer of the calibration.
+        settings: Name and arguments of the planner, for the provenance.
+    """
+    made_from = {f"calibration {name}": text for name, text in calibration.provenance.items()}
+    return Schedule(
+        num_steps=calibration.num_steps,
+        rows=rows,
+        layers=calibration.layers,
+        model=calibration.model,
+        solver=calibration.solver,
+        timesteps=calibration.timesteps,
+        compute=compute_fraction(rows, calibration.layers, calibration.total_macs),
+        provenance={**made_from, **{name: str(value) for name, value in settings.items()}},
+    )

@@ -1,0 +1,98 @@
+"""SmoothCache: reuse a layer for as long as its measured error stays below a threshold."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from .._checks import check_count, check_number
+from ..calibration import Calibration, FloatArray
+from ..errors import InvalidArgumentError
+from ._assemble import assemble
+from ..schedule import Row, Schedule
+
+
+def plan(
+    calibration: Calibration,
+    *,
+    alpha: float,
+    per: Literal["kind", "block"] = "kind",
+    max_gap: int | None = None,
+    predictor: str = "hold",
+) -> Schedule:
+    """Plan with one threshold for the whole model, as the paper does.
+
+    Source: Liu et al., "SmoothCache", arXiv 2411.10510, section 3. With the defaults it is the
+    paper's rule: E(t, k) averaged over samples and over all blocks of a kind, and compared with
+    alpha. Ours are ``per="block"`` and predictors other than "hold", whose errors are not what the
+    calibration measured: for these alpha orders schedules by cost and bounds nothing.
+
+    >>> from smoothcache.layers import CacheLayer
+    >>> layer = CacheLayer("blocks.0.attn", kind="self_attn", block="blocks.0", macs=50)
+    >>> errors = np.array([[[[np.nan, 0.1, 0.2, 0.1]]]])
+    >>> calibration = Calibration((layer,), errors, total_macs=50, timesteps=(9, 6, 3, 0))
+    >>> plan(calibration, alpha=0.15).table()
+    array([[ True, False,  True,  True]])
+
+    Args:
+        calibration: Measured error curves.
+        alpha: Relative L1 error that a reuse must stay below; 0 computes everything.
+        per: "kind" decides for all layers of a kind together, "block" for each layer alone.
+        max_gap: Most reuses in a row (k_max in the paper); by default all that were measured.
+        predictor: How reused values are made, a name in ``PREDICTORS``.
+
+    Raises:
+        InvalidArgumentError: If an argument is not as described.
+    """
+    if check_number("alpha", alpha) < 0:
+        raise InvalidArgumentError(f"alpha must not be negative, got {alpha}.")
+    if per not in ("kind", "block"):
+        raise InvalidArgumentError(f"per must be 'kind' or 'block', got {per!r}.")
+    max_gap = calibration.max_gap if max_gap is None else check_count("max_gap", max_gap, least=1)
+    if max_gap > calibration.max_gap:
+        raise InvalidArgumentError(
+            f"max_gap is {max_gap}, but only gaps up to {calibration.max_gap} were measured. "
+            f"Calibrate again with a larger max_gap, or plan with a smaller one."
+        )
+    gaps = range(1, max_gap + 1)
+    if per == "kind":
+        curves = {
+            kind: np.stack([calibration.curve(gap=gap, kind=kind).mean for gap in gaps])
+            for kind in calibration.kinds
+        }
+        masks = {x.path: threshold_mask(curves[x.kind], alpha) for x in calibration.layers}
+    else:
+        masks = {
+            x.path: threshold_mask(
+                np.stack([calibration.curve(gap=gap, layer=x.path).mean for gap in gaps]), alpha
+            )
+            for x in calibration.layers
+        }
+    settings = {"planner": "threshold", "alpha": float(alpha), "per": per, "max_gap": max_gap}
+    rows = {path: Row(mask, predictor) for path, mask in masks.items()}
+    return assemble(calibration, rows, {**settings, "predictor": predictor})
+
+
+def threshold_mask(errors: FloatArray, alpha: float) -> tuple[bool, ...]:
+    """Walk the steps: after a computed step, reuse while the error stays below alpha.
+
+    Args:
+        errors: errors[k - 1, t] is the error E(t, k) of reusing at step t what was computed
+            k steps earlier; [max_gap, steps].
+        alpha: The threshold.
+
+    Returns:
+        True where a step is computed; the first and the last step always are. [steps]
+    """
+    max_gap, num_steps = errors.shape
+    last = num_steps - 1
+    computed = [True] * num_steps
+    step = 0
+    while step < last:
+        gap = 1
+        while gap <= max_gap and step + gap < last and errors[gap - 1, step + gap] < alpha:
+            computed[step + gap] = False
+            gap += 1
+        step += gap
+    return tuple(computed)

@@ -1,0 +1,29 @@
+"""FORA, or static caching: compute every n-th step, whatever the layer."""
+
+from __future__ import annotations
+
+from ..calibration import Calibration
+from ..schedule import Row, Schedule
+from ._assemble import assemble
+
+
+def plan_uniform(
+    calibration: Calibration, *, interval: int, predictor: str = "hold", last: bool = False
+) -> Schedule:
+    """``Schedule.uniform`` for what was calibrated, so with its expected cost.
+
+    Source: Selvaraju et al., "FORA", arXiv 2407.01425; ``predictor`` is our addition.
+
+    Args:
+        calibration: Gives the layers, their costs and the number of steps; errors are not used.
+        interval: 1 computes everything; the number of steps or more computes step 0 alone.
+        predictor: How reused values are made, a name in ``PREDICTORS``.
+        last: Compute the last step as well, as the published schedules do.
+
+    Raises:
+        InvalidArgumentError: If an argument is not as described.
+    """
+    row = Row.uniform(calibration.num_steps, interval, predictor=predictor, last=last)
+    rows = {layer.path: row for layer in calibration.layers}
+    settings = {"interval": interval, "predictor": predictor, "last": last}
+    return assemble(calibration, rows, {"planner": "uniform", **settings})

@@ -1,0 +1,420 @@
+"""Pictures of what was measured and planned: error curves, costs, schedules, samples.
+
+Every function returns a matplotlib figure of its own, outside pyplot, and saves it if given a
+path. Colours are those of Okabe and Ito, which also the colour-blind tell apart.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ._optional import optional_module
+from .errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from .calibration import Calibration
+    from .schedule import Row, Schedule
+
+Path = str | os.PathLike[str]
+
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+YELLOW, SKY, BLACK = "#E69F00", "#56B4E9", "#222222"
+CYCLE = (BLUE, ORANGE, GREEN, PINK, YELLOW, SKY)
+GREY, PALE = "#8C8C8C", "#D9D9D9"
+COMPUTED, REUSED = "#1B4965", ("#DCE9F2", "#FBE0C3", "#DDEBD3", "#F1DDEA")
+
+KIND_COLOURS = {
+    "self_attn": BLUE,
+    "joint_attn": BLUE,
+    "cross_attn": GREEN,
+    "ffn": YELLOW,
+    "block": PINK,
+    "model": ORANGE,
+    "other": PALE,
+}
+KIND_NAMES = {
+    "self_attn": "self-attention",
+    "joint_attn": "joint attention",
+    "cross_attn": "cross-attention",
+    "ffn": "feed-forward",
+}
+SMALL, NORMAL, LARGE = 8.0, 9.0, 10.5
+DPI = 160
+MOST_COLUMNS = 3
+
+
+def plot_error_curves(
+    calibration: Calibration,
+    path: Path | None = None,
+    *,
+    gaps: Iterable[int] | None = None,
+    alphas: Sequence[float] = (),
+) -> Figure:
+    """Relative L1 error of a reuse at every step: one panel a kind, one line a gap.
+
+    Bands are 95 % confidence intervals over the samples.
+
+    Source: Figure 2 of Liu et al., "SmoothCache", arXiv 2411.10510.
+
+    Args:
+        calibration: What was measured.
+        path: Where to save the picture; its ending tells the format.
+        gaps: Which gaps to draw, in steps; by default all that were measured.
+        alphas: Thresholds to draw as horizontal lines.
+
+    Raises:
+        InvalidArgumentError: If a gap was not measured.
+        MissingPackageError: If matplotlib is not installed.
+    """
+    chosen = tuple(range(1, calibration.max_gap + 1) if gaps is None else gaps)
+    kinds = calibration.kinds
+    rows, columns = _grid(len(kinds))
+    figure = _figure(width=1.2 + 3.1 * columns, height=1.0 + 2.4 * rows)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    steps = np.arange(calibration.num_steps)
+    for i, (panel, kind) in enumerate(zip(panels, kinds, strict=False)):
+        for gap, colour in zip(chosen, _cycled(len(chosen)), strict=True):
+            curve = calibration.curve(gap=gap, kind=kind)
+            panel.plot(steps, curve.mean, color=colour, linewidth=1.6, label=_steps(gap))
+            if not np.isnan(curve.low).all():
+                low = np.maximum(curve.low, 0)
+                panel.fill_between(steps, low, curve.high, color=colour, alpha=0.22, linewidth=0)
+        for alpha in alphas:
+            panel.axhline(alpha, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            if i % columns == columns - 1 or i == len(kinds) - 1:
+                _beside(panel, alpha, f"α = {alpha:g}")
+        count = sum(layer.kind == kind for layer in calibration.layers)
+        _tidy(panel, title=f"{_kind_name(kind)}  ({count} layers)")
+        panel.set_xlim(0, max(1, calibration.num_steps - 1))
+        panel.grid(axis="y", color="#EBEBEB", linewidth=0.8)
+        if i % columns == 0:
+            panel.set_ylabel("relative L1 error", fontsize=NORMAL)
+        if i + columns >= len(kinds):
+            panel.set_xlabel("step", fontsize=NORMAL)
+            panel.tick_params(labelbottom=True)
+    for panel in panels[len(kinds) :]:
+        panel.set_visible(False)
+    panels[0].set_ylim(bottom=0)
+    handles, labels = panels[0].get_legend_handles_labels()
+    _legend_above(figure, handles, labels, title=f"Error of reusing an output{_of(calibration)}")
+    return _saved(figure, path)
+
+
+def composition(calibration: Calibration) -> dict[str, float]:
+    """Share of each kind of layer in the MACs of a step, and of everything else as "other".
+
+    Raises:
+        InvalidArgumentError: If the calibration has no costs.
+
+    Example:
+        >>> from smoothcache import CacheLayer, Calibration
+        >>> layer = CacheLayer("blocks.0.ff", kind="ffn", block="blocks.0", macs=60)
+        >>> composition(Calibration((layer,), [[[[float("nan")]]]], 80, timesteps=(0.0,)))
+        {'ffn': 0.75, 'other': 0.25}
+    """
+    if not calibration.total_macs or any(layer.macs is None for layer in calibration.layers):
+        raise InvalidArgumentError("the calibration has no MACs, so no composition either.")
+    shares = {
+        kind: sum(layer.macs or 0 for layer in calibration.layers if layer.kind == kind)
+        / calibration.total_macs
+        for kind in calibration.kinds
+    }
+    return {**shares, "other": max(0.0, 1 - sum(shares.values()))}
+
+
+def plot_composition(
+    what: Calibration | Sequence[tuple[str, Mapping[str, float]]], path: Path | None = None
+) -> Figure:
+    """What a step spends its MACs on: a bar a model, a segment a kind of layer.
+
+    Source: Figure 4 of Liu et al., "SmoothCache", arXiv 2411.10510.
+
+    Args:
+        what: A calibration; or names of models with the shares of each kind, in [0, 1].
+        path: Where to save the picture.
+
+    Raises:
+        InvalidArgumentError: If there is nothing to draw, or a calibration has no costs.
+        MissingPackageError: If matplotlib is not installed.
+    """
+    if isinstance(what, Sequence):
+        bars = list(what)
+    else:
+        bars = [(what.model.class_name if what.model else "model", composition(what))]
+    if not bars:
+        raise InvalidArgumentError("give at least one model to draw the composition of.")
+    kinds = list(dict.fromkeys(kind for _, shares in bars for kind in shares if kind != "other"))
+    kinds += ["other"] if any("other" in shares for _, shares in bars) else []
+    figure = _figure(width=7.2, height=1.35 + 0.5 * len(bars))
+    panel = figure.subplots()
+    left = np.zeros(len(bars))
+    for kind, (colour, hatch) in zip(kinds, _kind_styles(kinds), strict=True):
+        widths = np.array([100 * shares.get(kind, 0.0) for _, shares in bars])
+        drawn = panel.barh(
+            range(len(bars)), widths, left=left, height=0.62, color=colour, edgecolor="white",
+            linewidth=1, hatch=hatch, label=_kind_name(kind),
+        )  # fmt: skip
+        ink = "white" if colour in (BLUE, GREEN, ORANGE, PINK) else BLACK
+        texts = [f"{width:.1f}" if width >= 5 else "" for width in widths]
+        panel.bar_label(drawn, texts, label_type="center", color=ink, fontsize=SMALL)
+        left += widths
+    panel.set_yticks(range(len(bars)), [name for name, _ in bars])
+    panel.invert_yaxis()
+    panel.set_xlim(0, 100)
+    panel.set_xlabel("share of the multiply-accumulates of a step, %", fontsize=NORMAL)
+    _tidy(panel)
+    panel.spines["left"].set_visible(False)
+    panel.tick_params(axis="y", length=0, labelsize=NORMAL)
+    _legend_above(figure, *panel.get_legend_handles_labels(), title=None)
+    return _saved(figure, path)
+
+
+def plot_schedule(schedule: Schedule, path: Path | None = None, *, title: str = "") -> Figure:
+    """Map of layers over steps: dark where a layer is computed, light where it is reused.
+
+    Layers are grouped by kind, in the order of the model from top to bottom; the shade of a
+    reused step tells the predictor.
+
+    Args:
+        schedule: Bound to a model or not.
+        path: Where to save the picture.
+        title: Comes before what the title says by itself: steps and cost.
+
+    Raises:
+        MissingPackageError: If matplotlib is not installed.
+    """
+    groups = _rows_by_kind(schedule)
+    rows = [row for group in groups.values() for row in group]
+    predictors = list(dict.fromkeys(row.predictor for row in rows if False in row.computed))
+    shades = {name: REUSED[i % len(REUSED)] for i, name in enumerate(predictors)}
+    cells = [
+        COMPUTED if computed else shades[row.predictor] for row in rows for computed in row.computed
+    ]
+    row_height = min(0.3, max(0.075, 6.0 / len(rows)))
+    width = min(11.0, max(5.4, 1.9 + 0.13 * schedule.num_steps))
+    figure = _figure(width=width, height=1.35 + row_height * len(rows))
+    panel = figure.subplots()
+    colours = optional_module("matplotlib.colors", extra="plots")
+    panel.imshow(
+        colours.to_rgba_array(cells).reshape(len(rows), schedule.num_steps, 4),
+        aspect="auto", interpolation="nearest",
+        extent=(-0.5, schedule.num_steps - 0.5, len(rows) - 0.5, -0.5),
+    )  # fmt: skip
+    for step in range(1, schedule.num_steps):
+        panel.axvline(step - 0.5, color="white", linewidth=0.6)
+    if row_height > 0.12:
+        for row in range(1, len(rows)):
+            panel.axhline(row - 0.5, color="white", linewidth=0.4)
+    start, middles = 0, []
+    for group in groups.values():
+        middles.append(start + (len(group) - 1) / 2)
+        start += len(group)
+        if start < len(rows):
+            panel.axhline(start - 0.5, color="white", linewidth=4)
+    panel.set_yticks(middles, [f"{name}\n× {len(group)}" if schedule.layers else name
+                               for name, group in groups.items()])  # fmt: skip
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.set_xlabel("step", fontsize=NORMAL)
+    _tidy(panel)
+    for side in ("left", "bottom"):
+        panel.spines[side].set_visible(False)
+    panel.tick_params(axis="y", length=0, labelsize=NORMAL)
+    patch = optional_module("matplotlib.patches", extra="plots").Patch
+    keys = {"computed": COMPUTED, **{f"reused ({name})": shades[name] for name in predictors}}
+    _legend_above(
+        figure,
+        [patch(facecolor=colour, label=label) for label, colour in keys.items()],
+        list(keys),
+        title=_schedule_title(schedule, title),
+    )
+    return _saved(figure, path)
+
+
+def plot_image_grid(
+    rows: Sequence[tuple[str, Tensor]],
+    reference: Tensor,
+    path: Path | None = None,
+    *,
+    reference_title: str = "uncached",
+) -> Figure:
+    """Uncached samples, and below them cached ones with what changed, made visible.
+
+    Each row is named with its mean PSNR. Differences are absolute, averaged over channels and
+    multiplied by one factor for the whole picture, which the labels name.
+
+    Source: Figure 5 of Liu et al., "SmoothCache", arXiv 2411.10510.
+
+    Args:
+        rows: A title and images for each row, [batch, channels, height, width] in [0, 1], of the
+            same seeds as the reference.
+        reference: The uncached images; the same shape. Each becomes a column.
+        path: Where to save the picture.
+        reference_title: Names the first row.
+
+    Raises:
+        InvalidArgumentError: If there is no row, or images are not as described.
+        MissingPackageError: If matplotlib is not installed.
+    """
+    from .metrics import psnr  # brings torch with it
+
+    if not rows:
+        raise InvalidArgumentError("give at least one row of images beside the reference.")
+    quality = [float(psnr(images, reference).mean()) for _, images in rows]
+    pictures = [_pixels(images) for _, images in rows]
+    uncached = _pixels(reference)
+    differences = [np.abs(picture - uncached).mean(axis=-1) for picture in pictures]
+    factor = _amplification(differences)
+
+    strips: list[tuple[str, npt.NDArray[np.float32]]] = [(reference_title, _strip(uncached, 1.0))]
+    for (title, _), decibels, picture, difference in zip(
+        rows, quality, pictures, differences, strict=True
+    ):
+        measured = "identical" if math.isinf(decibels) else f"{decibels:.1f} dB"
+        strips.append((f"{title}\n{measured}", _strip(picture, 1.0)))
+        strips.append((f"difference\n× {factor}", _strip(difference * factor, math.nan)))
+
+    height, width = strips[0][1].shape[:2]
+    strip_width = min(9.0, 1.0 * len(uncached))
+    strip_height = strip_width * height / width
+    label_width = 0.3 + 0.075 * max(len(line) for name, _ in strips for line in name.split("\n"))
+    figure = _figure(
+        width=strip_width + label_width, height=(strip_height + 0.06) * len(strips) + 0.1
+    )
+    panels = figure.subplots(len(strips), 1, squeeze=False).flatten()
+    for panel, (name, strip) in zip(panels, strips, strict=True):
+        panel.imshow(strip, cmap="magma", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+        panel.set_ylabel(name, fontsize=SMALL, rotation=0, ha="right", va="center", labelpad=6)
+        panel.set_xticks([])
+        panel.set_yticks([])
+        panel.set_frame_on(False)
+    figure.get_layout_engine().set(h_pad=0.02, w_pad=0.04, hspace=0.0)
+    return _saved(figure, path)
+
+
+def _rows_by_kind(schedule: Schedule) -> dict[str, list[Row]]:
+    """Name of a group to its rows: layers of a kind, or each name of an unbound schedule."""
+    kinds = {layer.path: _kind_name(layer.kind) for layer in schedule.layers or ()}
+    groups: dict[str, list[Row]] = {}
+    for name, row in schedule.rows.items():
+        groups.setdefault(kinds.get(name, name), []).append(row)
+    return groups
+
+
+def _schedule_title(schedule: Schedule, title: str) -> str:
+    cost = (
+        f"{schedule.compute:.1%} of the multiply-accumulates"
+        if schedule.compute is not None
+        else f"{schedule.table().mean():.1%} of the layers computed"
+    )
+    return f"{title + ': ' if title else ''}{_steps(schedule.num_steps)}, {cost}"
+
+
+def _pixels(images: Tensor) -> npt.NDArray[np.float32]:
+    """[batch, height, width, 3], grey images in three equal channels."""
+    if images.shape[1] not in (1, 3):
+        raise InvalidArgumentError(f"images must have 1 or 3 channels, got {images.shape[1]}.")
+    rgb = images.detach().cpu().float().expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    return np.asarray(rgb.numpy(), dtype=np.float32)
+
+
+def _strip(images: npt.NDArray[np.float32], filling: float) -> npt.NDArray[np.float32]:
+    """Images [batch, height, width, ...] side by side, with a narrow gap between them."""
+    gap = max(1, images.shape[2] // 16)
+    padding = [(0, 0), (0, 0), (0, gap)] + [(0, 0)] * (images.ndim - 3)
+    padded = np.pad(images, padding, constant_values=filling)
+    return np.concatenate(list(padded), axis=1)[:, :-gap]
+
+
+def _amplification(differences: Sequence[npt.NDArray[np.float32]]) -> int:
+    """Largest round factor under which hardly any difference is cut off."""
+    largest = float(np.quantile(np.stack(differences), 0.995))
+    factors = (1, 2, 5, 10, 20, 50, 100)
+    return max(factor for factor in factors if factor == 1 or factor * largest <= 1)
+
+
+def _kind_name(kind: str) -> str:
+    for stack in ("spatial_", "temporal_"):
+        if kind.startswith(stack):
+            return f"{stack[:-1]} {_kind_name(kind.removeprefix(stack))}"
+    return KIND_NAMES.get(kind, kind.replace("_", " "))
+
+
+def _kind_styles(kinds: Iterable[str]) -> list[tuple[str, str | None]]:
+    """Colour and hatching of each kind; temporal layers are the hatched spatial ones."""
+    return [
+        (
+            KIND_COLOURS.get(kind.removeprefix("spatial_").removeprefix("temporal_"), SKY),
+            "////" if kind.startswith("temporal_") else None,
+        )
+        for kind in kinds
+    ]
+
+
+def _steps(count: int) -> str:
+    return f"{count} step" if count == 1 else f"{count} steps"
+
+
+def _of(calibration: Calibration) -> str:
+    name = calibration.model.class_name if calibration.model else ""
+    samples = "1 sample" if calibration.num_samples == 1 else f"{calibration.num_samples} samples"
+    return (
+        f" that is 1 to {calibration.max_gap} steps old: {', '.join(filter(None, (name, samples)))}"
+    )
+
+
+def _grid(count: int) -> tuple[int, int]:
+    columns = min(count, MOST_COLUMNS)
+    if count == 4:
+        columns = 2
+    return math.ceil(count / columns), columns
+
+
+def _cycled(count: int) -> list[str]:
+    return [CYCLE[i % len(CYCLE)] for i in range(count)]
+
+
+def _figure(*, width: float, height: float) -> Figure:
+    """An empty figure, in inches, that no backend or global state knows of."""
+    module = optional_module("matplotlib.figure", extra="plots")
+    figure: Figure = module.Figure(figsize=(width, height), layout="constrained", dpi=DPI)
+    return figure
+
+
+def _beside(panel: Any, y: float, text: str) -> None:
+    panel.annotate(
+        text, (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0),
+        textcoords="offset points", va="center", fontsize=SMALL, color=GREY,
+    )  # fmt: skip
+
+
+def _tidy(panel: Any, title: str | None = None) -> None:
+    if title:
+        panel.set_title(title, fontsize=NORMAL, loc="left")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(labelsize=SMALL, colors=BLACK)
+
+
+def _legend_above(
+    figure: Figure, handles: Sequence[Any], labels: Sequence[str], *, title: str | None
+) -> None:
+    legend = figure.legend(
+        handles, labels, loc="outside upper left", ncols=len(labels), frameon=False,
+        fontsize=SMALL, title=title, title_fontsize=LARGE, alignment="left",
+        handlelength=1.6, columnspacing=1.6, borderaxespad=0.3,
+    )  # fmt: skip
+    legend.get_title().set_color(BLACK)
+
+
+def _saved(figure: Figure, path: Path | None) -> Figure:
+    if path is not None:
+        figure.savefig(path, dpi=DPI)
+    return figure
