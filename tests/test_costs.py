@@ -368,7 +368,7 @@ def paper_costs() -> ModuleType:
 
 
 @pytest.mark.filterwarnings("ignore:.*Transformer2DModelOutput:FutureWarning")  # of diffusers
-def test_the_papers_costs_are_met(paper_costs, tmp_path, capsys) -> None:
+def test_the_papers_costs_are_met(paper_costs, tmp_path, capsys, monkeypatch) -> None:
     pytest.importorskip("diffusers")
     file = tmp_path / "costs.json"
     assert paper_costs.main(["--json", str(file)]) == 0
@@ -378,3 +378,6 @@ def test_the_papers_costs_are_met(paper_costs, tmp_path, capsys) -> None:
     assert len(table1) == 13
     assert all(abs(figure["counted"] / figure["printed"] - 1) <= 0.004 for figure in table1)
     assert "365.59" in capsys.readouterr().out
+    monkeypatch.setattr(paper_costs, "TABLE_3_NO_CACHE", 210.1)
+    assert paper_costs.main([]) == 1
+    assert capsys.readouterr().out.count("OUT OF TOLERANCE") == 1

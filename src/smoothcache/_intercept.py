@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -39,7 +40,7 @@ class _Slot:
         self.instance_forward = module.__dict__.pop("forward", None)
         self.inside_instance_forward = False
         self.forward: Callable[..., Any] = (
-            base.forward.__get__(module)  # type: ignore[attr-defined]
+            MethodType(base.forward, module)  # type: ignore[attr-defined]
             if self.instance_forward is None
             else self._run_instance_forward
         )
@@ -48,7 +49,7 @@ class _Slot:
         # A hook put on top of an earlier interception leads back here: then the class answers.
         self.inside_instance_forward = True
         try:
-            return self.instance_forward(*args, **kwargs)  # type: ignore[misc]
+            return self.instance_forward(*args, **kwargs)
         finally:
             self.inside_instance_forward = False
 

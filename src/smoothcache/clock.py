@@ -167,7 +167,7 @@ def timestep_value(timestep: Any) -> float:
 
 def _distinct(timesteps: Any) -> list[float]:
     """The listed timesteps without repetitions in a row, which two-stage solvers make."""
-    values: list[float] = torch.as_tensor(timesteps).detach().to("cpu", torch.float64).numpy().tolist()
+    values = torch.as_tensor(timesteps).detach().to("cpu", torch.float64).numpy().tolist()
     return [t for i, t in enumerate(values) if i == 0 or t != values[i - 1]]
 
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smoothcache._macs import LateBiases, Macs, macs_of
+from ._macs import LateBiases, Macs, macs_of
 
 _UNITS = ("MACs", "KMACs", "MMACs", "GMACs", "TMACs", "PMACs")
 
@@ -43,8 +43,11 @@ class MacCounter:
     its heads counts what it was given (on CUDA, heads whose size is no multiple of 8).
 
     Operators without a formula count nothing: element-wise arithmetic, norms, softmax, and custom
-    kernels until `torch.utils.flop_counter.register_flop_formula` has given them one. Parts of a
-    model that `torch.compile` has compiled are not seen reliably: count before compiling.
+    kernels until `torch.utils.flop_counter.register_flop_formula` has given them one.
+
+    What cannot be counted: a model under ``torch.compile(fullgraph=True)``, which PyTorch refuses
+    to run while anything watches its operators (count before compiling), uncompiled flex
+    attention, for the same reason, and nested tensors of the jagged layout.
 
     Counting is per thread. Counters can be nested, each counts what runs inside it; entering one
     that is already active changes nothing, and entering one again later starts from zero.
@@ -202,5 +205,7 @@ def _as_outside(func: Any) -> AbstractContextManager[Any]:
 
 
 def _has_kernel(func: torch._ops.OpOverload, key: str) -> bool:
+    if func.namespace == "prim":  # known to Python alone
+        return False
     name = func.name()  # type: ignore[no-untyped-call]
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, key))

@@ -66,7 +66,7 @@ class TimestepArgument:
 
     def among(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The timestep of a call; None if the call has none."""
-        if self.name in kwargs:
+        if self.name is not None and self.name in kwargs:
             return kwargs[self.name]
         if 0 <= self._index < len(args):
             return args[self._index]

@@ -1,4 +1,4 @@
-"""How far a layer's output has moved: tensors in, zero-dimensional tensors out, no read by the host."""
+"""How far a layer's output has moved: tensors in, zero-dimensional tensors out, nothing read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ def l1_norm(value: Tensor) -> Tensor:
     if not value.is_floating_point():
         return torch.zeros((), device=value.device)
     dtype = torch.promote_types(value.dtype, torch.float32)
-    return torch.linalg.vector_norm(value, 1, dtype=dtype)
+    norm: Tensor = torch.linalg.vector_norm(value, 1, dtype=dtype)
+    return norm
 
 
 def l1_distance(a: Tensor, b: Tensor) -> Tensor:

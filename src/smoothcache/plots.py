@@ -29,12 +29,12 @@ Path = str | os.PathLike[str]
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 YELLOW, SKY, BLACK = "#E69F00", "#56B4E9", "#222222"
 CYCLE = (BLUE, ORANGE, GREEN, PINK, YELLOW, SKY)
-GREY, PALE = "#8C8C8C", "#D9D9D9"
+GREY, PALE = "#6E6E6E", "#D9D9D9"
 COMPUTED, REUSED = "#1B4965", ("#DCE9F2", "#FBE0C3", "#DDEBD3", "#F1DDEA")
 
-KIND_COLOURS = {
+KIND_COLOURS = {  # and the order in which kinds are drawn
     "self_attn": BLUE,
-    "joint_attn": BLUE,
+    "joint_attn": SKY,
     "cross_attn": GREEN,
     "ffn": YELLOW,
     "block": PINK,
@@ -78,16 +78,16 @@ def plot_error_curves(
     chosen = tuple(range(1, calibration.max_gap + 1) if gaps is None else gaps)
     kinds = calibration.kinds
     rows, columns = _grid(len(kinds))
-    figure = _figure(width=1.2 + 3.1 * columns, height=1.0 + 2.4 * rows)
+    figure = _figure(width=max(5.6, 1.2 + 3.1 * columns), height=1.0 + 2.4 * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     steps = np.arange(calibration.num_steps)
     for i, (panel, kind) in enumerate(zip(panels, kinds, strict=False)):
         for gap, colour in zip(chosen, _cycled(len(chosen)), strict=True):
             curve = calibration.curve(gap=gap, kind=kind)
-            panel.plot(steps, curve.mean, color=colour, linewidth=1.6, label=_steps(gap))
+            panel.plot(steps, curve.mean, color=colour, linewidth=1.6, label=f"{_steps(gap)} old")
             if not np.isnan(curve.low).all():
                 low = np.maximum(curve.low, 0)
-                panel.fill_between(steps, low, curve.high, color=colour, alpha=0.22, linewidth=0)
+                panel.fill_between(steps, low, curve.high, color=colour, alpha=0.3, linewidth=0)
         for alpha in alphas:
             panel.axhline(alpha, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             if i % columns == columns - 1 or i == len(kinds) - 1:
@@ -104,8 +104,16 @@ def plot_error_curves(
     for panel in panels[len(kinds) :]:
         panel.set_visible(False)
     panels[0].set_ylim(bottom=0)
+    title = "Error of a reused output"
+    if calibration.model:
+        title = f"{calibration.model.class_name}: error of a reused output"
+    samples = (
+        "1 sample"
+        if calibration.num_samples == 1
+        else (f"mean and 95 % confidence interval of {calibration.num_samples} samples")
+    )
     handles, labels = panels[0].get_legend_handles_labels()
-    _legend_above(figure, handles, labels, title=f"Error of reusing an output{_of(calibration)}")
+    _legend_above(figure, handles, labels, title=f"{title}\n{samples}")
     return _saved(figure, path)
 
 
@@ -152,18 +160,18 @@ def plot_composition(
         bars = [(what.model.class_name if what.model else "model", composition(what))]
     if not bars:
         raise InvalidArgumentError("give at least one model to draw the composition of.")
-    kinds = list(dict.fromkeys(kind for _, shares in bars for kind in shares if kind != "other"))
-    kinds += ["other"] if any("other" in shares for _, shares in bars) else []
+    kinds = _in_order({kind for _, shares in bars for kind in shares})
     figure = _figure(width=7.2, height=1.35 + 0.5 * len(bars))
     panel = figure.subplots()
     left = np.zeros(len(bars))
-    for kind, (colour, hatch) in zip(kinds, _kind_styles(kinds), strict=True):
+    for kind in kinds:
+        colour = _kind_colour(kind)
         widths = np.array([100 * shares.get(kind, 0.0) for _, shares in bars])
         drawn = panel.barh(
             range(len(bars)), widths, left=left, height=0.62, color=colour, edgecolor="white",
-            linewidth=1, hatch=hatch, label=_kind_name(kind),
+            linewidth=1, label=_kind_name(kind),
         )  # fmt: skip
-        ink = "white" if colour in (BLUE, GREEN, ORANGE, PINK) else BLACK
+        ink = "white" if colour in (BLUE, GREEN, ORANGE) else BLACK
         texts = [f"{width:.1f}" if width >= 5 else "" for width in widths]
         panel.bar_label(drawn, texts, label_type="center", color=ink, fontsize=SMALL)
         left += widths
@@ -196,33 +204,28 @@ def plot_schedule(schedule: Schedule, path: Path | None = None, *, title: str = 
     rows = [row for group in groups.values() for row in group]
     predictors = list(dict.fromkeys(row.predictor for row in rows if False in row.computed))
     shades = {name: REUSED[i % len(REUSED)] for i, name in enumerate(predictors)}
-    cells = [
-        COMPUTED if computed else shades[row.predictor] for row in rows for computed in row.computed
-    ]
-    row_height = min(0.3, max(0.075, 6.0 / len(rows)))
-    width = min(11.0, max(5.4, 1.9 + 0.13 * schedule.num_steps))
-    figure = _figure(width=width, height=1.35 + row_height * len(rows))
+    row_height = min(0.3, max(0.05, 4.0 / len(rows)))
+    between = 0.07 / row_height
+    length = len(rows) + between * (len(groups) - 1)
+    figure = _figure(
+        width=min(11.0, max(5.4, 1.9 + 0.13 * schedule.num_steps)),
+        height=1.35 + row_height * length,
+    )
     panel = figure.subplots()
-    colours = optional_module("matplotlib.colors", extra="plots")
-    panel.imshow(
-        colours.to_rgba_array(cells).reshape(len(rows), schedule.num_steps, 4),
-        aspect="auto", interpolation="nearest",
-        extent=(-0.5, schedule.num_steps - 0.5, len(rows) - 0.5, -0.5),
-    )  # fmt: skip
+    top, middles = 0.0, []
+    for group in groups.values():
+        _draw_rows(panel, group, shades, top, lines=row_height > 0.12)
+        middles.append(top + len(group) / 2)
+        top += len(group) + between
     for step in range(1, schedule.num_steps):
         panel.axvline(step - 0.5, color="white", linewidth=0.6)
-    if row_height > 0.12:
-        for row in range(1, len(rows)):
-            panel.axhline(row - 0.5, color="white", linewidth=0.4)
-    start, middles = 0, []
-    for group in groups.values():
-        middles.append(start + (len(group) - 1) / 2)
-        start += len(group)
-        if start < len(rows):
-            panel.axhline(start - 0.5, color="white", linewidth=4)
-    panel.set_yticks(middles, [f"{name}\n× {len(group)}" if schedule.layers else name
-                               for name, group in groups.items()])  # fmt: skip
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.set_xlim(-0.5, schedule.num_steps - 0.5)
+    panel.set_ylim(length, 0)
+    names = [f"{name}\n× {len(group)}" if schedule.layers else name
+             for name, group in groups.items()]  # fmt: skip
+    panel.set_yticks(middles, names)
+    ticker = optional_module("matplotlib.ticker", extra="plots")
+    panel.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     panel.set_xlabel("step", fontsize=NORMAL)
     _tidy(panel)
     for side in ("left", "bottom"):
@@ -278,26 +281,45 @@ def plot_image_grid(
     for (title, _), decibels, picture, difference in zip(
         rows, quality, pictures, differences, strict=True
     ):
-        measured = "identical" if math.isinf(decibels) else f"{decibels:.1f} dB"
+        measured = "identical" if math.isinf(decibels) else f"PSNR {decibels:.1f} dB"
         strips.append((f"{title}\n{measured}", _strip(picture, 1.0)))
         strips.append((f"difference\n× {factor}", _strip(difference * factor, math.nan)))
 
-    height, width = strips[0][1].shape[:2]
-    strip_width = min(9.0, 1.0 * len(uncached))
-    strip_height = strip_width * height / width
-    label_width = 0.3 + 0.075 * max(len(line) for name, _ in strips for line in name.split("\n"))
-    figure = _figure(
-        width=strip_width + label_width, height=(strip_height + 0.06) * len(strips) + 0.1
-    )
-    panels = figure.subplots(len(strips), 1, squeeze=False).flatten()
-    for panel, (name, strip) in zip(panels, strips, strict=True):
+    return _saved(_stacked(strips, width=min(9.0, max(3.2, float(len(uncached))))), path)
+
+
+def _stacked(strips: Sequence[tuple[str, npt.NDArray[np.float32]]], *, width: float) -> Figure:
+    """Named strips of equal size, one below the other, with square pixels; `width` in inches."""
+    height = width * strips[0][1].shape[0] / strips[0][1].shape[1]
+    longest = max(len(line) for name, _ in strips for line in name.split("\n"))
+    left, gap, margin = 0.25 + 0.065 * longest, 0.06, 0.05
+    total = (left + width + margin, len(strips) * (height + gap) - gap + 2 * margin)
+    figure = _figure(width=total[0], height=total[1], layout="none")
+    for i, (name, strip) in enumerate(strips):
+        bottom = total[1] - margin - (i + 1) * height - i * gap
+        place = (left / total[0], bottom / total[1], width / total[0], height / total[1])
+        panel = figure.add_axes(place)
         panel.imshow(strip, cmap="magma", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
         panel.set_ylabel(name, fontsize=SMALL, rotation=0, ha="right", va="center", labelpad=6)
         panel.set_xticks([])
         panel.set_yticks([])
         panel.set_frame_on(False)
-    figure.get_layout_engine().set(h_pad=0.02, w_pad=0.04, hspace=0.0)
-    return _saved(figure, path)
+    return figure
+
+
+def _draw_rows(
+    panel: Any, rows: Sequence[Row], shades: Mapping[str, str], top: float, *, lines: bool
+) -> None:
+    """Rows as an image, a cell a step, downwards from `top`, with fine lines between them."""
+    colours = optional_module("matplotlib.colors", extra="plots")
+    cells = [
+        COMPUTED if computed else shades[row.predictor] for row in rows for computed in row.computed
+    ]
+    pixels = colours.to_rgba_array(cells).reshape(len(rows), -1, 4)
+    extent = (-0.5, pixels.shape[1] - 0.5, top + len(rows), top)
+    panel.imshow(pixels, aspect="auto", interpolation="nearest", extent=extent)
+    for row in range(1, len(rows) if lines else 1):
+        panel.axhline(top + row, color="white", linewidth=0.4)
 
 
 def _rows_by_kind(schedule: Schedule) -> dict[str, list[Row]]:
@@ -348,27 +370,32 @@ def _kind_name(kind: str) -> str:
     return KIND_NAMES.get(kind, kind.replace("_", " "))
 
 
-def _kind_styles(kinds: Iterable[str]) -> list[tuple[str, str | None]]:
-    """Colour and hatching of each kind; temporal layers are the hatched spatial ones."""
-    return [
-        (
-            KIND_COLOURS.get(kind.removeprefix("spatial_").removeprefix("temporal_"), SKY),
-            "////" if kind.startswith("temporal_") else None,
-        )
-        for kind in kinds
-    ]
+def _in_order(kinds: Iterable[str]) -> list[str]:
+    """Kinds in the order of their colours, unknown ones after them, the rest of the model last."""
+    known = list(KIND_COLOURS)
+    order = {kind: place for place, kind in enumerate(known)}
+
+    def key(kind: str) -> tuple[bool, int, str]:
+        return kind == "other", order.get(_base_kind(kind), len(known)), kind
+
+    return sorted(kinds, key=key)
+
+
+def _kind_colour(kind: str) -> str:
+    """The colour of a kind; temporal layers have a tint of it."""
+    colour = KIND_COLOURS.get(_base_kind(kind), PINK)
+    if not kind.startswith("temporal_"):
+        return colour
+    channels = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{(value + 255) // 2:02X}" for value in channels)
+
+
+def _base_kind(kind: str) -> str:
+    return kind.removeprefix("spatial_").removeprefix("temporal_")
 
 
 def _steps(count: int) -> str:
     return f"{count} step" if count == 1 else f"{count} steps"
-
-
-def _of(calibration: Calibration) -> str:
-    name = calibration.model.class_name if calibration.model else ""
-    samples = "1 sample" if calibration.num_samples == 1 else f"{calibration.num_samples} samples"
-    return (
-        f" that is 1 to {calibration.max_gap} steps old: {', '.join(filter(None, (name, samples)))}"
-    )
 
 
 def _grid(count: int) -> tuple[int, int]:
@@ -382,10 +409,10 @@ def _cycled(count: int) -> list[str]:
     return [CYCLE[i % len(CYCLE)] for i in range(count)]
 
 
-def _figure(*, width: float, height: float) -> Figure:
+def _figure(*, width: float, height: float, layout: str = "constrained") -> Figure:
     """An empty figure, in inches, that no backend or global state knows of."""
     module = optional_module("matplotlib.figure", extra="plots")
-    figure: Figure = module.Figure(figsize=(width, height), layout="constrained", dpi=DPI)
+    figure: Figure = module.Figure(figsize=(width, height), layout=layout, dpi=DPI)
     return figure
 
 
@@ -406,8 +433,10 @@ def _tidy(panel: Any, title: str | None = None) -> None:
 def _legend_above(
     figure: Figure, handles: Sequence[Any], labels: Sequence[str], *, title: str | None
 ) -> None:
+    longest = 0.45 + 0.075 * max(map(len, labels), default=0)
+    columns = max(1, min(len(labels), int(figure.get_figwidth() / longest)))
     legend = figure.legend(
-        handles, labels, loc="outside upper left", ncols=len(labels), frameon=False,
+        handles, labels, loc="outside upper left", ncols=columns, frameon=False,
         fontsize=SMALL, title=title, title_fontsize=LARGE, alignment="left",
         handlelength=1.6, columnspacing=1.6, borderaxespad=0.3,
     )  # fmt: skip

@@ -209,17 +209,15 @@ class Schedule:
         """
         if None not in (self.model, model) and self.model != model:
             raise ScheduleMismatchError(_other_model(self.model, model))
+        rows = dict(self.rows)
         if self.layers is None:
-            owners = map_names(self.rows, layers)
-            computed = Row((True,) * self.num_steps)
-            rows = {x.path: self.rows[owners[x.path]] if x.path in owners else computed
-                    for x in layers}  # fmt: skip
+            owners = map_names(rows, layers)
+            always = Row((True,) * self.num_steps)
+            rows = {x.path: rows[owners[x.path]] if x.path in owners else always for x in layers}
         else:
-            planned = {layer.path: layer for layer in self.layers}
-            _check_same_layers(planned, {layer.path: layer for layer in layers})
-            layers = [x if x.macs is not None else replace(x, macs=planned[x.path].macs)
-                      for x in layers]  # fmt: skip
-            rows = dict(self.rows)
+            macs = {layer.path: layer.macs for layer in self.layers}
+            _check_same_layers(self.layers, layers)
+            layers = [x if x.macs is not None else replace(x, macs=macs[x.path]) for x in layers]
         return replace(self, rows=rows, layers=tuple(layers), model=model or self.model)
 
     def table(self) -> npt.NDArray[np.bool_]:
@@ -334,14 +332,16 @@ def _named(model: ModelIdentity | None) -> str:
     return f"{model.class_name} (configuration {model.fingerprint})" if model else "any model"
 
 
-def _check_same_layers(planned: Mapping[str, CacheLayer], given: Mapping[str, CacheLayer]) -> None:
+def _check_same_layers(planned: Sequence[CacheLayer], given: Sequence[CacheLayer]) -> None:
+    planned_kinds = {layer.path: layer.kind for layer in planned}
+    given_kinds = {layer.path: layer.kind for layer in given}
     problems = {
-        "missing from the model": [path for path in planned if path not in given],
-        "not in the schedule": [path for path in given if path not in planned],
+        "missing from the model": [path for path in planned_kinds if path not in given_kinds],
+        "not in the schedule": [path for path in given_kinds if path not in planned_kinds],
         "of another kind": [
-            f"{path} ({layer.kind}, planned {planned[path].kind})"
-            for path, layer in given.items()
-            if path in planned and layer.kind != planned[path].kind
+            f"{path} ({kind}, planned {planned_kinds[path]})"
+            for path, kind in given_kinds.items()
+            if kind != planned_kinds.get(path, kind)
         ],
     }
     if found := [f"{what}: {listed(paths)}" for what, paths in problems.items() if paths]:

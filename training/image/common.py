@@ -8,8 +8,8 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import parallel
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -17,7 +17,9 @@ from tqdm import tqdm
 RUNS = Path("runs/image")
 
 
-def parser(description: str, *, steps: int, batch: int, lr: float, out: str) -> Any:
+def parser(
+    description: str | None, *, steps: int, batch: int, lr: float, out: str
+) -> argparse.ArgumentParser:
     """An argument parser with the options common to all scripts."""
     options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -64,13 +66,18 @@ class Run:
     def __iter__(self) -> Iterator[int]:
         started = time.monotonic() - self.seconds
         saved = time.monotonic()
-        bar = tqdm(total=self.options.steps, initial=self.step, mininterval=5.0)
+        bar = tqdm(
+            total=self.options.steps,
+            initial=self.step,
+            mininterval=5.0,
+            disable=parallel.rank() > 0,
+        )
         while self.progress < 1:
             self._set_lr()
-            torch.manual_seed(self.options.seed + self.step)
+            torch.manual_seed(self._seed())
             yield self.step
             self.step += 1
-            self.seconds = time.monotonic() - started
+            self.seconds = parallel.agreed(time.monotonic() - started)
             bar.update()
             if time.monotonic() - saved > self.options.save_every:
                 self.save()
@@ -81,10 +88,13 @@ class Run:
     @property
     def progress(self) -> float:
         """Fraction of the budget that is spent."""
-        return max(self.step / self.options.steps, self.seconds / 60 / self.options.minutes)
+        by_time: float = self.seconds / 60 / self.options.minutes
+        return max(self.step / self.options.steps, by_time)
 
     def record(self, **values: float) -> None:
         """Append a row to the loss log."""
+        if parallel.rank() > 0:
+            return
         row = {"step": self.step, "seconds": round(self.seconds, 1)} | values
         new = not self.log.exists()
         with self.log.open("a", newline="") as file:
@@ -95,6 +105,8 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint; a crash in the middle leaves the previous one intact."""
+        if parallel.rank() > 0:
+            return
         state = {
             "models": {name: model.state_dict() for name, model in self.models.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -111,6 +123,11 @@ class Run:
             model.load_state_dict(state["models"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
+
+    def _seed(self) -> int:
+        """A seed of its own for every step and process."""
+        own = self.step * parallel.world_size() + parallel.rank()
+        return int(self.options.seed) * 1_000_003 + own
 
     def _set_lr(self) -> None:
         warm = min(1.0, (self.step + 1) / max(1, min(500, self.options.steps // 10)))

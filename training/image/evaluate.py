@@ -44,7 +44,7 @@ def sample_images(
 def recognised(classifier: ShapeClassifier, images: Tensor, labels: Tensor) -> Tensor:
     """Share of the images of each class that the classifier puts there: [num_classes]."""
     correct = (classifier(images).argmax(1) == labels).double()
-    return torch.stack([correct[labels == label].mean() for label in labels.unique()])
+    return torch.stack([correct[labels == label].mean() for label in torch.unique(labels)])
 
 
 def main() -> None:

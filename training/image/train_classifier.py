@@ -12,8 +12,8 @@ from smoothcache.demo.shapes import generate
 
 def main() -> None:
     """Train, then save the classifier to `<out>/final`."""
-    options = parser(__doc__, steps=6000, batch=64, lr=2e-3, out="classifier")
-    options.add_argument("--pool", type=int, default=60000, help="number of training images")
+    options = parser(__doc__, steps=5000, batch=64, lr=2e-3, out="classifier")
+    options.add_argument("--pool", type=int, default=40000, help="number of training images")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

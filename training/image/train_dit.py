@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import parallel
 import torch
 from common import Run, parser, random_rows, update_average
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
@@ -89,7 +92,7 @@ def min_snr_weights(scheduler: DDIMScheduler, timesteps: Tensor, gamma: float = 
 
 
 def noise_loss(
-    model: nn.Module, scheduler: DDIMScheduler, latents: Tensor, labels: Tensor
+    model: Callable[..., Any], scheduler: DDIMScheduler, latents: Tensor, labels: Tensor
 ) -> Tensor:
     """Weighted mean squared error of the predicted noise, 0-d, for latents [n, 4, 16, 16]."""
     timesteps = stratified_timesteps(len(latents))
@@ -104,13 +107,17 @@ def noise_loss(
 def encoded_pool(vae: AutoencoderKL, size: int, seed: int, folder: Path) -> tuple[Tensor, Tensor]:
     """Scaled latents [size, 4, 16, 16] and labels [size], encoded once and kept on the disk."""
     cache = folder / f"latents-{size}-{seed}.safetensors"
-    if not cache.exists():
+    if parallel.rank() == 0 and not cache.exists():
         images, labels = generate(size, seed=seed)
         with torch.no_grad():
-            parts = [vae.encode(x.to(vae.device)).latent_dist.mode().cpu() for x in images.split(64)]
+            parts = [
+                vae.encode(x.to(vae.device)).latent_dist.mode().cpu()
+                for x in torch.split(images, 64)
+            ]
         folder.mkdir(parents=True, exist_ok=True)
-        latents = torch.cat(parts).contiguous() * vae.config.scaling_factor
+        latents = torch.cat(parts).cpu().contiguous() * vae.config.scaling_factor
         save_file({"latents": latents, "labels": labels}, cache)
+    parallel.wait()
     pool = load_file(cache)
     return pool["latents"], pool["labels"]
 
@@ -125,6 +132,7 @@ def main() -> None:
     options.add_argument("--export", type=Path, default=Path("runs/latest-pipeline"))
     options.add_argument("--export-every", type=float, default=300.0, help="seconds")
     args = options.parse_args()
+    parallel.start()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
@@ -143,6 +151,7 @@ def main() -> None:
         loss = noise_loss(forward, scheduler, batch, drop_classes(classes, args.drop))
         optimizer.zero_grad()
         loss.backward()
+        parallel.average_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         update_average(average, model, step)
@@ -150,10 +159,12 @@ def main() -> None:
         if step % 20 == 0:
             run.record(loss=sum(losses) / len(losses))
             losses.clear()
-        if time.monotonic() - exported > args.export_every:
+        if parallel.rank() == 0 and time.monotonic() - exported > args.export_every:
             export_pipeline(average, vae, scheduler, args.export)
             exported = time.monotonic()
-    export_pipeline(average, vae, scheduler, args.export)
+    if parallel.rank() == 0:
+        export_pipeline(average, vae, scheduler, args.export)
+    parallel.stop()
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def generate(
         labels = num_images.long()
     else:
         labels = torch.randint(len(CLASS_NAMES), (num_images,), generator=rng)
-    images = [_draw(chunk, size, rng) for chunk in labels.split(CHUNK)]
+    images = [_draw(chunk, size, rng) for chunk in torch.split(labels, CHUNK)]
     return torch.cat(images), labels
 
 
@@ -121,7 +121,7 @@ def _polygon(vertices: list[tuple[float, float]]) -> Outline:
     def distance(points: Tensor) -> Tensor:
         offset = points[..., None, :] - start
         along = ((offset * edge).sum(-1) / (edge * edge).sum(-1)).clamp(0, 1)
-        nearest = (offset - along[..., None] * edge).norm(dim=-1).amin(-1)
+        nearest = _length(offset - along[..., None] * edge).amin(-1)
         inside = _crossings(offset, edge) % 2 == 1
         return torch.where(inside, -nearest, nearest)
 
@@ -136,17 +136,23 @@ def _crossings(offset: Tensor, edge: Tensor) -> Tensor:
     return (straddles & ((side > 0) == (edge[:, 1] > 0))).sum(-1)
 
 
+def _length(vectors: Tensor) -> Tensor:
+    """Euclidean length along the last dimension."""
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    return length
+
+
 def _circle(points: Tensor) -> Tensor:
-    return points.norm(dim=-1) - 0.9
+    return _length(points) - 0.9
 
 
 def _ring(points: Tensor) -> Tensor:
-    return (points.norm(dim=-1) - 0.73).abs() - 0.24
+    return (_length(points) - 0.73).abs() - 0.24
 
 
 def _crescent(points: Tensor) -> Tensor:
-    bite = (points - torch.tensor([0.5, 0.0])).norm(dim=-1) - 0.75
-    return torch.maximum(points.norm(dim=-1) - 1, -bite)
+    bite = _length(points - torch.tensor([0.5, 0.0])) - 0.75
+    return torch.maximum(_length(points) - 1, -bite)
 
 
 def _regular(corners: int, inner: float | None = None) -> Outline:
@@ -202,7 +208,7 @@ def _random_colours(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tenso
     """
     background = torch.rand((n, 3), generator=rng)
     candidates = torch.rand((n, 8, 3), generator=rng)
-    contrast = (candidates - background[:, None]).norm(dim=-1)
+    contrast = _length(candidates - background[:, None])
     order = contrast.argsort(dim=1, descending=True)
     second = order.gather(1, torch.randint(1, 4, (n, 1), generator=rng))[:, 0]
     rows = torch.arange(n)

@@ -11,9 +11,9 @@ from functools import partial
 from types import MappingProxyType
 
 from ..calibration import Calibration
+from ..schedule import Schedule
 from .threshold import plan as plan
 from .uniform import plan_uniform as plan_uniform
-from ..schedule import Schedule
 
 PLANNERS: Mapping[str, Callable[[Calibration], Schedule]] = MappingProxyType(
     {

@@ -9,8 +9,8 @@ import numpy as np
 from .._checks import check_count, check_number
 from ..calibration import Calibration, FloatArray
 from ..errors import InvalidArgumentError
-from ._assemble import assemble
 from ..schedule import Row, Schedule
+from ._assemble import assemble
 
 
 def plan(
@@ -45,7 +45,8 @@ def plan(
     Raises:
         InvalidArgumentError: If an argument is not as described.
     """
-    if check_number("alpha", alpha) < 0:
+    alpha = check_number("alpha", alpha)
+    if alpha < 0:
         raise InvalidArgumentError(f"alpha must not be negative, got {alpha}.")
     if per not in ("kind", "block"):
         raise InvalidArgumentError(f"per must be 'kind' or 'block', got {per!r}.")
@@ -55,23 +56,18 @@ def plan(
             f"max_gap is {max_gap}, but only gaps up to {calibration.max_gap} were measured. "
             f"Calibrate again with a larger max_gap, or plan with a smaller one."
         )
-    gaps = range(1, max_gap + 1)
+
+    def row(**choice: str) -> Row:
+        curves = [calibration.curve(gap=gap, **choice).mean for gap in range(1, max_gap + 1)]
+        return Row(threshold_mask(np.stack(curves), alpha), predictor)
+
     if per == "kind":
-        curves = {
-            kind: np.stack([calibration.curve(gap=gap, kind=kind).mean for gap in gaps])
-            for kind in calibration.kinds
-        }
-        masks = {x.path: threshold_mask(curves[x.kind], alpha) for x in calibration.layers}
+        of_kind = {kind: row(kind=kind) for kind in calibration.kinds}
+        rows = {layer.path: of_kind[layer.kind] for layer in calibration.layers}
     else:
-        masks = {
-            x.path: threshold_mask(
-                np.stack([calibration.curve(gap=gap, layer=x.path).mean for gap in gaps]), alpha
-            )
-            for x in calibration.layers
-        }
-    settings = {"planner": "threshold", "alpha": float(alpha), "per": per, "max_gap": max_gap}
-    rows = {path: Row(mask, predictor) for path, mask in masks.items()}
-    return assemble(calibration, rows, {**settings, "predictor": predictor})
+        rows = {layer.path: row(layer=layer.path) for layer in calibration.layers}
+    settings = {"alpha": alpha, "per": per, "max_gap": max_gap, "predictor": predictor}
+    return assemble(calibration, rows, {"planner": "threshold", **settings})
 
 
 def threshold_mask(errors: FloatArray, alpha: float) -> tuple[bool, ...]:

@@ -1,0 +1,620 @@
+"""The ``smoothcache`` command: each command reads its options, calls the library, shows the result.
+
+Results go to stdout; progress, warnings and errors to stderr. With ``--json`` nothing but one JSON
+document goes to stdout. Bad input ends in one line and exit code 2, Ctrl-C in exit code 130.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import _files
+from .apply import cached
+from .calibrate import calibrate as run_calibration
+from .calibration import Calibration
+from .costs import human_macs
+from .diffusers_io import PipelineSampler, load_pipeline, silence_libraries
+from .errors import InvalidArgumentError, SmoothCacheError, SmoothCacheWarning
+from .layers import CacheLayer, find_layers, identify
+from .planners import plan as plan_threshold
+from .schedule import Schedule
+from .version import __version__
+
+_BAD_INPUT, _INTERRUPTED = 2, 130
+_WIDEST_MAP = 60  # steps of a schedule that fit on a line beside the other columns
+
+
+class _OneLineErrors(typer.core.TyperGroup):
+    """Ends in one line on stderr for everything that the user can put right."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of the packages below us
+            warnings.simplefilter("always", SmoothCacheWarning)
+            warnings.showwarning = _show_warning
+            try:
+                code = super().main(
+                    args, prog_name, complete_var, False, windows_expand_args, **extra
+                )
+            except (KeyboardInterrupt, typer.Abort):
+                code = _INTERRUPTED
+            except (SmoothCacheError, OSError) as error:
+                _to_stderr(f"error: {_one_line(error)}")
+                code = _BAD_INPUT
+            except Exception as error:
+                if not hasattr(error, "format_message"):  # not one of the option parser's
+                    raise
+                _to_stderr(f"error: {_one_line(error.format_message())}")
+                code = _BAD_INPUT
+        if code == _INTERRUPTED:
+            _to_stderr("interrupted")
+        if standalone_mode:
+            sys.exit(code if isinstance(code, int) else 0)
+        return code
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Per(str, Enum):
+    """For which layers a plan decides together."""
+
+    kind = "kind"
+    block = "block"
+
+
+class Dtype(str, Enum):
+    """Of the weights."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A local folder with a diffusers pipeline, or owner/name on the Hugging Face hub.",
+        show_default=False,
+    ),
+]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", metavar="TEXT", help="For pipelines that take text. Repeatable."),
+]
+ClassLabels = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--class-label", metavar="INT", help="For class-conditional pipelines. Repeatable."
+    ),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance-scale", metavar="X", help="Default: the pipeline's own."),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Sample i starts from the noise of seed + i.")]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="For example cuda or cpu. Default: cuda where there is one."),
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the weights.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Faster sampling from diffusion transformers, without training.
+
+    The way to a faster pipeline: [bold]calibrate[/bold] measures what reusing each layer costs,
+    [bold]plan[/bold] decides what to reuse, [bold]generate[/bold] and [bold]compare[/bold] run it.
+    """
+    if version:
+        typer.echo(__version__)
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def inspect(
+    model: ModelArgument,
+    layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
+    costs: Annotated[
+        bool, typer.Option("--costs/--no-costs", help="Run two steps to count what layers cost.")
+    ] = True,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Show which layers of a model can be reused, and their share of its cost.
+
+    Costs are counted while two steps run with some input, in multiply-accumulates (MACs) of one
+    step of one sample, guidance included.
+
+    [bold]Example:[/bold] smoothcache inspect ./my-dit --layers
+    """
+    pipeline = _load(model, device, dtype)
+    found, total = find_layers(pipeline), 0
+    if costs:
+        sampler = PipelineSampler.with_any_input(pipeline, num_steps=2)
+        with _status("running two steps"):
+            observed = run_calibration(pipeline, sampler, 1, 1, progress=False)
+        by_path = {layer.path: layer for layer in observed.layers}
+        found = [by_path.get(layer.path, layer) for layer in found]
+        total = observed.total_macs
+    kinds = _kinds(found, total)
+    identity = identify(pipeline)
+    if as_json:
+        _print_json(
+            {
+                "pipeline": type(pipeline).__name__,
+                "model": asdict(identity),
+                "macs_per_step": total or None,
+                "kinds": kinds,
+                "layers": [asdict(layer) for layer in found],
+            }
+        )
+        return
+    blocks = len({layer.block for layer in found})
+    cost = f", {human_macs(total)} a step" if total else ""
+    _print(
+        f"{type(pipeline).__name__} with {identity.class_name}: "
+        f"{len(found)} layers in {blocks} blocks{cost}"
+    )
+    _print(_kinds_table(kinds, total))
+    if layers:
+        _print(_layers_table(found, total))
+
+
+@app.command()
+def calibrate(
+    model: ModelArgument,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Calibration to write.")
+    ],
+    samples: Annotated[int, typer.Option(min=1, help="Generations to measure on.")] = 10,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Solver steps. Default: the pipeline's own."),
+    ] = None,
+    max_gap: Annotated[int, typer.Option(min=1, help="Largest gap to measure, in steps.")] = 3,
+    prompt: Prompts = None,
+    class_label: ClassLabels = None,
+    guidance_scale: Guidance = None,
+    seed: Seed = 0,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Compare about this many tokens of each output. Default: all."),
+    ] = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Measure on a few samples what reusing each layer would cost.
+
+    Prompts or class labels are used in turn. Plan with the file for as many thresholds as you
+    like; it fits the number of steps that it was made with.
+
+    [bold]Example:[/bold] smoothcache calibrate ./my-dit -o dit.safetensors --class-label 0
+    """
+    _check_output_file(output)
+    pipeline = _load(model, device, dtype)
+    sampler = PipelineSampler(
+        pipeline, tuple(prompt or ()), tuple(class_label or ()), steps, guidance_scale, seed
+    )
+    started = time.perf_counter()
+    calibration = run_calibration(
+        pipeline, sampler, samples, max_gap, tokens=tokens, progress=sys.stderr.isatty()
+    )
+    seconds = time.perf_counter() - started
+    calibration.save(output)
+    if as_json:
+        _print_json(
+            {
+                "file": str(output),
+                "samples": calibration.num_samples,
+                "steps": calibration.num_steps,
+                "max_gap": calibration.max_gap,
+                "kinds": _kinds(calibration.layers, calibration.total_macs),
+                "macs_per_step": calibration.total_macs,
+                "peak_bytes": calibration.peak_bytes,
+                "seconds": seconds,
+                "left_out": calibration.provenance.get("left_out", ""),
+            }
+        )
+        return
+    _print(str(calibration))
+    _print(
+        f"{seconds:.1f} s, at most {calibration.peak_bytes / 2**20:.1f} MiB of outputs kept; "
+        f"written to {output}"
+    )
+
+
+@app.command()
+def plan(
+    calibration: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="What calibrate wrote.", show_default=False),
+    ],
+    alpha: Annotated[
+        float,
+        typer.Option(metavar="A", help="Relative L1 error that every reuse must stay below."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Schedule to write (JSON).")
+    ],
+    per: Annotated[
+        Per, typer.Option(help="Decide for all layers of a kind together, or for each alone.")
+    ] = Per.kind,
+    max_gap: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most reuses in a row. Default: all gaps that were measured."),
+    ] = None,
+    predictor: Annotated[
+        str, typer.Option(help="How reused values are made: hold, taylor or taylor2.")
+    ] = "hold",
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the schedule, as png, svg or pdf."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Decide what to reuse: every layer for as long as its measured error stays below alpha.
+
+    Needs the calibration alone, not the model.
+
+    [bold]Example:[/bold] smoothcache plan dit.safetensors --alpha 0.18 -o dit.json
+    """
+    measured = Calibration.load(calibration)
+    schedule = plan_threshold(
+        measured, alpha=alpha, per=per.value, max_gap=max_gap, predictor=predictor
+    )
+    drawn = None if picture is None else _drawn(schedule, picture)
+    _check_output_file(output)
+    schedule.save(output)
+    if drawn is not None and picture is not None:
+        _files.write_atomically(picture, drawn)
+    if as_json:
+        _print_json(
+            {
+                "file": str(output),
+                "picture": None if picture is None else str(picture),
+                "steps": schedule.num_steps,
+                "alpha": alpha,
+                "compute": schedule.compute,
+                "layer_steps_reused": schedule.reused,
+                "kinds": _computed_by_kind(schedule),
+            }
+        )
+        return
+    _print(_schedule_line(schedule))
+    _print(_schedule_table(schedule))
+    _print(f"written to {output}" + ("" if picture is None else f" and {picture}"))
+    if schedule.is_all_compute:
+        _to_stderr(
+            f"note: nothing is reused, as no error is below {alpha:g}; take a larger alpha "
+            f"(the smallest error measured is {_smallest_error(measured):.3g})"
+        )
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    schedule: Annotated[
+        Path, typer.Option("--schedule", metavar="FILE", help="What plan wrote, or a 0/1 file.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the images.")
+    ],
+    prompt: Prompts = None,
+    class_label: ClassLabels = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images to make. Default: one for each prompt or label."),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Solver steps. Default: those of the schedule."),
+    ] = None,
+    guidance_scale: Guidance = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Run a pipeline under a schedule and write its images.
+
+    [bold]Example:[/bold] smoothcache generate ./my-dit --schedule dit.json --class-label 3 -o out
+    """
+    planned = Schedule.load(schedule)
+    _check_output_folder(output)
+    pipeline = _load(model, device, dtype)
+    sampler = PipelineSampler(
+        pipeline,
+        tuple(prompt or ()),
+        tuple(class_label or ()),
+        planned.num_steps if steps is None else steps,
+        guidance_scale,
+        seed,
+    )
+    files: list[Path] = []
+    started = time.perf_counter()
+    with cached(pipeline, planned) as run:
+        for i in _tracked(range(samples or max(1, len(sampler.inputs))), "generating"):
+            files += _write_images(output, i, sampler(i))
+    seconds = time.perf_counter() - started
+    summary = run.summary()
+    if as_json:
+        counts = {name: value for name, value in vars(summary).items() if name != "schedule"}
+        _print_json(
+            {
+                "files": [str(file) for file in files],
+                "seconds": seconds,
+                "compute": summary.schedule.compute,
+                **counts,
+            }
+        )
+        return
+    _print(str(summary))
+    _print(f"{len(files)} image(s) in {seconds:.1f} s, written to {output}")
+
+
+# --------------------------------------------------------------------------------- the library
+
+
+def _load(model: str, device: str | None, dtype: Dtype) -> Any:
+    import torch
+
+    with _status(f"loading {model}"):
+        silence_libraries()
+        pipeline = load_pipeline(
+            model,
+            dtype=getattr(torch, dtype.value),
+            device=device or ("cuda" if torch.cuda.is_available() else None),
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _drawn(schedule: Schedule, picture: Path) -> bytes:
+    """The picture of a schedule, in the format that its file name asks for."""
+    from .plots import plot_schedule
+
+    kind = picture.suffix.lstrip(".").lower()
+    if kind not in ("png", "svg", "pdf"):
+        raise InvalidArgumentError(f"the picture '{picture}' must end in .png, .svg or .pdf")
+    _check_output_file(picture)
+    data = io.BytesIO()
+    plot_schedule(schedule).savefig(data, format=kind)
+    return data.getvalue()
+
+
+def _write_images(folder: Path, index: int, images: Any) -> list[Path]:
+    """Writes images [batch, channels, height, width] in [0, 1] as PNG files."""
+    from PIL import Image
+
+    if images.ndim != 4:
+        raise InvalidArgumentError(
+            f"the pipeline made a tensor of shape {list(images.shape)}, and only images can be "
+            "written, [batch, channels, height, width]; run it from Python instead"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = (images.detach().cpu().float().clamp(0, 1) * 255).round().byte()
+    written = []
+    for number, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        name = f"{index:04d}" if len(pixels) == 1 else f"{index:04d}-{number}"
+        data = io.BytesIO()
+        Image.fromarray(image.squeeze()).save(data, format="PNG")
+        _files.write_atomically(folder / f"{name}.png", data.getvalue())
+        written.append(folder / f"{name}.png")
+    return written
+
+
+def _smallest_error(calibration: Calibration) -> float:
+    import numpy as np
+
+    first = [calibration.curve(gap=1, kind=kind).mean[1:-1] for kind in calibration.kinds]
+    return float(np.min(np.concatenate(first), initial=np.inf))
+
+
+# ----------------------------------------------------------------------------------- the files
+
+
+def _check_output_file(path: Path) -> None:
+    """Refuses before long work what could not be written after it."""
+    if path.is_dir():
+        raise InvalidArgumentError(f"cannot write '{path}': it is a folder")
+    if not path.parent.is_dir():
+        raise InvalidArgumentError(f"cannot write '{path}': there is no folder '{path.parent}'")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InvalidArgumentError(f"cannot write '{path}': the folder is not writable")
+
+
+def _check_output_folder(path: Path) -> None:
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InvalidArgumentError(f"cannot write to '{path}': '{existing}' is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InvalidArgumentError(f"cannot write to '{path}': '{existing}' is not writable")
+
+
+# ---------------------------------------------------------------------------------- the tables
+
+
+def _kinds(layers: Sequence[CacheLayer], total: int) -> list[dict[str, Any]]:
+    """Number, blocks and cost of each kind of layer; a cost is None where it was not observed."""
+    rows = []
+    for kind in dict.fromkeys(layer.kind for layer in layers):
+        members = [layer for layer in layers if layer.kind == kind]
+        seen = [layer.macs for layer in members if layer.macs is not None]
+        macs = sum(seen) if seen else None
+        rows.append(
+            {
+                "kind": kind,
+                "layers": len(members),
+                "blocks": len({layer.block for layer in members}),
+                "macs": macs,
+                "share": macs / total if macs is not None and total else None,
+            }
+        )
+    return rows
+
+
+def _kinds_table(kinds: Sequence[dict[str, Any]], total: int) -> Table:
+    columns = ["kind", "layers", "blocks"] + ["MACs a step", "share"] * bool(total)
+    table = _table(columns)
+    for row in kinds:
+        cost = [_macs(row["macs"]), _percent(row["share"])] if total else []
+        table.add_row(row["kind"], str(row["layers"]), str(row["blocks"]), *cost)
+    if total:
+        rest = total - sum(row["macs"] or 0 for row in kinds)
+        table.add_row("[dim]the rest[/dim]", "", "", human_macs(rest), _percent(rest / total))
+    return table
+
+
+def _layers_table(layers: Sequence[CacheLayer], total: int) -> Table:
+    table = _table(["layer", "kind"] + ["MACs a step", "share"] * bool(total), left=2)
+    for layer in layers:
+        share = None if layer.macs is None or not total else layer.macs / total
+        cost = [_macs(layer.macs), _percent(share)] if total else []
+        table.add_row(layer.path, layer.kind, *cost)
+    return table
+
+
+def _computed_by_kind(schedule: Schedule) -> list[dict[str, Any]]:
+    """Of each kind, or name of an unbound schedule: its layers and the steps they compute."""
+    kinds = {layer.path: layer.kind for layer in schedule.layers or ()}
+    grouped: dict[str, list[tuple[bool, ...]]] = {}
+    for name, row in schedule.rows.items():
+        grouped.setdefault(kinds.get(name, name), []).append(row.computed)
+    return [
+        {
+            "kind": kind,
+            "layers": len(masks),
+            "least_computed_steps": min(map(sum, masks)),
+            "most_computed_steps": max(map(sum, masks)),
+            "compute_steps": [i for i, computed in enumerate(masks[0]) if computed]
+            if len(set(masks)) == 1
+            else None,
+        }
+        for kind, masks in grouped.items()
+    ]
+
+
+def _schedule_line(schedule: Schedule) -> str:
+    model = schedule.model.class_name if schedule.model else "a model yet to be bound"
+    cost = "" if schedule.compute is None else f": {_percent(schedule.compute)} of the MACs"
+    return f"{schedule.num_steps} steps of {model}{cost}"
+
+
+def _schedule_table(schedule: Schedule) -> Table:
+    with_map = schedule.num_steps <= _WIDEST_MAP
+    table = _table(["kind", "layers", "computed"] + ["# computed, . reused"] * with_map)
+    if with_map:
+        table.columns[-1].justify = "left"
+    for row in _computed_by_kind(schedule):
+        low, high = row["least_computed_steps"], row["most_computed_steps"]
+        computed = f"{low} of {schedule.num_steps}" if low == high else f"{low} to {high}"
+        steps = set(row["compute_steps"] or ())
+        drawn = "".join("#" if i in steps else "." for i in range(schedule.num_steps))
+        mixed = "differs from layer to layer"
+        line = [drawn if row["compute_steps"] else mixed] * with_map
+        table.add_row(row["kind"], str(row["layers"]), computed, *line)
+    return table
+
+
+def _table(columns: Iterable[str], *, left: int = 1) -> Table:
+    """An empty table whose first columns are texts, the others numbers."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index < left else "right", no_wrap=True)
+    return table
+
+
+def _macs(value: int | None) -> str:
+    return "-" if value is None else human_macs(value)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+# -------------------------------------------------------------------------------- the terminal
+
+
+def _print(what: str | Table) -> None:
+    """Shows a line or a table, unwrapped where it does not go to a terminal."""
+    width = None if sys.stdout.isatty() else 200
+    console = Console(width=width, highlight=False, soft_wrap=isinstance(what, str))
+    console.print(what, markup=not isinstance(what, str))
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+@contextmanager
+def _status(text: str) -> Iterator[None]:
+    """Says what is going on, in a terminal, for as long as it does."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(text):
+        yield
+
+
+def _tracked(numbers: range, text: str) -> Iterator[int]:
+    """The numbers, with a progress bar in a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield from progress.track(numbers)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _to_stderr(f"warning: {_one_line(message)}")
+
+
+def _to_stderr(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split()).rstrip(".")

@@ -1,0 +1,279 @@
+"""Pipelines of diffusers: loading one, and running it with what its call asks for.
+
+The only file that imports diffusers, and only when a pipeline is loaded.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import check_count, check_number
+from .denoisers import find_denoisers
+from .errors import InvalidArgumentError, SmoothCacheError
+
+INDEX = "model_index.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_ANY_PROMPT = "a photograph"
+
+
+class PipelineLoadError(SmoothCacheError, OSError):
+    """There is no such pipeline, or it cannot be loaded."""
+
+
+def load_pipeline(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> Any:
+    """Loads a pipeline from a local folder or from the Hugging Face hub.
+
+    Args:
+        name_or_path: A folder that ``save_pretrained`` wrote, or the ``owner/name`` of a
+            repository on the hub. A folder comes first where both exist.
+        dtype: Of the weights; None for float32.
+        device: Where to put the pipeline; None leaves it on the CPU.
+
+    Returns:
+        A ``diffusers.DiffusionPipeline`` of the class that its index names.
+
+    Raises:
+        PipelineLoadError: If there is no such folder or repository, it holds no pipeline, or the
+            hub cannot be reached. The message is one sentence.
+        InvalidArgumentError: If the device cannot be used.
+    """
+    source = _existing_source(os.fspath(name_or_path))
+    from diffusers import DiffusionPipeline
+
+    try:
+        with warnings.catch_warnings():
+            # Newer versions call it dtype, the oldest that we support know this name alone.
+            warnings.filterwarnings("ignore", "`torch_dtype`", FutureWarning)
+            pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype or torch.float32)
+    except Exception as error:  # a folder can be broken in any way
+        raise PipelineLoadError(_why_not_loaded(source, error)) from error
+    return pipeline if device is None else _moved(pipeline, device)
+
+
+def silence_libraries() -> None:
+    """Keeps diffusers and transformers from writing anything but errors to the terminal."""
+    for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")  # read when they are first imported
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.disable_progress_bar()
+    for library in ("diffusers", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class PipelineSampler:
+    """Runs one generation of a pipeline after the other: number i has its own input and seed.
+
+    The inputs are used in turn. Which ones there must be is read from the signature of the
+    pipeline's ``__call__``. Instances can be passed to ``smoothcache.calibrate`` as ``sample``.
+
+    Attributes:
+        pipeline: A pipeline of diffusers.
+        prompts: Texts, for a pipeline that takes ``prompt``.
+        class_labels: Indices of classes, for a pipeline that takes ``class_labels``.
+        num_steps: Solver steps; None for the pipeline's own default.
+        guidance_scale: None for the pipeline's own default.
+        seed: Generation i starts from the noise of seed + i, drawn on the CPU.
+
+    Raises:
+        InvalidArgumentError: If the pipeline needs what is not given, or does not take what is.
+    """
+
+    pipeline: Any
+    prompts: tuple[str, ...] = ()
+    class_labels: tuple[int, ...] = ()
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_inputs()
+        self._check_class_labels()
+        if self.num_steps is not None:
+            check_count("num_steps", self.num_steps, least=1)
+        if self.guidance_scale is not None:
+            check_number("guidance_scale", self.guidance_scale)
+        check_count("seed", self.seed, least=0)
+
+    @classmethod
+    def with_any_input(cls, pipeline: Any, num_steps: int) -> PipelineSampler:
+        """A sampler for when only the cost matters: class 0, or some prompt."""
+        takes = _parameters(pipeline)
+        return cls(
+            pipeline,
+            prompts=(_ANY_PROMPT,) if "prompt" in takes and "class_labels" not in takes else (),
+            class_labels=(0,) if "class_labels" in takes else (),
+            num_steps=num_steps,
+        )
+
+    @property
+    def inputs(self) -> tuple[str, ...] | tuple[int, ...]:
+        """The prompts or class labels; empty for a pipeline that is asked for nothing."""
+        return self.class_labels or self.prompts
+
+    @property
+    def steps(self) -> int:
+        """Solver steps of every generation."""
+        if self.num_steps is not None:
+            return self.num_steps
+        return int(_parameters(self.pipeline)["num_inference_steps"].default)
+
+    def __call__(self, i: int) -> Tensor:
+        """Runs generation number i from start to end.
+
+        Returns:
+            What the pipeline makes: images [1, channels, height, width] in [0, 1] if it is a
+            pipeline of images.
+        """
+        arguments = self._arguments(i)
+        output = self.pipeline(**arguments)
+        result = output[0]
+        return result if isinstance(result, Tensor) else torch.stack(list(result))
+
+    def _arguments(self, i: int) -> dict[str, Any]:
+        takes = _parameters(self.pipeline)
+        wanted: dict[str, Any] = {
+            "generator": torch.Generator("cpu").manual_seed(self.seed + i),
+            "num_inference_steps": self.steps,
+            "output_type": "pt",
+            "return_dict": False,
+        }
+        arguments = {name: value for name, value in wanted.items() if name in takes}
+        if self.prompts:
+            arguments["prompt"] = self.prompts[i % len(self.prompts)]
+        if self.class_labels:
+            arguments["class_labels"] = [self.class_labels[i % len(self.class_labels)]]
+        if self.guidance_scale is not None:
+            arguments["guidance_scale"] = self.guidance_scale
+        return arguments
+
+    def _check_inputs(self) -> None:
+        takes = _parameters(self.pipeline)
+        name = type(self.pipeline).__name__
+        given = {
+            "prompt": bool(self.prompts),
+            "class_labels": bool(self.class_labels),
+            "guidance_scale": self.guidance_scale is not None,
+        }
+        wrong = [_spoken(x) for x, is_given in given.items() if is_given and x not in takes]
+        wanted = next((x for x in ("class_labels", "prompt") if x in takes), None)
+        needed = f"; it needs {_spoken(wanted)}" if wanted and not given[wanted] else ""
+        if wrong:
+            raise InvalidArgumentError(f"{name} takes no {' and no '.join(wrong)}{needed}")
+        if needed:
+            raise InvalidArgumentError(f"{name} needs {_spoken(wanted)}; give one or several")
+        missing = [
+            x
+            for x, parameter in takes.items()
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            and not given.get(x)
+        ]
+        if missing or "num_inference_steps" not in takes:
+            what = f"needs {', '.join(missing)}" if missing else "takes no num_inference_steps"
+            raise InvalidArgumentError(
+                f"{name} {what}; write a function sample(i) that runs it, and pass that instead"
+            )
+
+    def _check_class_labels(self) -> None:
+        if not self.class_labels:
+            return
+        denoiser = next(iter(find_denoisers(self.pipeline).values()))
+        config = getattr(denoiser, "config", {})
+        classes = config.get("num_embeds_ada_norm") if isinstance(config, dict) else None
+        for label in self.class_labels:
+            check_count("a class label", label, least=0)
+            if classes is not None and label >= classes:
+                raise InvalidArgumentError(
+                    f"there is no class {label}; the labels of this model are 0 to {classes - 1}"
+                )
+
+
+def _parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
+    """What the pipeline's call takes, by name."""
+    parameters = dict(inspect.signature(type(pipeline).__call__).parameters)
+    parameters.pop("self", None)
+    return parameters
+
+
+def _spoken(name: str | None) -> str:
+    return {"class_labels": "class label", "guidance_scale": "guidance scale"}.get(
+        name or "", name or ""
+    )
+
+
+def _existing_source(name: str) -> str:
+    """A folder with a pipeline in it, or what could be the name of one on the hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / INDEX).is_file():
+            single = (path / "config.json").is_file()
+            hint = "; it looks like a single model: give the folder of its pipeline" * single
+            raise PipelineLoadError(f"the folder '{name}' is no pipeline: it has no {INDEX}{hint}")
+        return str(path)
+    if path.exists():
+        raise PipelineLoadError(f"'{name}' is a file; give the folder of a pipeline")
+    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise PipelineLoadError(f"there is no folder '{name}'")
+    return name
+
+
+def _why_not_loaded(source: str, error: BaseException) -> str:
+    if Path(source).is_dir():
+        return f"the pipeline in '{source}' cannot be loaded: {_first_sentence(error)}"
+    causes = _causes(error)
+    names = {cls.__name__ for cause in causes for cls in type(cause).__mro__}
+    nowhere = f"there is no folder '{source}', and"
+    if "GatedRepoError" in names:
+        return f"{nowhere} the repository on the hub asks you to accept its terms and to log in"
+    if "RepositoryNotFoundError" in names:
+        return f"{nowhere} the hub has no repository of that name (or it is private)"
+    if "OfflineModeIsEnabled" in names:
+        return f"{nowhere} the hub is not asked, as HF_HUB_OFFLINE is set"
+    if names & {"ConnectionError", "NetworkError", "TimeoutException", "ProxyError", "Timeout"}:
+        return f"{nowhere} the hub cannot be reached ({_first_sentence(causes[-1])})"
+    if "EntryNotFoundError" in names:
+        return f"the repository '{source}' on the hub is no pipeline: it has no {INDEX}"
+    return f"'{source}' cannot be loaded from the hub: {_first_sentence(error)}"
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and those that led to it, the first one last."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return chain
+
+
+def _first_sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    first = re.split(r"(?<=[a-z)'\"])\. ", text)[0].rstrip(".")
+    return first if len(first) <= 200 else f"{first[:197]}..."
+
+
+def _moved(pipeline: Any, device: str | torch.device) -> Any:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidArgumentError(
+            f"the device '{device}' cannot be used: {_first_sentence(error)}"
+        ) from error
+    return pipeline.to(device)

@@ -1,0 +1,171 @@
+"""Tables of what runs cost and how good they were: as text, as Markdown, as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from .errors import InvalidArgumentError
+
+MISSING = "-"
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One way of sampling: what it cost and how good it was. None is what was not measured.
+
+    Attributes:
+        name: What the row is called.
+        steps: Solver steps.
+        compute: Fraction of the MACs of the uncached run; 1 is the uncached run itself.
+        time: Wall clock over that of the uncached run, dimensionless.
+        seconds: Wall clock of all samples together.
+        psnr: Against the uncached samples of the same seeds, in dB, mean over samples.
+        ssim: Likewise; at most 1.
+        relative_error: Likewise, relative L1 error.
+        class_accuracy: Share of samples that a classifier recognises, in [0, 1].
+        frechet_distance: Between the features of the samples and of real data.
+        peak_bytes: Most bytes of kept outputs at any moment.
+    """
+
+    name: str
+    steps: int | None = None
+    compute: float | None = None
+    time: float | None = None
+    seconds: float | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    relative_error: float | None = None
+    class_accuracy: float | None = None
+    frechet_distance: float | None = None
+    peak_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for field, value in asdict(self).items():
+            if isinstance(value, float) and math.isnan(value):
+                raise InvalidArgumentError(
+                    f"{field} of the row '{self.name}' is NaN; leave it out if it is not known."
+                )
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows to be compared. Printed, it is an aligned table of plain text.
+
+    Columns that no row has a value for are left out; a single missing value is a dash.
+
+    Example:
+        >>> rows = (ReportRow("uncached", compute=1.0), ReportRow("cached", compute=0.5, psnr=38.2))
+        >>> print(Report(rows, title="Demo"))
+        Demo
+                  compute  PSNR, dB
+        uncached  100.0 %         -
+        cached     50.0 %      38.2
+
+    Attributes:
+        rows: In the order in which they are shown.
+        title: Comes above the table; may be empty.
+        notes: Sentences that come below it: what was measured on what.
+    """
+
+    rows: tuple[ReportRow, ...]
+    title: str = ""
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def header(self) -> list[str]:
+        """Names of the columns that some row has a value for; the first, of the names, is empty."""
+        return ["", *(COLUMNS[field][0] for field in self._fields())]
+
+    def cells(self) -> list[list[str]]:
+        """What the table shows: a list for each row, of the columns of `header`."""
+        return [
+            [row.name, *(_cell(getattr(row, field), COLUMNS[field][1]) for field in self._fields())]
+            for row in self.rows
+        ]
+
+    def to_text(self) -> str:
+        """An aligned table, for a terminal or a log."""
+        lines = [self.header(), *self.cells()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = [
+            "  ".join(
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([*([self.title] if self.title else []), *table, *self.notes])
+
+    def to_markdown(self) -> str:
+        """A Markdown table, for a README or a model card."""
+        lines = [self.header(), *self.cells()]
+        escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        rule = ["---", *["---:"] * (len(escaped[0]) - 1)]
+        table = [f"| {' | '.join(line)} |" for line in (escaped[0], rule, *escaped[1:])]
+        above = [f"**{self.title}**", ""] if self.title else []
+        below = ["", *self.notes] if self.notes else []
+        return "\n".join([*above, *table, *below])
+
+    def to_json(self) -> str:
+        """A JSON document with every value in full precision.
+
+        What was not measured is null; an infinite value, as the PSNR of identical images, is the
+        string "inf", since JSON has no such number.
+        """
+        rows = [
+            {field: _finite(value) for field, value in asdict(row).items()} for row in self.rows
+        ]
+        document = {"title": self.title, "rows": rows, "notes": list(self.notes)}
+        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+
+    def _fields(self) -> list[str]:
+        return [
+            field for field in COLUMNS if any(getattr(row, field) is not None for row in self.rows)
+        ]
+
+
+def _size(count: float) -> str:
+    """Bytes in the largest unit that leaves a number of at least 1."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    power = min(int(math.log2(count) // 10) if count >= 1 else 0, len(units) - 1)
+    return f"{count / 1024**power:.{1 if power else 0}f} {units[power]}"
+
+
+def _significant(value: float) -> str:
+    """Three significant digits, without an exponent where that is readable."""
+    if value == 0:
+        return "0"
+    decimals = min(6, max(0, 2 - math.floor(math.log10(abs(value)))))
+    return f"{value:.{decimals}f}"
+
+
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "steps": ("steps", "{:d}".format),
+    "compute": ("compute", lambda value: f"{100 * value:.1f} %"),
+    "time": ("time", "× {:.2f}".format),
+    "seconds": ("seconds", "{:.2f}".format),
+    "psnr": ("PSNR, dB", "{:.1f}".format),
+    "ssim": ("SSIM", "{:.4f}".format),
+    "relative_error": ("relative error", _significant),
+    "class_accuracy": ("class accuracy", lambda value: f"{100 * value:.1f} %"),
+    "frechet_distance": ("Frechet distance", _significant),
+    "peak_bytes": ("memory kept", _size),
+}
+"""Field of a row to the heading of its column and how its values are written."""
+
+
+def _cell(value: float | None, written: Callable[[float], str]) -> str:
+    if value is None:
+        return MISSING
+    if math.isinf(value):
+        return "inf"
+    return written(value)
+
+
+def _finite(value: object) -> object:
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
