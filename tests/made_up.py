@@ -6,12 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from smoothcache.calibration import Calibration
 from smoothcache.layers import CacheLayer, ModelIdentity
 from smoothcache.predictors import PREDICTORS
 from smoothcache.schedule import Row, Schedule
+
+# Whether a machine is busy is not what the tests are about.
+settings.register_profile("smoothcache", deadline=None)
+settings.load_profile("smoothcache")
 
 MODEL = ModelIdentity("ToyDiT", "0123456789abcdef")
 

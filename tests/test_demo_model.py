@@ -22,7 +22,7 @@ diffusers = pytest.importorskip("diffusers")
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = diffusers.DiTPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
+    pipe = diffusers.DiTPipeline.from_pretrained(FOLDER)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -101,6 +101,7 @@ def test_folder_is_small_and_names_no_machine():
             assert "_name_or_path" not in path.read_text()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch_dtype:FutureWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_pipeline_loads(dtype):
     pipe = diffusers.DiTPipeline.from_pretrained(FOLDER, torch_dtype=dtype)

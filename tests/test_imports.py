@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ RANKS = (
     {"layers", "calibration", "schedule"},
     {"planners"},
     {"calibrate", "apply", "clock", "summary"},
-    {"search", "metrics", "plots", "report"},
+    {"search", "metrics", "plots", "report", "compare"},
     {"demo", "cli", "__main__"},
 )
 RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
@@ -85,12 +86,14 @@ def test_importing_smoothcache_loads_nothing_heavy() -> None:
     assert not loaded & OPTIONAL
 
 
-@pytest.mark.parametrize("module", ["metrics", "plots", "report", "demo"])
-def test_optional_packages_wait_until_they_are_used(module: str) -> None:
-    loaded = {name.partition(".")[0] for name in modules_after(f"import smoothcache.{module}")}
+def test_optional_packages_wait_until_they_are_used() -> None:
+    modules = ("metrics", "plots", "report", "compare", "demo")
+    statement = "import " + ", ".join(f"smoothcache.{module}" for module in modules)
+    loaded = {name.partition(".")[0] for name in modules_after(statement)}
     assert not loaded & OPTIONAL
 
 
+@cache
 def own_imports() -> dict[str, set[str]]:
     """Module or family of the package -> those that it imports, wherever in the file."""
     found: dict[str, set[str]] = {}

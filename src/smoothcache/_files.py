@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from ._checks import listed
@@ -114,13 +114,13 @@ class Value:
 
 
 def parse_json(data: bytes | str, file: str) -> Value:
-    """Strict JSON: no NaN, no key twice in one object.
+    """JSON in which no key comes twice in one object.
 
     Raises:
         FileFormatError: If the data is not such JSON, with the position of the damage.
     """
     try:
-        raw = json.loads(data, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        raw = json.loads(data, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise Value(None, file).error(f"not valid JSON, or cut short ({error})") from error
     return Value(raw, file)
@@ -197,7 +197,3 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {listed({n for n in names if names.count(n) > 1})} comes twice")
     return entries
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")

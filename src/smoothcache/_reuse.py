@@ -200,9 +200,7 @@ def _swapped(outputs: list[Any], inputs: list[Tensor]) -> Tensor | None:
     return crossed < straight
 
 
-def _bases(
-    outputs: list[Any], inputs: list[Tensor], swapped: Tensor | None
-) -> list[Tensor | None]:
+def _bases(outputs: list[Any], inputs: list[Tensor], swapped: Tensor | None) -> list[Tensor | None]:
     """The input that each output leaf continues: the first unused one of its shape."""
     free = list(inputs)
     bases: list[Tensor | None] = []

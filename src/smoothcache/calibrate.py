@@ -117,9 +117,7 @@ class _Session:
         self._max_gap = max_gap
         self._tokens = tokens
         self._memory = _Memory()
-        self._observers = {
-            layer.path: _Observer(max_gap, tokens, self._memory) for layer in layers
-        }
+        self._observers = {layer.path: _Observer(max_gap, tokens, self._memory) for layer in layers}
         self._errors: list[npt.NDArray[np.float64]] = []
         self._counting = ExitStack()
         self._total_macs = 0

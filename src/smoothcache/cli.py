@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
@@ -37,7 +37,13 @@ from .planners import plan as plan_threshold
 from .schedule import Schedule
 from .version import __version__
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .compare import Variant
+
 _BAD_INPUT, _INTERRUPTED = 2, 130
+_MOST_IMAGES = 8  # in a picture
 _WIDEST_MAP = 60  # steps of a schedule that fit on a line beside the other columns
 
 
@@ -303,11 +309,13 @@ def plan(
     schedule = plan_threshold(
         measured, alpha=alpha, per=per.value, max_gap=max_gap, predictor=predictor
     )
-    drawn = None if picture is None else _drawn(schedule, picture)
     _check_output_file(output)
+    if picture is not None:
+        kind = _picture_kind(picture)
+        from .plots import plot_schedule
+
+        _write_picture(plot_schedule(schedule), picture, kind)
     schedule.save(output)
-    if drawn is not None and picture is not None:
-        _files.write_atomically(picture, drawn)
     if as_json:
         _print_json(
             {
@@ -393,7 +401,96 @@ def generate(
     _print(f"{len(files)} image(s) in {seconds:.1f} s, written to {output}")
 
 
+@app.command()
+def compare(
+    model: ModelArgument,
+    schedule: Annotated[
+        list[Path],
+        typer.Option(
+            "--schedule", metavar="FILE", help="What plan wrote, or a 0/1 file. Repeatable."
+        ),
+    ],
+    prompt: Prompts = None,
+    class_label: ClassLabels = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples each way. Default: one for each prompt or label."),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of the uncached run. Default: those of the schedules."),
+    ] = None,
+    guidance_scale: Guidance = None,
+    seed: Seed = 0,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the samples side by side: png, svg or pdf."),
+    ] = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Set schedules beside the uncached run and beside plain fewer steps, with the same seeds.
+
+    Shows cost, wall clock, peak memory of kept outputs, and how far the samples are from the
+    uncached ones. Every schedule is followed by a run of as many fewer steps as cost the same.
+
+    [bold]Example:[/bold] smoothcache compare ./my-dit --schedule dit.json --class-label 3
+    """
+    from .compare import compare as run_comparison
+    from .plots import plot_image_grid
+
+    variants = _variants(schedule)
+    kind = None if picture is None else _picture_kind(picture)
+    pipeline = _load(model, device, dtype)
+    sampler = PipelineSampler(
+        pipeline,
+        tuple(prompt or ()),
+        tuple(class_label or ()),
+        steps or max(x.schedule.num_steps for x in variants if x.schedule),
+        guidance_scale,
+        seed,
+    )
+    comparison = run_comparison(
+        pipeline,
+        sampler,
+        variants,
+        num_steps=sampler.steps,
+        num_samples=samples or max(1, len(sampler.inputs)),
+        progress=sys.stderr.isatty(),
+    )
+    if picture is not None and kind is not None:
+        (_, reference), *others = comparison.images.items()
+        shown = [(name, images[:_MOST_IMAGES]) for name, images in others]
+        _write_picture(plot_image_grid(shown, reference[:_MOST_IMAGES]), picture, kind)
+    report = comparison.report()
+    if as_json:
+        typer.echo(report.to_json())
+        return
+    table = _table(report.header())
+    for row in report.cells():
+        table.add_row(*row)
+    _print(table)
+    for note in report.notes:
+        _print(note)
+    if picture is not None:
+        _print(f"picture written to {picture}")
+
+
 # --------------------------------------------------------------------------------- the library
+
+
+def _variants(files: Sequence[Path]) -> list[Variant]:
+    """The schedules, each named like its file."""
+    from .compare import Variant
+
+    stems = [file.stem for file in files]
+    if len(set(map(str, files))) < len(files):
+        raise InvalidArgumentError("the same schedule is given twice")
+    return [
+        Variant(file.stem if stems.count(file.stem) == 1 else str(file), Schedule.load(file))
+        for file in files
+    ]
 
 
 def _load(model: str, device: str | None, dtype: Dtype) -> Any:
@@ -410,17 +507,19 @@ def _load(model: str, device: str | None, dtype: Dtype) -> Any:
     return pipeline
 
 
-def _drawn(schedule: Schedule, picture: Path) -> bytes:
-    """The picture of a schedule, in the format that its file name asks for."""
-    from .plots import plot_schedule
-
+def _picture_kind(picture: Path) -> str:
+    """The format that the name of a picture asks for; refuses a place that cannot be written."""
     kind = picture.suffix.lstrip(".").lower()
     if kind not in ("png", "svg", "pdf"):
         raise InvalidArgumentError(f"the picture '{picture}' must end in .png, .svg or .pdf")
     _check_output_file(picture)
+    return kind
+
+
+def _write_picture(figure: Figure, path: Path, kind: str) -> None:
     data = io.BytesIO()
-    plot_schedule(schedule).savefig(data, format=kind)
-    return data.getvalue()
+    figure.savefig(data, format=kind)
+    _files.write_atomically(path, data.getvalue())
 
 
 def _write_images(folder: Path, index: int, images: Any) -> list[Path]:

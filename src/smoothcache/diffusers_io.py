@@ -81,7 +81,8 @@ class PipelineSampler:
     """Runs one generation of a pipeline after the other: number i has its own input and seed.
 
     The inputs are used in turn. Which ones there must be is read from the signature of the
-    pipeline's ``__call__``. Instances can be passed to ``smoothcache.calibrate`` as ``sample``.
+    pipeline's ``__call__``. An instance can be
+    passed as ``sample`` to ``calibrate`` and to ``compare``.
 
     Attributes:
         pipeline: A pipeline of diffusers.
@@ -134,23 +135,27 @@ class PipelineSampler:
             return self.num_steps
         return int(_parameters(self.pipeline)["num_inference_steps"].default)
 
-    def __call__(self, i: int) -> Tensor:
+    def __call__(self, i: int, num_steps: int | None = None) -> Tensor:
         """Runs generation number i from start to end.
+
+        Args:
+            i: From 0.
+            num_steps: Solver steps of this generation; None for ``steps``.
 
         Returns:
             What the pipeline makes: images [1, channels, height, width] in [0, 1] if it is a
             pipeline of images.
         """
-        arguments = self._arguments(i)
+        arguments = self._arguments(i, num_steps or self.steps)
         output = self.pipeline(**arguments)
         result = output[0]
         return result if isinstance(result, Tensor) else torch.stack(list(result))
 
-    def _arguments(self, i: int) -> dict[str, Any]:
+    def _arguments(self, i: int, num_steps: int) -> dict[str, Any]:
         takes = _parameters(self.pipeline)
         wanted: dict[str, Any] = {
             "generator": torch.Generator("cpu").manual_seed(self.seed + i),
-            "num_inference_steps": self.steps,
+            "num_inference_steps": num_steps,
             "output_type": "pt",
             "return_dict": False,
         }

@@ -18,7 +18,7 @@ FOLDER = Path("src/smoothcache/demo/shapes-dit")
 
 def load_pipeline(folder: Path) -> DiTPipeline:
     """The exported pipeline in float32, without a progress bar."""
-    pipe = DiTPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = DiTPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,0 +1,388 @@
+"""The fair comparison: cached runs beside the uncached one and beside plain fewer steps.
+
+Every way of sampling starts from the same seeds. Each schedule is set beside the same sampler
+with as many fewer steps as cost the same: a cache that does not beat that is of no use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ._checks import check_count, listed
+from ._contest import Contest, Sample, Score
+from ._optional import optional_module
+from .apply import cached
+from .calibrate import calibrate
+from .calibration import Calibration, student_t_95
+from .errors import InvalidArgumentError
+from .metrics import psnr
+from .report import Report, ReportRow
+from .schedule import Schedule, compute_fraction
+
+REFERENCE = "uncached"
+WARM_UP_STEPS = 4
+HIGHEST_PSNR = 150.0  # dB, taken for identical images where differences are averaged
+SCORES = ("class_accuracy", "frechet_distance")
+WRITTEN = {
+    "psnr": "PSNR {:.1f} dB",
+    "relative_error": "relative error {:.3g}",
+    "class_accuracy": "class accuracy {:.1%}",
+    "frechet_distance": "Frechet distance {:.3g}",
+}
+"""What the verdict quotes of two rows, and how."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of sampling, to be compared with the uncached one.
+
+    >>> Variant("25 steps", num_steps=25).num_steps
+    25
+
+    Attributes:
+        name: What its row is called.
+        schedule: What to run under; None for plain sampling.
+        num_steps: Solver steps of plain sampling; None with a schedule, which has its own.
+
+    Raises:
+        InvalidArgumentError: If it has no name, or not exactly one of the other two.
+    """
+
+    name: str
+    schedule: Schedule | None = None
+    num_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip() or self.name == REFERENCE:
+            raise InvalidArgumentError(
+                f"a variant needs a name, and {REFERENCE!r} is taken; got {self.name!r}."
+            )
+        if not isinstance(self.schedule, Schedule | None):
+            raise InvalidArgumentError(
+                f"the variant {self.name!r} needs a Schedule, got {type(self.schedule).__name__}."
+            )
+        if (self.schedule is None) == (self.num_steps is None):
+            raise InvalidArgumentError(
+                f"the variant {self.name!r} needs either a schedule or a number of steps."
+            )
+        if self.num_steps is not None:
+            check_count("num_steps", self.num_steps, least=1)
+
+
+@dataclass(frozen=True)
+class Duel:
+    """A schedule against plain fewer steps of the same cost: who is closer to the uncached images?
+
+    Attributes:
+        name: The schedule's row.
+        rival: The row of fewer steps.
+        gain: Mean PSNR of the schedule over that of its rival, in dB; negative if it lost.
+        low: Lower end of the 95 % confidence interval of ``gain`` over images; NaN for one image.
+        high: Its upper end.
+    """
+
+    name: str
+    rival: str
+    gain: float
+    low: float
+    high: float
+
+    @property
+    def is_won(self) -> bool | None:
+        """Whether the schedule is closer; None if the images do not tell."""
+        if self.gain == 0 or self.low <= 0 <= self.high:
+            return None
+        return self.gain > 0
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What ``compare`` measured.
+
+    Attributes:
+        rows: The uncached run first; rows of fewer steps follow the schedules of their cost.
+        images: What each row sampled, on the CPU; [samples, channels, height, width] in [0, 1].
+        rivals: Name of each schedule's row -> name of the row of fewer steps of the same cost.
+        recomputed: Name of a row -> why layers ran that its schedule would have reused, and how
+            often; empty if all went as planned.
+    """
+
+    rows: tuple[ReportRow, ...]
+    images: Mapping[str, Tensor]
+    rivals: Mapping[str, str]
+    recomputed: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    def row(self, name: str) -> ReportRow:
+        """The row of this name.
+
+        Raises:
+            InvalidArgumentError: If there is none.
+        """
+        for row in self.rows:
+            if row.name == name:
+                return row
+        names = listed((row.name for row in self.rows), 20)
+        raise InvalidArgumentError(f"there is no row {name!r}; there are {names}.")
+
+    def duels(self) -> tuple[Duel, ...]:
+        """Each schedule against fewer steps of the same cost, image by image."""
+        quality = {
+            name: psnr(images, self.images[REFERENCE]).double().clamp(max=HIGHEST_PSNR)
+            for name, images in self.images.items()
+        }
+        return tuple(
+            Duel(name, rival, *_mean_with_interval(quality[name] - quality[rival]))
+            for name, rival in self.rivals.items()
+        )
+
+    def verdict(self) -> list[str]:
+        """A sentence for each schedule, and one for all: does caching beat fewer steps?"""
+        duels = self.duels()
+        if not duels:
+            return []
+        won = [duel for duel in duels if duel.is_won]
+        if won:
+            best = max(won, key=lambda duel: duel.gain)
+            conclusion = (
+                f"{len(won)} of {len(duels)} schedules are closer to the uncached images than "
+                f"plain fewer steps of the same cost; the largest gain is that of {best.name}, "
+                f"{best.gain:+.1f} dB."
+            )
+        else:
+            conclusion = (
+                "No schedule is closer to the uncached images than plain fewer steps of the same "
+                "cost: use fewer steps instead."
+            )
+        return [*map(self._sentence, duels), conclusion]
+
+    def report(self, title: str = "") -> Report:
+        """The table, with the verdict below it."""
+        return Report(self.rows, title=title, notes=(*self._warnings(), *self.verdict()))
+
+    def _sentence(self, duel: Duel) -> str:
+        first, second = self.row(duel.name), self.row(duel.rival)
+        if duel.is_won is False:
+            first, second = second, first
+        close = (
+            "is no closer to the uncached images, and no farther from them, than"
+            if duel.is_won is None
+            else "is closer to the uncached images than"
+        )
+        numbers = [
+            written.format(getattr(first, name))
+            + " against "
+            + written.format(getattr(second, name))
+            for name, written in WRITTEN.items()
+            if None not in (getattr(first, name), getattr(second, name))
+        ]
+        return f"{first.name} {close} {second.name} at the same cost: {', '.join(numbers)}."
+
+    def _warnings(self) -> Iterator[str]:
+        for name, reasons in self.recomputed.items():
+            count = sum(reasons.values())
+            yield (
+                f"{name}: {count} layer calls were to reuse but had to compute, because "
+                f"{'; because '.join(reasons)}. Its cost counts them."
+            )
+
+
+def fewer_steps(what: Schedule | float, num_steps: int) -> int:
+    """The number of plain steps that cost the same as a schedule.
+
+    Args:
+        what: A schedule with a known cost, or a fraction of the uncached run's MACs.
+        num_steps: Steps of the uncached run.
+
+    Returns:
+        The nearest whole number, at least 1.
+
+    Raises:
+        InvalidArgumentError: If the cost is not known, or not a positive number.
+
+    Example:
+        >>> fewer_steps(0.345, 50)
+        17
+    """
+    check_count("num_steps", num_steps, least=1)
+    compute = what.compute if isinstance(what, Schedule) else what
+    if compute is None:
+        raise InvalidArgumentError(
+            "the schedule does not know its cost; plan it from a calibration, or use compare, "
+            "which measures it."
+        )
+    if not math.isfinite(compute) or compute <= 0:
+        raise InvalidArgumentError(f"compute must be a positive fraction, got {compute}.")
+    return max(1, math.floor(compute * num_steps + 0.5))
+
+
+def compare(
+    model: Any,
+    sample: Sample,
+    variants: Sequence[Variant],
+    *,
+    num_steps: int,
+    num_samples: int = 1,
+    scores: Mapping[str, Score] | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Samples without a cache, with each variant, and with fewer steps of the same cost.
+
+    All ways of sampling take turns generation by generation, after a short warm-up that also
+    counts MACs, so that wall-clock ratios suffer little from what else the machine does; each
+    ratio is the median over generations of the time against the uncached generation beside it.
+
+    Args:
+        model: A diffusers pipeline (all of its denoisers) or any module.
+        sample: ``sample(i, num_steps)`` runs generation number i from start to end with its own
+            fixed seed and that many steps, and returns images in [0, 1], one or a batch;
+            [batch, channels, height, width].
+        variants: What to compare. Each schedule brings a row of fewer steps with it; schedules
+            of the same cost share one.
+        num_steps: What ``sample`` is asked for in the uncached run.
+        num_samples: How many generations to run each way.
+        scores: Further judgements of all images of a row, such as ``class_accuracy`` and
+            ``frechet_distance``, which are columns of the report.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        A row for each way of sampling, and the images.
+
+    Raises:
+        InvalidArgumentError: If an argument has no sensible value, or ``sample`` does not do as
+            described.
+        ScheduleMismatchError: If a schedule does not fit the model or the number of steps.
+        CalibrationError: If ``sample`` does not run the model once from start to end.
+        MissingPackageError: If torchmetrics is not installed.
+
+    Example:
+        >>> from diffusers import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(
+        ...     num_attention_heads=2, attention_head_dim=8, in_channels=3, num_layers=2,
+        ...     sample_size=16,
+        ... ).eval()
+        >>> def sample(i, num_steps):
+        ...     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(i))
+        ...     for step in range(num_steps):
+        ...         t = torch.tensor([999 - 900 * step // num_steps] * 2)
+        ...         x = x - model(x, t, torch.tensor([1, 2])).sample / num_steps
+        ...     return x.sigmoid()
+        >>> half = Variant("every 2nd step", Schedule.uniform(model, num_steps=8, interval=2))
+        >>> with torch.no_grad():
+        ...     comparison = compare(model, sample, [half], num_steps=8, progress=False)
+        >>> [(row.name, row.steps) for row in comparison.rows]
+        [('uncached', 8), ('every 2nd step', 8), ('4 steps', 4)]
+    """
+    check_count("num_steps", num_steps, least=1)
+    check_count("num_samples", num_samples, least=1)
+    scores = dict(scores or {})
+    _check_scores(scores)
+    _check_variants(variants)
+    optional_module("torchmetrics.functional.image", extra="metrics")
+
+    warm_up = min(num_steps, WARM_UP_STEPS)
+    costs = calibrate(model, lambda i: sample(i, warm_up), 1, max_gap=1, progress=False)
+    schedules = {x.name: _bound(model, x.schedule) for x in variants if x.schedule}
+    reference = Contest(REFERENCE, num_steps)
+    reference.run(model, sample, 0, reference)
+    contests, rivals = _line_up(variants, schedules, reference, costs)
+    turns = [(i, contest) for i in range(num_samples) for contest in contests][1:]
+    with tqdm(turns, "comparing", unit="run", disable=not progress) as bar:
+        for i, contest in bar:
+            contest.run(model, sample, i, reference)
+    return Comparison(
+        rows=tuple(contest.row(reference, scores) for contest in contests),
+        images={contest.name: torch.cat(contest.images) for contest in contests},
+        rivals=rivals,
+        recomputed={contest.name: contest.recomputed for contest in contests if contest.recomputed},
+    )
+
+
+def _line_up(
+    variants: Sequence[Variant],
+    schedules: Mapping[str, Schedule],
+    reference: Contest,
+    costs: Calibration,
+) -> tuple[list[Contest], dict[str, str]]:
+    """All ways of sampling in the order of their rows, and the rival of each schedule."""
+    own = {variant.name: _contest(variant, schedules, reference, costs) for variant in variants}
+    plain = {x.asked: x for x in [reference, *own.values()] if x.schedule is None}
+    rivals = {}
+    for name, schedule in schedules.items():
+        compute = own[name].planned * schedule.num_steps / reference.steps
+        asked = fewer_steps(compute, reference.asked)
+        if asked not in plain:
+            plain[asked] = Contest(_free_name(asked, own), asked)
+        rivals[name] = plain[asked]
+    last_with = {rival.name: name for name, rival in rivals.items()}
+    contests = [reference]
+    for name, contest in own.items():
+        contests.append(contest)
+        rival = rivals.get(name, reference)
+        if rival is not reference and rival.name not in own and last_with[rival.name] == name:
+            contests.append(rival)
+    return contests, {name: rival.name for name, rival in rivals.items()}
+
+
+def _contest(
+    variant: Variant, schedules: Mapping[str, Schedule], reference: Contest, costs: Calibration
+) -> Contest:
+    if variant.num_steps is not None:
+        return Contest(variant.name, variant.num_steps)
+    schedule = schedules[variant.name]
+    macs = {layer.path: layer for layer in costs.layers}
+    # Layers that the warm-up did not see run cost nothing.
+    layers = [macs[path] for path in schedule.rows if path in macs]
+    planned = compute_fraction(schedule.rows, layers, costs.total_macs)
+    asked = reference.asked if schedule.num_steps == reference.steps else schedule.num_steps
+    return Contest(variant.name, asked, schedule, 1.0 if planned is None else planned)
+
+
+def _bound(model: Any, schedule: Schedule) -> Schedule:
+    """The schedule for exactly this model's layers; refuses what does not fit before any run."""
+    with cached(model, schedule) as run:
+        return run.schedule
+
+
+def _free_name(steps: int, taken: Mapping[str, Contest]) -> str:
+    name = "1 step" if steps == 1 else f"{steps} steps"
+    return f"{name}, {REFERENCE}" if name in taken else name
+
+
+def _check_variants(variants: Sequence[Variant]) -> None:
+    if not variants:
+        raise InvalidArgumentError("give at least one variant to compare with the uncached run.")
+    for variant in variants:
+        if not isinstance(variant, Variant):
+            raise InvalidArgumentError(f"variants must be Variant, got {type(variant).__name__}.")
+    names = [variant.name for variant in variants]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise InvalidArgumentError(f"the names {listed(twice)} come twice.")
+
+
+def _check_scores(scores: Mapping[str, Score]) -> None:
+    for name, score in scores.items():
+        if name not in SCORES:
+            raise InvalidArgumentError(
+                f"the score {name!r} has no column; there are {listed(SCORES)}."
+            )
+        if not callable(score):
+            raise InvalidArgumentError(
+                f"the score {name!r} must be a function of images, got {type(score).__name__}."
+            )
+
+
+def _mean_with_interval(values: Tensor) -> tuple[float, float, float]:
+    """Mean of [n] values with its 95 % confidence interval, which is NaN for one value."""
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    half_width = student_t_95(len(values) - 1) * float(values.std()) / math.sqrt(len(values))
+    return mean, mean - half_width, mean + half_width

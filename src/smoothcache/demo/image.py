@@ -1,0 +1,300 @@
+"""The whole method on a small trained pipeline: calibrate, plan, sample, compare, draw."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import plots
+from .._checks import check_count
+from ..calibrate import calibrate
+from ..calibration import Calibration
+from ..compare import REFERENCE, Comparison, Variant, compare
+from ..diffusers_io import load_pipeline
+from ..errors import InvalidArgumentError
+from ..metrics import class_accuracy, frechet_distance
+from ..planners import plan, plan_uniform
+from ..report import Report
+from ..schedule import Schedule
+from .classifier import ShapeClassifier, load_classifier
+from .shapes import CLASS_NAMES, generate
+
+FOLDER = Path(__file__).with_name("shapes-dit")
+NUM_STEPS, GUIDANCE, MAX_GAP = 50, 3.0, 3
+INTERVALS = (2, 3)
+CALIBRATION_SEEDS, DATA_SEED = 1_000_000, 20_000  # apart from those of the compared samples
+NUM_CLASSES, NUM_REAL = len(CLASS_NAMES), 3000
+
+
+@dataclass(frozen=True, eq=False)
+class DemoResult:
+    """What the demo measured and where it wrote it.
+
+    Attributes:
+        report: The table, with what it was measured on and the verdict below it.
+        comparison: The rows and images behind it.
+        calibration: The error curves.
+        schedules: Name of a row -> its schedule.
+        folder: Where everything was written.
+        files: What was written, pictures first.
+        seconds: Stage -> wall clock.
+    """
+
+    report: Report
+    comparison: Comparison
+    calibration: Calibration
+    schedules: Mapping[str, Schedule]
+    folder: Path
+    files: tuple[Path, ...]
+    seconds: Mapping[str, float]
+
+
+def run_demo(
+    output_dir: str | os.PathLike[str] = "out/demo",
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    num_samples: int = 100,
+    num_steps: int = NUM_STEPS,
+    seed: int = 0,
+    progress: bool = True,
+    tell: Callable[[str], None] | None = None,
+) -> DemoResult:
+    """Runs the method from end to end on the demo's pipeline of ten shapes.
+
+    Calibrates on one sample of each class. Compares computing every 2nd and every 3rd step
+    (FORA), the same with Taylor extrapolation, the paper's thresholds that cost the same, and
+    plain fewer steps of the same cost.
+
+    Args:
+        output_dir: Where to write pictures, the table, the calibration and the schedules; made
+            if it does not exist.
+        folder: Another pipeline of the same kind, with its ``classifier``; None for the demo's.
+        num_samples: How many images to compare, a multiple of the ten classes.
+        num_steps: Solver steps of the uncached run.
+        seed: Other seeds give other images.
+        progress: Whether to show progress bars.
+        tell: Is called with a line at the start of every stage.
+
+    Raises:
+        InvalidArgumentError: If an argument has no sensible value.
+        PipelineLoadError: If there is no pipeline in the folder.
+        MissingPackageError: If a package of the ``demo`` extra is not installed.
+    """
+    check_count("num_samples", num_samples, least=1)
+    check_count("num_steps", num_steps, least=2)
+    check_count("seed", seed, least=0)
+    if num_samples % NUM_CLASSES:
+        raise InvalidArgumentError(
+            f"num_samples must be a multiple of {NUM_CLASSES}, one for each class, got "
+            f"{num_samples}."
+        )
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    source = FOLDER if folder is None else Path(folder)
+    stages = _Stages(tell)
+
+    with stages("loading the pipeline"):
+        pipe = load_pipeline(source, dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        judge = Judge(load_classifier(source / "classifier"))
+
+    def sample(i: int, steps: int) -> Tensor:
+        return sample_shapes(pipe, list(range(NUM_CLASSES)), seed + i, steps)
+
+    def calibration_sample(i: int) -> Tensor:
+        return sample_shapes(pipe, [i % NUM_CLASSES], seed + CALIBRATION_SEEDS + i, num_steps)
+
+    with stages(f"calibrating on {NUM_CLASSES} samples of {num_steps} steps"):
+        gap = min(MAX_GAP, num_steps - 1)
+        calibration = calibrate(pipe, calibration_sample, NUM_CLASSES, gap, progress=progress)
+    with stages("planning"):
+        groups = plan_demo(calibration)
+        schedules = {name: x for group in groups.values() for name, x in group.items()}
+    with stages(f"sampling {num_samples} images in each way"):
+        comparison = compare(
+            pipe,
+            sample,
+            [Variant(name, schedule) for name, schedule in schedules.items()],
+            num_steps=num_steps,
+            num_samples=num_samples // NUM_CLASSES,
+            scores={"class_accuracy": judge.accuracy, "frechet_distance": judge.distance},
+            progress=progress,
+        )
+    report = _report(comparison, judge, num_samples)
+    with stages(f"drawing, into {output}"):
+        files = _pictures(output, calibration, groups, comparison)
+        files += _documents(output, calibration, schedules, report)
+    return DemoResult(
+        report, comparison, calibration, schedules, output, tuple(files), stages.seconds
+    )
+
+
+def sample_shapes(pipe: Any, labels: list[int], seed: int, num_steps: int) -> Tensor:
+    """One generation of the pipeline: images [labels, 3, 32, 32] in [0, 1]."""
+    images: Tensor = pipe(
+        labels,
+        guidance_scale=GUIDANCE,
+        num_inference_steps=num_steps,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        output_type="pt",
+    ).images
+    return images
+
+
+class Judge:
+    """Scores balanced sets of images, which hold the classes in turn, by a classifier.
+
+    Args:
+        classifier: Was trained on real images.
+    """
+
+    def __init__(self, classifier: ShapeClassifier) -> None:
+        self._classifier = classifier
+        labels = torch.arange(NUM_REAL) % NUM_CLASSES
+        self._real = self._features(generate(labels, seed=DATA_SEED)[0])
+
+    def accuracy(self, images: Tensor) -> float:
+        """Share of images [n, 3, 32, 32] in [0, 1] that are recognised."""
+        with torch.no_grad():
+            logits = self._classifier(2 * images - 1)
+        return class_accuracy(logits, _labels(len(images)))
+
+    def distance(self, images: Tensor) -> float:
+        """Frechet distance of the classifier's features to those of real images."""
+        return frechet_distance(self._features(2 * images - 1), self._real)
+
+    def _features(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            parts = [images[i : i + 500] for i in range(0, len(images), 500)]
+            return torch.cat([self._classifier.features(part) for part in parts])
+
+
+def real_images(count: int) -> Tensor:
+    """Images that neither training nor ``Judge`` saw, the classes in turn; in [0, 1]."""
+    return generate(_labels(count), seed=DATA_SEED + 1)[0] / 2 + 0.5
+
+
+def plan_demo(calibration: Calibration) -> dict[int, dict[str, Schedule]]:
+    """FORA's interval -> name of a row -> schedule, all of an interval at about the same cost."""
+    groups = {}
+    for interval in INTERVALS:
+        even = plan_uniform(calibration, interval=interval)
+        threshold = plan_at_cost(calibration, even.compute or 1.0)
+        taylor = plan_uniform(calibration, interval=interval, predictor="taylor")
+        groups[interval] = {
+            f"α = {threshold.provenance['alpha']}": threshold,
+            f"FORA n = {interval}": even,
+            f"FORA n = {interval}, Taylor": taylor,
+        }
+    return groups
+
+
+def plan_at_cost(calibration: Calibration, compute: float) -> Schedule:
+    """The paper's schedule under the threshold whose cost comes nearest.
+
+    Args:
+        calibration: What was measured.
+        compute: Wanted fraction of the uncached MACs.
+    """
+    curves = [
+        calibration.curve(gap=gap, kind=kind).mean
+        for kind in calibration.kinds
+        for gap in range(1, calibration.max_gap + 1)
+    ]
+    errors = np.concatenate(curves)
+    alphas = np.unique(np.ceil(1000 * errors[np.isfinite(errors)] + 1e-9) / 1000)
+    plans = [plan(calibration, alpha=float(alpha)) for alpha in alphas]
+    return min(plans, key=lambda schedule: abs((schedule.compute or 1.0) - compute))
+
+
+def _labels(count: int) -> Tensor:
+    return torch.arange(count) % NUM_CLASSES
+
+
+@dataclass
+class _Stages:
+    """Announces each stage and takes its time."""
+
+    tell: Callable[[str], None] | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if self.tell is not None:
+            self.tell(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name.partition(",")[0]] = time.perf_counter() - start
+
+
+def _report(comparison: Comparison, judge: Judge, num_samples: int) -> Report:
+    real = real_images(num_samples)
+    num_steps = comparison.row(REFERENCE).steps
+    report = comparison.report(
+        f"Shapes DiT, {num_samples} images, {num_steps} DDIM steps, guidance {GUIDANCE:g}"
+    )
+    notes = (
+        "compute: MACs over those of the uncached run; time: wall clock likewise, median over "
+        f"batches of {NUM_CLASSES}; PSNR, SSIM, relative error: against the uncached images of the "
+        "same seeds.",
+        f"Class accuracy and Frechet distance: by a classifier trained on real images, of which "
+        f"{num_samples} score {judge.accuracy(real):.1%} and {judge.distance(real):.3g}.",
+        "Each α is the threshold whose schedule costs as much as FORA above or below it, as "
+        "nearly as thresholds allow.",
+    )
+    return replace(report, notes=(*notes, *report.notes))
+
+
+def _pictures(
+    folder: Path,
+    calibration: Calibration,
+    groups: Mapping[int, Mapping[str, Schedule]],
+    comparison: Comparison,
+) -> list[Path]:
+    schedules = {name: x for group in groups.values() for name, x in group.items()}
+    thresholds = {float(x.provenance["alpha"]) for x in schedules.values() if _is_threshold(x)}
+    files = [folder / "error-curves.png", folder / "composition.png"]
+    plots.plot_error_curves(calibration, files[0], alphas=sorted(thresholds))
+    plots.plot_composition(calibration, files[1])
+    for name, schedule in schedules.items():
+        files.append(folder / f"schedule-{_file_name(name)}.png")
+        plots.plot_schedule(schedule, files[-1], title=name)
+    uncached = comparison.images[REFERENCE][:NUM_CLASSES]
+    for interval, group in groups.items():
+        shown = dict.fromkeys([*group, *(comparison.rivals[name] for name in group)])
+        files.append(folder / f"images-every-{interval}.png")
+        rows = [(name, comparison.images[name][:NUM_CLASSES]) for name in shown]
+        plots.plot_image_grid(rows, uncached, files[-1])
+    return files
+
+
+def _documents(
+    folder: Path, calibration: Calibration, schedules: Mapping[str, Schedule], report: Report
+) -> list[Path]:
+    files = [folder / "table.md", folder / "table.json", folder / "calibration.safetensors"]
+    files[0].write_text(report.to_markdown() + "\n", encoding="utf-8")
+    files[1].write_text(report.to_json() + "\n", encoding="utf-8")
+    calibration.save(files[2])
+    for name, schedule in schedules.items():
+        files.append(folder / f"schedule-{_file_name(name)}.json")
+        schedule.save(files[-1])
+    return files
+
+
+def _is_threshold(schedule: Schedule) -> bool:
+    return schedule.provenance["planner"] == "threshold"
+
+
+def _file_name(name: str) -> str:
+    """Of letters, digits and hyphens."""
+    words = name.replace("α", "alpha").replace(" = ", "-").replace(",", "").lower().split()
+    return "-".join(words)

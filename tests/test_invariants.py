@@ -1,0 +1,599 @@
+"""The seven invariants of the design, over every planner and every toy."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from reference import STEPS, ByHand, Liveness, same, sample, times, watched_layers
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from toys import TOYS, Toy, build
+
+import smoothcache as sc
+from smoothcache.planners import PLANNERS
+
+
+@cache
+def calibration_of(name: str) -> sc.Calibration:
+    toy = build(name, depth=2)
+    return sc.calibrate(
+        toy, lambda i: toy.generate(STEPS, seed=i), num_samples=2, max_gap=3, progress=False
+    )
+
+
+def schedule_of(planner: str, name: str) -> sc.Schedule:
+    return PLANNERS[planner](calibration_of(name))
+
+
+def computes_everything(schedule: sc.Schedule) -> list[bool]:
+    return [bool(everything) for everything in schedule.table().all(axis=0)]
+
+
+every_toy = pytest.mark.parametrize("toy_name", TOYS)
+every_planner = pytest.mark.parametrize("planner", PLANNERS)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def toy(toy_name: str) -> Toy:
+    return build(toy_name, depth=2)
+
+
+@pytest.fixture
+def schedule(planner: str, toy_name: str) -> sc.Schedule:
+    return schedule_of(planner, toy_name)
+
+
+def test_the_planners_and_toys_reuse_something() -> None:
+    reusing = {
+        planner for planner in PLANNERS for name in TOYS if schedule_of(planner, name).reused
+    }
+    assert reusing >= set(PLANNERS) - {"everything"}
+
+
+# ------------------------------------------------------------------ 1. computing all is the model
+
+
+@every_toy
+@pytest.mark.parametrize("predictor", sc.PREDICTORS)
+@pytest.mark.parametrize("calls", [1, 2])
+def test_1_a_schedule_that_computes_everything_changes_no_bit(
+    toy: Toy, predictor: str, calls: int
+) -> None:
+    plain = sample(toy, calls=calls)
+    everything = sc.Schedule.uniform(toy, STEPS, 1, predictor=predictor)
+    with sc.cached(toy, everything) as run:
+        under_schedule = sample(toy, calls=calls)
+    assert same(plain, under_schedule)
+    assert run.summary().reused == 0
+    assert run.summary().peak_bytes == 0
+
+
+# ------------------------------------------------------------- 2. a computed step is the model
+
+
+@every_toy
+@every_planner
+@pytest.mark.parametrize("calls", [1, 2])
+def test_2_a_computed_step_is_that_of_the_model(
+    toy: Toy, schedule: sc.Schedule, calls: int
+) -> None:
+    """Step by step: both models start from the same latents."""
+    plain = copy.deepcopy(toy)
+    reused = 0
+    with sc.cached(toy, schedule) as run:
+        trajectory = sample(toy, calls=calls)
+        reused = run.summary().reused
+    start = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(0))
+    for step, everything in enumerate(computes_everything(schedule)):
+        x = start if step == 0 else trajectory[step - 1]
+        outputs = [
+            plain.denoise(x, torch.tensor([times()[step]]), torch.tensor([branch]))
+            for branch in range(calls)
+        ]
+        after = x - sum(outputs) / (STEPS * calls)
+        assert torch.equal(trajectory[step], after) or not everything
+    assert reused == schedule.reused * calls * uses_per_layer(toy, schedule)
+
+
+def uses_per_layer(toy: Toy, schedule: sc.Schedule) -> float:
+    """Calls of the layers that reuse, for each of their entries in the schedule."""
+    if not schedule.reused:
+        return 0
+    with watched_layers(toy, schedule) as seen:
+        toy.generate(1)
+    uses = {path: [p for p, _ in seen].count(path) for path in schedule.rows}
+    calls = sum(uses[path] * row.computed.count(False) for path, row in schedule.rows.items())
+    return calls / schedule.reused
+
+
+@every_toy
+@every_planner
+@pytest.mark.parametrize("calls", [1, 2])
+def test_2_the_whole_run_is_what_reuse_by_hand_gives(
+    toy: Toy, schedule: sc.Schedule, calls: int
+) -> None:
+    by_hand = ByHand(toy, schedule)
+    expected = sample(by_hand.toy, calls=calls, begin=by_hand.begin)
+    with sc.cached(toy, schedule):
+        got = sample(toy, calls=calls)
+    if all(row.predictor == "hold" for row in schedule.rows.values()):
+        assert same(got, expected)
+    else:
+        torch.testing.assert_close(got, expected)
+
+
+# ------------------------------------------------------------------------- 3. nothing left behind
+
+
+def traces(model: nn.Module) -> dict[str, Any]:
+    """All that can be seen of a model: by identity, except for what containers hold."""
+
+    def seen(value: Any) -> Any:
+        return dict(value) if isinstance(value, dict) else value
+
+    return {
+        path: (type(module), {name: seen(value) for name, value in module.__dict__.items()})
+        for path, module in model.named_modules()
+    }
+
+
+def assert_same_traces(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert before.keys() == after.keys()
+    for path, (kind, attributes) in before.items():
+        assert after[path][0] is kind, path
+        assert after[path][1].keys() == attributes.keys(), path
+        for name, value in attributes.items():
+            other = after[path][1][name]
+            if isinstance(value, dict):
+                assert list(value) == list(other), (path, name)
+                assert all(value[key] is other[key] for key in value), (path, name)
+            else:
+                assert value is other or value == other, (path, name)
+
+
+@every_toy
+@every_planner
+def test_3_removal_leaves_everything_as_it_was(
+    toy: Toy, toy_name: str, schedule: sc.Schedule
+) -> None:
+    for module in toy.modules():
+        module.register_forward_hook(lambda *_: None)
+        module.register_forward_pre_hook(lambda *_: None)
+    before, keys = traces(toy), list(toy.state_dict())
+    classes = {path: type(module) for path, module in toy.named_modules()}
+    plain = sample(toy)
+    with sc.cached(toy, schedule):
+        sample(toy)
+        assert list(toy.state_dict()) == keys
+        for path, module in toy.named_modules():
+            assert isinstance(module, classes[path])
+            assert type(module).__name__ == classes[path].__name__
+            assert type(module).__module__ == classes[path].__module__
+    assert_same_traces(before, traces(toy))
+    assert same(sample(toy), plain)
+
+
+class Stop(Exception):
+    pass
+
+
+@every_toy
+@pytest.mark.parametrize("where", ["in a layer", "in the sampler", "before any call"])
+def test_3_removal_after_an_exception(toy: Toy, toy_name: str, where: str) -> None:
+    schedule = schedule_of("uniform-2", toy_name)
+    before, plain = traces(toy), sample(toy)
+
+    def fail(step: int) -> None:
+        if step == 3:
+            raise Stop
+
+    with pytest.raises(Stop), sc.cached(toy, schedule):
+        if where == "before any call":
+            raise Stop
+        if where == "in the sampler":
+            sample(toy, after=fail)
+        break_at(toy, schedule, call=11)
+    heal(toy)
+    assert_same_traces(before, traces(toy))
+    assert same(sample(toy), plain)
+
+
+@every_toy
+@every_planner
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_3_a_copy_is_independent(toy: Toy, toy_name: str, schedule: sc.Schedule, how: str) -> None:
+    plain, plain_classes = sample(toy), [type(module) for module in toy.modules()]
+    with sc.cached(toy, schedule):
+        under_schedule = sample(toy)
+    with sc.cached(toy, schedule):
+        x = sample(toy, after=lambda step: None)
+        twin = copies[how](toy)
+        assert [type(m) for m in twin.modules()] == plain_classes
+        assert same(sample(twin), plain)  # the copy is the plain model
+        with sc.cached(twin, schedule):
+            assert same(sample(twin), under_schedule)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.mul_(0.5)
+        assert same(sample(toy), under_schedule)
+        assert same(x, under_schedule)
+        changed = sample(twin)
+        assert not same(changed, plain)
+    assert same(sample(toy), plain)
+    for parameter in toy.parameters():
+        parameter.zero_()
+    assert same(sample(twin), changed)
+
+
+def unpickled(model: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+def loaded(model: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+copies: dict[str, Callable[[nn.Module], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": unpickled,
+    "torch.save": loaded,
+}
+
+
+# --------------------------------------------------------------------- 4. generations do not mix
+
+
+@every_toy
+@every_planner
+@pytest.mark.parametrize(
+    "other",
+    [{"seed": 5}, {"batch": 3}, {"tokens": 9}, {"calls": 2}, {"seed": 5, "batch": 2, "tokens": 4}],
+    ids=str,
+)
+def test_4_two_generations_equal_two_fresh_ones(
+    toy: Toy, schedule: sc.Schedule, other: dict[str, int]
+) -> None:
+    fresh = []
+    for options in ({}, other):
+        with sc.cached(toy, schedule):
+            fresh.append(sample(toy, **options))  # type: ignore[arg-type]
+    with sc.cached(toy, schedule) as run:
+        together = [sample(toy), sample(toy, **other), sample(toy)]  # type: ignore[arg-type]
+    assert same(together, [*fresh, fresh[0]])
+    assert (run.summary().finished, run.summary().broken_off) == (3, 0)
+    assert not run.summary().recomputed
+
+
+@every_toy
+def test_4_more_steps_are_refused_at_the_call(toy: Toy, toy_name: str) -> None:
+    schedule = schedule_of("uniform-2", toy_name)
+    with (
+        pytest.raises(sc.ScheduleMismatchError, match=r"step 9\b.*\b8\b.*plan"),
+        sc.cached(toy, schedule),
+    ):
+        sample(toy, STEPS + 1)
+
+
+@every_toy
+def test_4_fewer_steps_are_refused_at_the_end(toy: Toy, toy_name: str) -> None:
+    schedule = schedule_of("uniform-2", toy_name)
+    before = traces(toy)
+    with (
+        pytest.raises(sc.ScheduleMismatchError, match=r"after 7 steps.*\b8\b"),
+        sc.cached(toy, schedule),
+    ):
+        sample(toy, STEPS - 1)
+    assert_same_traces(before, traces(toy))
+    handle = sc.enable(toy, schedule)
+    sample(toy, STEPS - 1)
+    with pytest.warns(sc.SmoothCacheWarning, match=r"after 7 steps"):
+        handle.disable()
+    assert_same_traces(before, traces(toy))
+
+
+@every_toy
+@every_planner
+@pytest.mark.parametrize("how", ["in a layer", "outside", "stopped"])
+@pytest.mark.parametrize("after_steps", [2, 5])
+def test_4_a_generation_broken_off_is_forgotten(
+    toy: Toy, schedule: sc.Schedule, how: str, after_steps: int
+) -> None:
+    with sc.cached(toy, schedule):
+        fresh = sample(toy, seed=1)
+    with sc.cached(toy, schedule) as run:
+        break_off(toy, schedule, how, after_steps)
+        again = sample(toy, seed=1)
+    assert same(again, fresh)
+    assert (run.summary().finished, run.summary().broken_off) == (1, 1)
+
+
+@every_toy
+@every_planner
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("how", ["in a layer", "outside", "stopped", "between the calls"])
+def test_4_even_after_its_first_step(toy: Toy, schedule: sc.Schedule, how: str, calls: int) -> None:
+    """Where that cannot be told from guidance in several calls, step 1 is computed."""
+    cautious = sc.Schedule(
+        STEPS,
+        {
+            path: sc.Row((True, True, *row.computed[2:]), row.predictor)
+            for path, row in schedule.rows.items()
+        },
+        schedule.layers,
+    )
+    with sc.cached(toy, schedule):
+        fresh = sample(toy, seed=1, calls=calls)
+    with sc.cached(toy, cautious):
+        careful = sample(toy, seed=1, calls=calls)
+    with sc.cached(toy, schedule) as run:
+        break_off(toy, schedule, how, 1, calls=calls)
+        again = sample(toy, seed=1, calls=calls)
+    assert same(again, fresh) or (run.summary().recomputed and same(again, careful))
+
+
+@every_toy
+def test_4_reset_forgets_the_generation_under_way(toy: Toy, toy_name: str) -> None:
+    schedule = schedule_of("uniform-2", toy_name)
+    with sc.cached(toy, schedule):
+        fresh = sample(toy, seed=1)
+    with sc.cached(toy, schedule) as run:
+        for after_steps in (1, 3):
+            break_off(toy, schedule, "stopped", after_steps)
+            run.reset()
+            assert run.summary().held_bytes == 0
+            assert same(sample(toy, seed=1), fresh)
+    assert (run.summary().finished, run.summary().broken_off) == (2, 2)
+
+
+def break_off(toy: Toy, schedule: sc.Schedule, how: str, after_steps: int, calls: int = 1) -> None:
+    """Begins a generation and does not finish it."""
+
+    def fail(step: int) -> None:
+        if step == after_steps - 1:
+            raise Stop
+
+    def fail_between(step: int, branch: int) -> None:
+        if (step, branch) in ((after_steps - 1, 1), (after_steps, 0)):
+            raise Stop
+
+    if how == "stopped":
+        sample(toy, timesteps=times()[:after_steps], calls=calls)
+        return
+    with pytest.raises(Stop):
+        if how == "outside":
+            sample(toy, after=fail, calls=calls)
+        elif how == "between the calls":
+            sample(toy, begin=fail_between, calls=calls)
+        else:
+            sample(toy, timesteps=times()[:after_steps], calls=calls)
+            break_at(toy, schedule, times()[after_steps])
+    heal(toy)
+
+
+def break_at(toy: Toy, schedule: sc.Schedule, time: float = 10.0, call: int = 0) -> None:
+    """One call of the model at a time, in which the head fails, after all layers have run."""
+
+    def fail(*_: Any) -> None:
+        raise Stop
+
+    toy.head.register_forward_pre_hook(fail)
+    toy.denoise(torch.zeros(1, 6, 16), torch.tensor([time]), torch.tensor([0]))
+
+
+def heal(toy: Toy) -> None:
+    toy.head._forward_pre_hooks.clear()
+
+
+# ---------------------------------------------------------------- 5. kept until the last use
+
+
+@every_toy
+@every_planner
+def test_5_values_are_held_until_their_last_use(toy: Toy, schedule: sc.Schedule) -> None:
+    per_step: list[list[tuple[str, int]]] = []
+    with watched_layers(toy, schedule) as seen:
+
+        def end_step(step: int) -> None:
+            per_step.append(list(seen))
+            seen.clear()
+
+        sample(toy, after=end_step)
+    expected = Liveness(per_step, schedule)
+    held: list[int] = []
+    with sc.cached(toy, schedule) as run:
+        sample(toy, after=lambda step: held.append(run.summary().held_bytes))
+    assert run.summary().peak_bytes == expected.peak
+    # What is of no use in the next step may stay until that one begins.
+    assert held == expected.after_step
+    assert held[-1] == 0
+
+
+@every_toy
+@every_planner
+@pytest.mark.parametrize("calls", [1, 2])
+def test_5_the_bytes_reported_are_the_tensors_alive(
+    toy: Toy, schedule: sc.Schedule, calls: int
+) -> None:
+    def tensors() -> dict[int, Tensor]:
+        gc.collect()
+        return {id(x): x for x in gc.get_objects() if type(x) is Tensor}
+
+    gaps: list[int] = []
+
+    def compare(step: int) -> None:
+        new = [x for i, x in tensors().items() if i not in before and i not in mine]
+        gaps.append(sum(x.nbytes for x in new) - run.summary().held_bytes)
+
+    def step_by_step() -> None:
+        x = torch.zeros(1, 6, 16)
+        for step, time in enumerate(times()):
+            t = torch.tensor([time])
+            for branch in range(calls):
+                y = torch.tensor([branch])
+                out = toy.denoise(x, t, y)
+                mine.update(map(id, (x, t, y, out)))
+                del out
+            compare(step)
+
+    mine: set[int] = set()
+    with sc.cached(toy, schedule) as run:
+        before = tensors()
+        step_by_step()
+        assert run.summary().held_bytes == 0
+    assert gaps == [0] * STEPS
+
+
+# ------------------------------------------------------------ 6. refused before altered
+
+Attempt = Callable[[Toy, sc.Schedule], object]
+WRONG: dict[str, tuple[Attempt, type[Exception], str]] = {
+    "a path": (
+        lambda toy, schedule: sc.enable(toy, "dit.json"),  # type: ignore[arg-type]
+        sc.InvalidArgumentError,
+        r"Schedule, got str.*load",
+    ),
+    "no schedule": (
+        lambda toy, schedule: sc.enable(toy, None),  # type: ignore[arg-type]
+        sc.InvalidArgumentError,
+        r"Schedule, got NoneType",
+    ),
+    "no model": (
+        lambda toy, schedule: sc.enable("dit", schedule),
+        sc.InvalidArgumentError,
+        r"pipeline or a torch.nn.Module, got str",
+    ),
+    "a model without layers": (
+        lambda toy, schedule: sc.enable(nn.Linear(2, 2), schedule),
+        sc.LayersNotFoundError,
+        r"Linear has no block.*pass the denoiser",
+    ),
+    "the schedule of another model": (
+        lambda toy, schedule: sc.enable(toy, sc.Schedule.uniform(type(toy)(depth=1), STEPS, 2)),
+        sc.ScheduleMismatchError,
+        r"planned for.*but the model is.*plan",
+    ),
+    "the schedule of a narrower model": (
+        lambda toy, schedule: sc.enable(type(toy)(depth=2, dim=32), schedule),
+        sc.ScheduleMismatchError,
+        r"planned for.*but the model is.*plan",
+    ),
+    "layers that the model lacks": (
+        lambda toy, schedule: sc.enable(toy, renamed(schedule)),
+        sc.ScheduleMismatchError,
+        r"missing from the model: 'blocks\.7",
+    ),
+    "a published name that fits nothing": (
+        lambda toy, schedule: sc.enable(toy, sc.Schedule(2, {"attn9": sc.Row((True, False))})),
+        sc.ScheduleMismatchError,
+        r"'attn9' fits no layer",
+    ),
+}
+
+
+def renamed(schedule: sc.Schedule) -> sc.Schedule:
+    """A schedule for block 7 instead of 0, of a model that is not known."""
+    names = {path: path.replace("blocks.0", "blocks.7") for path in schedule.rows}
+    return sc.Schedule(
+        STEPS,
+        {names[path]: row for path, row in schedule.rows.items()},
+        tuple(replace(x, path=names[x.path]) for x in schedule.layers or ()),
+    )
+
+
+@every_toy
+@pytest.mark.parametrize("what", WRONG)
+def test_6_wrong_input_is_refused_before_anything_is_altered(
+    toy: Toy, toy_name: str, what: str
+) -> None:
+    attempt, error, words = WRONG[what]
+    before = traces(toy)
+    with pytest.raises(error, match=words):
+        attempt(toy, schedule_of("uniform-2", toy_name))
+    assert_same_traces(before, traces(toy))
+
+
+@every_toy
+def test_6_a_model_in_use_is_refused(toy: Toy, toy_name: str) -> None:
+    schedule = schedule_of("uniform-2", toy_name)
+    before = traces(toy)
+    with sc.cached(toy, schedule):
+        meanwhile = traces(toy)
+        for attempt in (
+            lambda: sc.enable(toy, schedule),
+            lambda: sc.enable(toy.blocks[0], sc.Schedule.uniform(toy.blocks[0], STEPS, 2)),
+            lambda: sc.calibrate(toy, lambda i: None, progress=False),
+        ):
+            with pytest.raises(sc.AlreadyCachedError, match="disable"):
+                attempt()
+            assert_same_traces(meanwhile, traces(toy))
+        under_schedule = sample(toy)
+    assert_same_traces(before, traces(toy))
+    with sc.cached(toy, schedule):
+        assert same(sample(toy), under_schedule)
+
+
+@every_toy
+def test_6_disabling_twice_is_refused(toy: Toy, toy_name: str) -> None:
+    handle = sc.enable(toy, schedule_of("uniform-2", toy_name))
+    handle.disable()
+    before = traces(toy)
+    with pytest.raises(sc.SmoothCacheError, match="disabled"):
+        handle.disable()
+    assert_same_traces(before, traces(toy))
+
+
+# ---------------------------------------------------------- 7. the schedule alone decides
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses every operator that hands a value on the device to the host."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero"), name
+        return func(*args, **(kwargs or {}))
+
+
+@every_toy
+@every_planner
+def test_7_nothing_is_read_or_printed_while_sampling(
+    toy: Toy, schedule: sc.Schedule, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with sc.cached(toy, schedule), NoReading():
+        sample(toy, calls=2)
+    assert capfd.readouterr() == ("", "")
+
+
+@every_toy
+@every_planner
+def test_7_the_schedule_alone_decides(toy: Toy, schedule: sc.Schedule) -> None:
+    """Also with weights and inputs that are no numbers."""
+    counts = set()
+    for factor in (1.0, 0.0, float("nan")):
+        for parameter in toy.parameters():
+            parameter.mul_(factor)
+        with sc.cached(toy, schedule) as run:
+            sample(toy)
+        counts.add((run.summary().computed, run.summary().reused))
+        assert not run.summary().recomputed
+    assert len(counts) == 1
