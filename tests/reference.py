@@ -166,9 +166,9 @@ class Liveness:
         def held(after: int) -> int:
             return sum(events[i][3] for i in range(after + 1) if events[i][2] and deaths[i] > after)
 
-        steps = range(len(calls))
         last_of_step = [
-            max(i for i, e in enumerate(events) if e[0] == s) for s in range(len(calls))
+            max(i for i, event in enumerate(events) if event[0] == step)
+            for step in range(len(calls))
         ]
         self.after_step = [held(i) for i in last_of_step]
         self.peak = max((held(i) for i, event in enumerate(events) if event[2]), default=0)

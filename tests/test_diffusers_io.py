@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,10 @@ def test_what_is_no_pipeline_is_refused_in_one_sentence(folder: Path, tmp_path: 
     ("damage", "said"),
     [
         (lambda x: (x / "model_index.json").write_text("{"), "cannot be loaded"),
-        (lambda x: (x / "model_index.json").write_text('{"_class_name": "No"}'), "cannot be loaded"),
+        (
+            lambda x: (x / "model_index.json").write_text('{"_class_name": "No"}'),
+            "cannot be loaded",
+        ),
         (lambda x: shutil.rmtree(x / "vae"), "cannot be loaded"),
         (
             lambda x: (x / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"x"),
@@ -103,7 +107,7 @@ def failing_with(monkeypatch: pytest.MonkeyPatch, *errors: BaseException) -> Non
     from diffusers import DiffusionPipeline
 
     def fail(*_: Any, **__: Any) -> None:
-        for error, cause in zip(errors, errors[1:], strict=False):
+        for error, cause in itertools.pairwise(errors):
             error.__cause__ = cause
         raise errors[0]
 
@@ -158,10 +162,10 @@ def test_prompts_and_defaults_go_by_the_signature() -> None:
 
 def test_missing_and_unwanted_inputs_are_named(pipeline: Any) -> None:
     said: dict[str, tuple[Any, dict[str, Any]]] = {
-        "DiTPipeline needs class label": (pipeline, {}),
-        "takes no prompt; it needs class label": (pipeline, {"prompts": ("x",)}),
-        "TextPipeline needs prompt": (TextPipeline(), {}),
-        "takes no class label; it needs prompt": (TextPipeline(), {"class_labels": (1,)}),
+        "DiTPipeline needs at least one class label": (pipeline, {}),
+        "takes no prompt; it needs a class label": (pipeline, {"prompts": ("x",)}),
+        "TextPipeline needs at least one prompt": (TextPipeline(), {}),
+        "takes no class label; it needs a prompt": (TextPipeline(), {"class_labels": (1,)}),
         "takes no guidance scale": (TextPipeline(), {"prompts": ("x",), "guidance_scale": 2.0}),
         "needs image; write a function": (ImageToImagePipeline(), {"prompts": ("x",)}),
         "no class 1001": (pipeline, {"class_labels": (1001,)}),
@@ -171,3 +175,13 @@ def test_missing_and_unwanted_inputs_are_named(pipeline: Any) -> None:
     for message, (given, arguments) in said.items():
         with pytest.raises(InvalidArgumentError, match=message):
             PipelineSampler(given, **arguments)
+
+
+def test_classes_with_names_are_the_only_ones() -> None:
+    pipeline = build_pipeline()
+    pipeline.labels = {"circle": 0, "square": 1}
+    PipelineSampler(pipeline, class_labels=(0, 1))
+    with pytest.raises(
+        InvalidArgumentError, match="no class 2; the labels of this model are 0 to 1"
+    ):
+        PipelineSampler(pipeline, class_labels=(2,))

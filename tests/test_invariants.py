@@ -311,8 +311,9 @@ def test_4_fewer_steps_are_refused_at_the_end(toy: Toy, toy_name: str) -> None:
 
 @every_toy
 @every_planner
-@pytest.mark.parametrize("how", ["in a layer", "outside", "stopped"])
-@pytest.mark.parametrize("after_steps", [2, 5])
+@pytest.mark.parametrize(
+    ("how", "after_steps"), [("in a layer", 2), ("outside", 5), ("stopped", 2), ("stopped", 5)]
+)
 def test_4_a_generation_broken_off_is_forgotten(
     toy: Toy, schedule: sc.Schedule, how: str, after_steps: int
 ) -> None:
@@ -327,26 +328,30 @@ def test_4_a_generation_broken_off_is_forgotten(
 
 @every_toy
 @every_planner
-@pytest.mark.parametrize("calls", [1, 2])
-@pytest.mark.parametrize("how", ["in a layer", "outside", "stopped", "between the calls"])
+@pytest.mark.parametrize(
+    ("how", "calls"), [("in a layer", 1), ("stopped", 1), ("outside", 2), ("between the calls", 2)]
+)
 def test_4_even_after_its_first_step(toy: Toy, schedule: sc.Schedule, how: str, calls: int) -> None:
     """Where that cannot be told from guidance in several calls, step 1 is computed."""
-    cautious = sc.Schedule(
-        STEPS,
-        {
-            path: sc.Row((True, True, *row.computed[2:]), row.predictor)
-            for path, row in schedule.rows.items()
-        },
-        schedule.layers,
-    )
     with sc.cached(toy, schedule):
         fresh = sample(toy, seed=1, calls=calls)
-    with sc.cached(toy, cautious):
-        careful = sample(toy, seed=1, calls=calls)
+    cautious = {
+        path: sc.Row((True, True, *row.computed[2:]), row.predictor)
+        for path, row in schedule.rows.items()
+    }
+    by_hand = ByHand(toy, sc.Schedule(STEPS, cautious, schedule.layers))
+
+    def forgetting(step: int, branch: int) -> None:
+        if (step, branch) == (1, 0):
+            by_hand.outputs.clear()
+        by_hand.begin(step, branch)
+
+    careful = sample(by_hand.toy, seed=1, calls=calls, begin=forgetting)
     with sc.cached(toy, schedule) as run:
         break_off(toy, schedule, how, 1, calls=calls)
         again = sample(toy, seed=1, calls=calls)
-    assert same(again, fresh) or (run.summary().recomputed and same(again, careful))
+    if not same(again, fresh):
+        torch.testing.assert_close(again, careful)
 
 
 @every_toy

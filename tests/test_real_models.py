@@ -32,7 +32,8 @@ def dit() -> nn.Module:
         num_layers=2,
         sample_size=8,
         patch_size=2,
-        num_embeds_ada_norm=10,
+        num_embeds_ada_norm=1000,
+        out_channels=4,
     )
 
 

@@ -30,7 +30,7 @@ def build_pipeline() -> Any:
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
         up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
     )
-    pipeline = DiTPipeline(transformer, vae, DDIMScheduler())
+    pipeline = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

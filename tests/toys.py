@@ -183,7 +183,7 @@ class KeywordOnlyToy(Toy):
 class SelfForwardToy(Toy):
     """Its sampler calls ``self.forward``, and its blocks call ``forward`` of their layers."""
 
-    class block(Block):  # noqa: N801
+    class block(Block):
         def forward(self, x: Tensor, c: Tensor) -> Tensor:
             x = x + self.attn.forward(self.norm1(x) + c[:, None])
             return x + self.mlp.forward(self.norm2(x))
@@ -221,7 +221,7 @@ class InstanceForwardToy(Toy):
 
 
 class ParallelBlock(nn.Module):
-    """Attention and feed-forward side by side out of raw projections: only the block can be reused."""
+    """Attention and feed-forward side by side, of raw projections: only the block can be reused."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -98,7 +98,8 @@ def _subclass(base: type) -> type:
         slot = self.__dict__.get(_SLOT)
         if slot is not None and slot.instance_forward is not None:
             state.setdefault("forward", slot.instance_forward)
-        return copyreg.__newobj__, (base,), state  # type: ignore[attr-defined]
+        # Not __newobj__, with which pickle insists on the class that the module has now.
+        return copyreg._reconstructor, (base, object, None), state  # type: ignore[attr-defined]
 
     forward.__wrapped__ = base.forward  # type: ignore[attr-defined]  # keeps inspect.signature
     names = {

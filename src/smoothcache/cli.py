@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
@@ -23,8 +23,8 @@ import typer
 import typer.core
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from . import _cli_tables as tables
 from . import _files
 from .apply import cached
 from .calibrate import calibrate as run_calibration
@@ -32,19 +32,20 @@ from .calibration import Calibration
 from .costs import human_macs
 from .diffusers_io import PipelineSampler, load_pipeline, silence_libraries
 from .errors import InvalidArgumentError, SmoothCacheError, SmoothCacheWarning
-from .layers import CacheLayer, find_layers, identify
+from .layers import find_layers, identify
 from .planners import plan as plan_threshold
 from .schedule import Schedule
 from .version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.table import Table
 
     from .compare import Variant
+    from .report import Report
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
 _MOST_IMAGES = 8  # in a picture
-_WIDEST_MAP = 60  # steps of a schedule that fit on a line beside the other columns
 
 
 class _OneLineErrors(typer.core.TyperGroup):
@@ -130,7 +131,9 @@ Guidance = Annotated[
     float | None,
     typer.Option("--guidance-scale", metavar="X", help="Default: the pipeline's own."),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Sample i starts from the noise of seed + i.")]
+Seed = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Sample i starts from the noise of seed + i.")
+]
 Device = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="For example cuda or cpu. Default: cuda where there is one."),
@@ -153,6 +156,47 @@ def main(
         typer.echo(__version__)
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for pictures and tables.")
+    ] = Path("out/demo"),
+    samples: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="Images each way, a multiple of the ten classes."),
+    ] = 100,
+    steps: Annotated[
+        int, typer.Option(metavar="N", min=2, help="Solver steps of the uncached run.")
+    ] = 50,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run the whole method on a small trained pipeline that comes with smoothcache.
+
+    Calibrates, plans, and compares schedules with the uncached run and with plain fewer steps.
+
+    [bold]Example:[/bold] smoothcache demo --samples 20
+    """
+    _check_output_folder(output)
+    from .demo.image import run_demo
+
+    with _status("starting"):
+        silence_libraries()
+    result = run_demo(
+        output,
+        num_samples=samples,
+        num_steps=steps,
+        seed=seed,
+        progress=sys.stderr.isatty(),
+        tell=_to_stderr,
+    )
+    if as_json:
+        typer.echo(result.report.to_json())
+        return
+    _print_report(result.report)
+    _print(f"pictures, tables, calibration and schedules: {result.folder}")
 
 
 @app.command()
@@ -182,7 +226,7 @@ def inspect(
         by_path = {layer.path: layer for layer in observed.layers}
         found = [by_path.get(layer.path, layer) for layer in found]
         total = observed.total_macs
-    kinds = _kinds(found, total)
+    kinds = tables.kinds(found, total)
     identity = identify(pipeline)
     if as_json:
         _print_json(
@@ -201,9 +245,9 @@ def inspect(
         f"{type(pipeline).__name__} with {identity.class_name}: "
         f"{len(found)} layers in {blocks} blocks{cost}"
     )
-    _print(_kinds_table(kinds, total))
+    _print(tables.kinds_table(kinds, total))
     if layers:
-        _print(_layers_table(found, total))
+        _print(tables.layers_table(found, total))
 
 
 @app.command()
@@ -212,19 +256,25 @@ def calibrate(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="Calibration to write.")
     ],
-    samples: Annotated[int, typer.Option(min=1, help="Generations to measure on.")] = 10,
+    samples: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Generations to measure on.")
+    ] = 10,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Solver steps. Default: the pipeline's own."),
+        typer.Option(metavar="N", min=1, help="Solver steps. Default: the pipeline's own."),
     ] = None,
-    max_gap: Annotated[int, typer.Option(min=1, help="Largest gap to measure, in steps.")] = 3,
+    max_gap: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Largest gap to measure, in steps.")
+    ] = 3,
     prompt: Prompts = None,
     class_label: ClassLabels = None,
     guidance_scale: Guidance = None,
     seed: Seed = 0,
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Compare about this many tokens of each output. Default: all."),
+        typer.Option(
+            metavar="N", min=1, help="Compare about this many tokens of each output. Default: all."
+        ),
     ] = None,
     device: Device = None,
     dtype: DtypeOption = Dtype.float32,
@@ -255,7 +305,7 @@ def calibrate(
                 "samples": calibration.num_samples,
                 "steps": calibration.num_steps,
                 "max_gap": calibration.max_gap,
-                "kinds": _kinds(calibration.layers, calibration.total_macs),
+                "kinds": tables.kinds(calibration.layers, calibration.total_macs),
                 "macs_per_step": calibration.total_macs,
                 "peak_bytes": calibration.peak_bytes,
                 "seconds": seconds,
@@ -288,7 +338,9 @@ def plan(
     ] = Per.kind,
     max_gap: Annotated[
         int | None,
-        typer.Option(min=1, help="Most reuses in a row. Default: all gaps that were measured."),
+        typer.Option(
+            metavar="N", min=1, help="Most reuses in a row. Default: all gaps that were measured."
+        ),
     ] = None,
     predictor: Annotated[
         str, typer.Option(help="How reused values are made: hold, taylor or taylor2.")
@@ -325,17 +377,17 @@ def plan(
                 "alpha": alpha,
                 "compute": schedule.compute,
                 "layer_steps_reused": schedule.reused,
-                "kinds": _computed_by_kind(schedule),
+                "kinds": tables.computed_by_kind(schedule),
             }
         )
         return
-    _print(_schedule_line(schedule))
-    _print(_schedule_table(schedule))
+    _print(tables.schedule_line(schedule))
+    _print(tables.schedule_table(schedule))
     _print(f"written to {output}" + ("" if picture is None else f" and {picture}"))
     if schedule.is_all_compute:
         _to_stderr(
             f"note: nothing is reused, as no error is below {alpha:g}; take a larger alpha "
-            f"(the smallest error measured is {_smallest_error(measured):.3g})"
+            f"(the smallest error measured is {tables.smallest_error(measured):.3g})"
         )
 
 
@@ -352,11 +404,13 @@ def generate(
     class_label: ClassLabels = None,
     samples: Annotated[
         int | None,
-        typer.Option(min=1, help="Images to make. Default: one for each prompt or label."),
+        typer.Option(
+            metavar="N", min=1, help="Images to make. Default: one for each prompt or label."
+        ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Solver steps. Default: those of the schedule."),
+        typer.Option(metavar="N", min=1, help="Solver steps. Default: those of the schedule."),
     ] = None,
     guidance_scale: Guidance = None,
     seed: Seed = 0,
@@ -414,11 +468,15 @@ def compare(
     class_label: ClassLabels = None,
     samples: Annotated[
         int | None,
-        typer.Option(min=1, help="Samples each way. Default: one for each prompt or label."),
+        typer.Option(
+            metavar="N", min=1, help="Samples each way. Default: one for each prompt or label."
+        ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Steps of the uncached run. Default: those of the schedules."),
+        typer.Option(
+            metavar="N", min=1, help="Steps of the uncached run. Default: those of the schedules."
+        ),
     ] = None,
     guidance_scale: Guidance = None,
     seed: Seed = 0,
@@ -467,12 +525,7 @@ def compare(
     if as_json:
         typer.echo(report.to_json())
         return
-    table = _table(report.header())
-    for row in report.cells():
-        table.add_row(*row)
-    _print(table)
-    for note in report.notes:
-        _print(note)
+    _print_report(report)
     if picture is not None:
         _print(f"picture written to {picture}")
 
@@ -543,13 +596,6 @@ def _write_images(folder: Path, index: int, images: Any) -> list[Path]:
     return written
 
 
-def _smallest_error(calibration: Calibration) -> float:
-    import numpy as np
-
-    first = [calibration.curve(gap=1, kind=kind).mean[1:-1] for kind in calibration.kinds]
-    return float(np.min(np.concatenate(first), initial=np.inf))
-
-
 # ----------------------------------------------------------------------------------- the files
 
 
@@ -573,115 +619,22 @@ def _check_output_folder(path: Path) -> None:
         raise InvalidArgumentError(f"cannot write to '{path}': '{existing}' is not writable")
 
 
-# ---------------------------------------------------------------------------------- the tables
-
-
-def _kinds(layers: Sequence[CacheLayer], total: int) -> list[dict[str, Any]]:
-    """Number, blocks and cost of each kind of layer; a cost is None where it was not observed."""
-    rows = []
-    for kind in dict.fromkeys(layer.kind for layer in layers):
-        members = [layer for layer in layers if layer.kind == kind]
-        seen = [layer.macs for layer in members if layer.macs is not None]
-        macs = sum(seen) if seen else None
-        rows.append(
-            {
-                "kind": kind,
-                "layers": len(members),
-                "blocks": len({layer.block for layer in members}),
-                "macs": macs,
-                "share": macs / total if macs is not None and total else None,
-            }
-        )
-    return rows
-
-
-def _kinds_table(kinds: Sequence[dict[str, Any]], total: int) -> Table:
-    columns = ["kind", "layers", "blocks"] + ["MACs a step", "share"] * bool(total)
-    table = _table(columns)
-    for row in kinds:
-        cost = [_macs(row["macs"]), _percent(row["share"])] if total else []
-        table.add_row(row["kind"], str(row["layers"]), str(row["blocks"]), *cost)
-    if total:
-        rest = total - sum(row["macs"] or 0 for row in kinds)
-        table.add_row("[dim]the rest[/dim]", "", "", human_macs(rest), _percent(rest / total))
-    return table
-
-
-def _layers_table(layers: Sequence[CacheLayer], total: int) -> Table:
-    table = _table(["layer", "kind"] + ["MACs a step", "share"] * bool(total), left=2)
-    for layer in layers:
-        share = None if layer.macs is None or not total else layer.macs / total
-        cost = [_macs(layer.macs), _percent(share)] if total else []
-        table.add_row(layer.path, layer.kind, *cost)
-    return table
-
-
-def _computed_by_kind(schedule: Schedule) -> list[dict[str, Any]]:
-    """Of each kind, or name of an unbound schedule: its layers and the steps they compute."""
-    kinds = {layer.path: layer.kind for layer in schedule.layers or ()}
-    grouped: dict[str, list[tuple[bool, ...]]] = {}
-    for name, row in schedule.rows.items():
-        grouped.setdefault(kinds.get(name, name), []).append(row.computed)
-    return [
-        {
-            "kind": kind,
-            "layers": len(masks),
-            "least_computed_steps": min(map(sum, masks)),
-            "most_computed_steps": max(map(sum, masks)),
-            "compute_steps": [i for i, computed in enumerate(masks[0]) if computed]
-            if len(set(masks)) == 1
-            else None,
-        }
-        for kind, masks in grouped.items()
-    ]
-
-
-def _schedule_line(schedule: Schedule) -> str:
-    model = schedule.model.class_name if schedule.model else "a model yet to be bound"
-    cost = "" if schedule.compute is None else f": {_percent(schedule.compute)} of the MACs"
-    return f"{schedule.num_steps} steps of {model}{cost}"
-
-
-def _schedule_table(schedule: Schedule) -> Table:
-    with_map = schedule.num_steps <= _WIDEST_MAP
-    table = _table(["kind", "layers", "computed"] + ["# computed, . reused"] * with_map)
-    if with_map:
-        table.columns[-1].justify = "left"
-    for row in _computed_by_kind(schedule):
-        low, high = row["least_computed_steps"], row["most_computed_steps"]
-        computed = f"{low} of {schedule.num_steps}" if low == high else f"{low} to {high}"
-        steps = set(row["compute_steps"] or ())
-        drawn = "".join("#" if i in steps else "." for i in range(schedule.num_steps))
-        mixed = "differs from layer to layer"
-        line = [drawn if row["compute_steps"] else mixed] * with_map
-        table.add_row(row["kind"], str(row["layers"]), computed, *line)
-    return table
-
-
-def _table(columns: Iterable[str], *, left: int = 1) -> Table:
-    """An empty table whose first columns are texts, the others numbers."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index < left else "right", no_wrap=True)
-    return table
-
-
-def _macs(value: int | None) -> str:
-    return "-" if value is None else human_macs(value)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
 # -------------------------------------------------------------------------------- the terminal
 
 
 def _print(what: str | Table) -> None:
-    """Shows a line or a table, unwrapped where it does not go to a terminal."""
-    width = None if sys.stdout.isatty() else 200
-    console = Console(width=width, highlight=False, soft_wrap=isinstance(what, str))
-    console.print(what, markup=not isinstance(what, str))
+    """Shows a text or a table: wrapped in a terminal, one line a line elsewhere."""
+    is_terminal = sys.stdout.isatty()
+    console = Console(width=None if is_terminal else 200, highlight=False, markup=False)
+    console.print(what, soft_wrap=isinstance(what, str) and not is_terminal)
+
+
+def _print_report(report: Report) -> None:
+    if report.title:
+        _print(report.title)
+    _print(tables.report_table(report))
+    for note in report.notes:
+        _print(note)
 
 
 def _print_json(document: dict[str, Any]) -> None:

@@ -30,13 +30,13 @@ REFERENCE = "uncached"
 WARM_UP_STEPS = 4
 HIGHEST_PSNR = 150.0  # dB, taken for identical images where differences are averaged
 SCORES = ("class_accuracy", "frechet_distance")
-WRITTEN = {
-    "psnr": "PSNR {:.1f} dB",
-    "relative_error": "relative error {:.3g}",
-    "class_accuracy": "class accuracy {:.1%}",
-    "frechet_distance": "Frechet distance {:.3g}",
+QUOTED = {
+    "psnr": ("PSNR {:.1f} against {:.1f} dB", 1),
+    "relative_error": ("relative error {:.3g} against {:.3g}", 1),
+    "class_accuracy": ("class accuracy {:.1f} against {:.1f} %", 100),
+    "frechet_distance": ("Frechet distance {:.4g} against {:.4g}", 1),
 }
-"""What the verdict quotes of two rows, and how."""
+"""What the verdict quotes of two rows, and a factor for the unit."""
 
 
 @dataclass(frozen=True)
@@ -148,19 +148,16 @@ class Comparison:
         if not duels:
             return []
         won = [duel for duel in duels if duel.is_won]
+        conclusion = (
+            f"Schedules that beat plain fewer steps of the same cost, in PSNR against the uncached "
+            f"images: {len(won)} of {len(duels)}"
+        )
         if won:
             best = max(won, key=lambda duel: duel.gain)
-            conclusion = (
-                f"{len(won)} of {len(duels)} schedules are closer to the uncached images than "
-                f"plain fewer steps of the same cost; the largest gain is that of {best.name}, "
-                f"{best.gain:+.1f} dB."
-            )
+            conclusion += f". The largest gain is {best.gain:.1f} dB, of {best.name}"
         else:
-            conclusion = (
-                "No schedule is closer to the uncached images than plain fewer steps of the same "
-                "cost: use fewer steps instead."
-            )
-        return [*map(self._sentence, duels), conclusion]
+            conclusion += ". Use fewer steps instead"
+        return [*map(self._sentence, duels), f"{conclusion}."]
 
     def report(self, title: str = "") -> Report:
         """The table, with the verdict below it."""
@@ -176,10 +173,8 @@ class Comparison:
             else "is closer to the uncached images than"
         )
         numbers = [
-            written.format(getattr(first, name))
-            + " against "
-            + written.format(getattr(second, name))
-            for name, written in WRITTEN.items()
+            text.format(factor * getattr(first, name), factor * getattr(second, name))
+            for name, (text, factor) in QUOTED.items()
             if None not in (getattr(first, name), getattr(second, name))
         ]
         return f"{first.name} {close} {second.name} at the same cost: {', '.join(numbers)}."

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,11 +179,11 @@ class PipelineSampler:
         }
         wrong = [_spoken(x) for x, is_given in given.items() if is_given and x not in takes]
         wanted = next((x for x in ("class_labels", "prompt") if x in takes), None)
-        needed = f"; it needs {_spoken(wanted)}" if wanted and not given[wanted] else ""
+        needed = f"; it needs a {_spoken(wanted)}" if wanted and not given[wanted] else ""
         if wrong:
             raise InvalidArgumentError(f"{name} takes no {' and no '.join(wrong)}{needed}")
         if needed:
-            raise InvalidArgumentError(f"{name} needs {_spoken(wanted)}; give one or several")
+            raise InvalidArgumentError(f"{name} needs at least one {_spoken(wanted)}")
         missing = [
             x
             for x, parameter in takes.items()
@@ -197,17 +198,23 @@ class PipelineSampler:
             )
 
     def _check_class_labels(self) -> None:
-        if not self.class_labels:
-            return
-        denoiser = next(iter(find_denoisers(self.pipeline).values()))
-        config = getattr(denoiser, "config", {})
-        classes = config.get("num_embeds_ada_norm") if isinstance(config, dict) else None
+        known = _known_classes(self.pipeline) if self.class_labels else None
         for label in self.class_labels:
             check_count("a class label", label, least=0)
-            if classes is not None and label >= classes:
+            if known is not None and label not in known:
                 raise InvalidArgumentError(
-                    f"there is no class {label}; the labels of this model are 0 to {classes - 1}"
+                    f"there is no class {label}; the labels of this model are "
+                    f"{min(known)} to {max(known)}"
                 )
+
+
+def _known_classes(pipeline: Any) -> Collection[int] | None:
+    """The classes that the pipeline has names for, or else as many as its denoiser embeds."""
+    if named := getattr(pipeline, "labels", None):
+        return set(named.values())
+    config = getattr(next(iter(find_denoisers(pipeline).values())), "config", None)
+    count = config.get("num_embeds_ada_norm") if isinstance(config, Mapping) else None
+    return None if count is None else range(count)
 
 
 def _parameters(pipeline: Any) -> dict[str, inspect.Parameter]:

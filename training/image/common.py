@@ -89,7 +89,8 @@ class Run:
     def progress(self) -> float:
         """Fraction of the budget that is spent."""
         by_time: float = self.seconds / 60 / self.options.minutes
-        return max(self.step / self.options.steps, by_time)
+        by_steps: float = self.step / self.options.steps
+        return max(by_steps, by_time)
 
     def record(self, **values: float) -> None:
         """Append a row to the loss log."""

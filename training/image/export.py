@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -18,7 +19,10 @@ def export_pipeline(
     scheduler: DDIMScheduler,
     folder: Path,
 ) -> None:
-    """Save copies of the parts in float16, so that `DiTPipeline.from_pretrained(folder)` works."""
+    """Save copies of the parts in float16, so that `DiTPipeline.from_pretrained(folder)` works.
+
+    Files are replaced one by one when all are written; others in the folder stay.
+    """
     names = dict(enumerate(CLASS_NAMES))
     pipe = DiTPipeline(
         copy.deepcopy(transformer).to("cpu", torch.float16),
@@ -27,9 +31,20 @@ def export_pipeline(
         id2label=names,
     )
     pipe.register_to_config(id2label=names)
-    pipe.save_pretrained(folder)
-    for config in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
+    fresh = folder.with_name(f"{folder.name}.new")
+    pipe.save_pretrained(fresh)
+    for config in [*fresh.glob("*.json"), *fresh.glob("*/config.json")]:
         _forget_paths(config)
+    _move_files(fresh, folder)
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Move all files below `source` to the same places below `target`."""
+    for path in [path for path in source.rglob("*") if path.is_file()]:
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
+    shutil.rmtree(source)
 
 
 def _forget_paths(config: Path) -> None:

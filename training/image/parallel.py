@@ -50,7 +50,8 @@ def average_gradients(model: nn.Module) -> None:
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     flat /= world_size()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    means = torch.split(flat, [g.numel() for g in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
         gradient.copy_(mean.view_as(gradient))
 
 

@@ -34,6 +34,8 @@ INTERVALS = (2, 3)
 CALIBRATION_SEEDS, DATA_SEED = 1_000_000, 20_000  # apart from those of the compared samples
 NUM_CLASSES, NUM_REAL = len(CLASS_NAMES), 3000
 
+Groups = Mapping[int, Mapping[str, Schedule]]
+
 
 @dataclass(frozen=True, eq=False)
 class DemoResult:
@@ -132,7 +134,7 @@ def run_demo(
     report = _report(comparison, judge, num_samples)
     with stages(f"drawing, into {output}"):
         files = _pictures(output, calibration, groups, comparison)
-        files += _documents(output, calibration, schedules, report)
+        files += _documents(output, calibration, groups, report)
     return DemoResult(
         report, comparison, calibration, schedules, output, tuple(files), stages.seconds
     )
@@ -184,7 +186,7 @@ def real_images(count: int) -> Tensor:
 
 
 def plan_demo(calibration: Calibration) -> dict[int, dict[str, Schedule]]:
-    """FORA's interval -> name of a row -> schedule, all of an interval at about the same cost."""
+    """FORA's interval -> name of a row -> schedule; those of an interval cost about the same."""
     groups = {}
     for interval in INTERVALS:
         even = plan_uniform(calibration, interval=interval)
@@ -247,7 +249,7 @@ def _report(comparison: Comparison, judge: Judge, num_samples: int) -> Report:
         f"batches of {NUM_CLASSES}; PSNR, SSIM, relative error: against the uncached images of the "
         "same seeds.",
         f"Class accuracy and Frechet distance: by a classifier trained on real images, of which "
-        f"{num_samples} score {judge.accuracy(real):.1%} and {judge.distance(real):.3g}.",
+        f"{num_samples} score {100 * judge.accuracy(real):.1f} % and {judge.distance(real):.3g}.",
         "Each α is the threshold whose schedule costs as much as FORA above or below it, as "
         "nearly as thresholds allow.",
     )
@@ -255,46 +257,45 @@ def _report(comparison: Comparison, judge: Judge, num_samples: int) -> Report:
 
 
 def _pictures(
-    folder: Path,
-    calibration: Calibration,
-    groups: Mapping[int, Mapping[str, Schedule]],
-    comparison: Comparison,
+    folder: Path, calibration: Calibration, groups: Groups, comparison: Comparison
 ) -> list[Path]:
-    schedules = {name: x for group in groups.values() for name, x in group.items()}
-    thresholds = {float(x.provenance["alpha"]) for x in schedules.values() if _is_threshold(x)}
     files = [folder / "error-curves.png", folder / "composition.png"]
-    plots.plot_error_curves(calibration, files[0], alphas=sorted(thresholds))
+    thresholds = [_alpha(x) for group in groups.values() for x in group.values() if _alpha(x)]
+    plots.plot_error_curves(calibration, files[0], alphas=sorted(set(thresholds)))
     plots.plot_composition(calibration, files[1])
-    for name, schedule in schedules.items():
-        files.append(folder / f"schedule-{_file_name(name)}.png")
-        plots.plot_schedule(schedule, files[-1], title=name)
     uncached = comparison.images[REFERENCE][:NUM_CLASSES]
     for interval, group in groups.items():
+        for name, schedule in group.items():
+            files.append(folder / f"{_stem(interval, schedule)}.png")
+            plots.plot_schedule(schedule, files[-1], title=name)
         shown = dict.fromkeys([*group, *(comparison.rivals[name] for name in group)])
-        files.append(folder / f"images-every-{interval}.png")
         rows = [(name, comparison.images[name][:NUM_CLASSES]) for name in shown]
+        files.append(folder / f"images-n{interval}.png")
         plots.plot_image_grid(rows, uncached, files[-1])
     return files
 
 
 def _documents(
-    folder: Path, calibration: Calibration, schedules: Mapping[str, Schedule], report: Report
+    folder: Path, calibration: Calibration, groups: Groups, report: Report
 ) -> list[Path]:
     files = [folder / "table.md", folder / "table.json", folder / "calibration.safetensors"]
     files[0].write_text(report.to_markdown() + "\n", encoding="utf-8")
     files[1].write_text(report.to_json() + "\n", encoding="utf-8")
     calibration.save(files[2])
-    for name, schedule in schedules.items():
-        files.append(folder / f"schedule-{_file_name(name)}.json")
-        schedule.save(files[-1])
+    for interval, group in groups.items():
+        for schedule in group.values():
+            files.append(folder / f"{_stem(interval, schedule)}.json")
+            schedule.save(files[-1])
     return files
 
 
-def _is_threshold(schedule: Schedule) -> bool:
-    return schedule.provenance["planner"] == "threshold"
+def _alpha(schedule: Schedule) -> float:
+    """The threshold of a schedule; 0 if it has none."""
+    return float(schedule.provenance.get("alpha", 0))
 
 
-def _file_name(name: str) -> str:
-    """Of letters, digits and hyphens."""
-    words = name.replace("α", "alpha").replace(" = ", "-").replace(",", "").lower().split()
-    return "-".join(words)
+def _stem(interval: int, schedule: Schedule) -> str:
+    """Name of a schedule's files, the same whatever threshold was found."""
+    extrapolates = schedule.provenance["predictor"] != "hold"
+    method = "smoothcache" if _alpha(schedule) else "taylor" if extrapolates else "fora"
+    return f"schedule-n{interval}-{method}"

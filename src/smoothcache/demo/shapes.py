@@ -204,7 +204,7 @@ def _random_colours(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tenso
     """A background colour and two foreground colours far from it, each [n, 3] in [0, 1].
 
     Of eight random candidates each the one farthest from the background is taken for the first
-    foreground colour, and one of the upper half for the second.
+    foreground colour; the second lies halfway between it and another one of the farther half.
     """
     background = torch.rand((n, 3), generator=rng)
     candidates = torch.rand((n, 8, 3), generator=rng)
@@ -212,7 +212,8 @@ def _random_colours(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tenso
     order = contrast.argsort(dim=1, descending=True)
     second = order.gather(1, torch.randint(1, 4, (n, 1), generator=rng))[:, 0]
     rows = torch.arange(n)
-    return background, candidates[rows, order[:, 0]], candidates[rows, second]
+    first = candidates[rows, order[:, 0]]
+    return background, first, (first + candidates[rows, second]) / 2
 
 
 def _soft_gradients(pixels: Tensor, colour: Tensor, size: int, rng: torch.Generator) -> Tensor:

@@ -1,0 +1,145 @@
+"""Results as rows and tables for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .calibration import Calibration
+from .costs import human_macs
+from .layers import CacheLayer
+from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .report import Report
+
+_WIDEST_MAP = 60  # steps of a schedule that fit on a line beside the other columns
+
+
+def smallest_error(calibration: Calibration) -> float:
+    """The smallest error of a reuse with gap 1 where a schedule may reuse; averaged by kind."""
+    first = [calibration.curve(gap=1, kind=kind).mean[1:-1] for kind in calibration.kinds]
+    return float(np.min(np.concatenate(first), initial=np.inf))
+
+
+def kinds(layers: Sequence[CacheLayer], total: int) -> list[dict[str, Any]]:
+    """Number, blocks and cost of each kind of layer; a cost is None where it was not observed."""
+    rows = []
+    for kind in dict.fromkeys(layer.kind for layer in layers):
+        members = [layer for layer in layers if layer.kind == kind]
+        seen = [layer.macs for layer in members if layer.macs is not None]
+        macs = sum(seen) if seen else None
+        rows.append(
+            {
+                "kind": kind,
+                "layers": len(members),
+                "blocks": len({layer.block for layer in members}),
+                "macs": macs,
+                "share": macs / total if macs is not None and total else None,
+            }
+        )
+    return rows
+
+
+def kinds_table(rows: Sequence[dict[str, Any]], total: int) -> Table:
+    """What ``kinds`` gave; ``total`` is the MACs of a step, 0 if they were not counted."""
+    columns = ["kind", "layers", "blocks"] + ["MACs a step", "share"] * bool(total)
+    table = _table(columns)
+    for row in rows:
+        cost = [_macs(row["macs"]), _percent(row["share"])] if total else []
+        _add(table, row["kind"], str(row["layers"]), str(row["blocks"]), *cost)
+    if total:
+        rest = total - sum(row["macs"] or 0 for row in rows)
+        _add(table, "the rest", "", "", human_macs(rest), _percent(rest / total))
+    return table
+
+
+def layers_table(layers: Sequence[CacheLayer], total: int) -> Table:
+    """Every layer, with its share of the ``total`` MACs of a step."""
+    table = _table(["layer", "kind"] + ["MACs a step", "share"] * bool(total), left=2)
+    for layer in layers:
+        share = None if layer.macs is None or not total else layer.macs / total
+        cost = [_macs(layer.macs), _percent(share)] if total else []
+        _add(table, layer.path, layer.kind, *cost)
+    return table
+
+
+def computed_by_kind(schedule: Schedule) -> list[dict[str, Any]]:
+    """Of each kind, or name of an unbound schedule: its layers and the steps they compute."""
+    kinds = {layer.path: layer.kind for layer in schedule.layers or ()}
+    grouped: dict[str, list[tuple[bool, ...]]] = {}
+    for name, row in schedule.rows.items():
+        grouped.setdefault(kinds.get(name, name), []).append(row.computed)
+    return [
+        {
+            "kind": kind,
+            "layers": len(masks),
+            "least_computed_steps": min(map(sum, masks)),
+            "most_computed_steps": max(map(sum, masks)),
+            "compute_steps": [i for i, computed in enumerate(masks[0]) if computed]
+            if len(set(masks)) == 1
+            else None,
+        }
+        for kind, masks in grouped.items()
+    ]
+
+
+def schedule_line(schedule: Schedule) -> str:
+    """What the schedule is for and what it leaves of the cost."""
+    model = schedule.model.class_name if schedule.model else "a model yet to be bound"
+    cost = "" if schedule.compute is None else f": {_percent(schedule.compute)} of the MACs"
+    return f"{schedule.num_steps} steps of {model}{cost}"
+
+
+def schedule_table(schedule: Schedule) -> Table:
+    """The computed steps of each kind, drawn where they fit on a line."""
+    with_map = schedule.num_steps <= _WIDEST_MAP
+    table = _table(["kind", "layers", "computed"] + ["# computed, . reused"] * with_map)
+    if with_map:
+        table.columns[-1].justify = "left"
+    for row in computed_by_kind(schedule):
+        low, high = row["least_computed_steps"], row["most_computed_steps"]
+        computed = f"{low} of {schedule.num_steps}" if low == high else f"{low} to {high}"
+        steps = set(row["compute_steps"] or ())
+        drawn = "".join("#" if i in steps else "." for i in range(schedule.num_steps))
+        mixed = "differs from layer to layer"
+        line = [drawn if row["compute_steps"] else mixed] * with_map
+        _add(table, row["kind"], str(row["layers"]), computed, *line)
+    return table
+
+
+def report_table(report: Report) -> Table:
+    """The cells of a report."""
+    table = _table(report.header())
+    for row in report.cells():
+        _add(table, *row)
+    return table
+
+
+def _table(columns: Iterable[str], *, left: int = 1) -> Table:
+    """An empty table whose first columns are texts, the others numbers."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index < left else "right", no_wrap=True)
+    return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    """A row, in which brackets are no markup."""
+    from rich.text import Text
+
+    table.add_row(*map(Text, cells))
+
+
+def _macs(value: int | None) -> str:
+    return "-" if value is None else human_macs(value)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"

@@ -1,0 +1,109 @@
+"""The documentation holds: its code runs, its files load, its commands and messages exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from tiny_pipeline import save_pipeline
+from typer.testing import CliRunner
+
+import smoothcache
+from smoothcache import Schedule
+
+DOCS = Path(__file__).parents[1] / "docs"
+PACKAGE = Path(smoothcache.__file__).parent
+PAGES = sorted(DOCS.glob("*.md"))
+BLOCK = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\[[^\]]+\]\((?!https?://)(?P<target>[^)]+)\)")
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """The blocks of a language with the line each begins on."""
+    text = page.read_text(encoding="utf-8")
+    found = [x for x in BLOCK.finditer(text) if x["language"] == language]
+    return [(text[: x.start("text")].count("\n"), x["text"]) for x in found]
+
+
+def test_all_pages_are_seen() -> None:
+    assert [page.stem for page in PAGES] == [
+        *("README", "command-line", "concepts", "file-formats", "your-own-model")
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs")
+    save_pipeline(folder / "my-dit")
+    return folder
+
+
+@pytest.mark.parametrize("page", [x for x in PAGES if blocks(x, "python")], ids=lambda x: x.stem)
+def test_code_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    names: dict[str, object] = {"__name__": page.stem}
+    for line, text in blocks(page, "python"):
+        exec(compile("\n" * line + text, str(page), "exec"), names)
+
+
+def test_example_files_are_what_the_code_writes(tmp_path: Path) -> None:
+    ((_, text),) = blocks(DOCS / "file-formats.md", "json")
+    (tmp_path / "example.json").write_text(text)
+    Schedule.load(tmp_path / "example.json").save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == text
+
+
+def test_commands_and_options_exist() -> None:
+    from smoothcache.cli import app
+
+    commands = [
+        text.splitlines()[0].removeprefix("$ ").split()
+        for _, text in blocks(DOCS / "command-line.md", "console")
+    ]
+    assert {words[1] for words in commands} == {
+        *("demo", "inspect", "calibrate", "plan", "generate", "compare")
+    }
+    for program, command, *words in commands:
+        assert program == "smoothcache"
+        shown = CliRunner().invoke(app, [command, "--help"]).stdout
+        options = [word for word in words if re.fullmatch(r"--?[a-z-]+", word)]
+        assert all(option in shown for option in options)
+
+
+def test_commands_have_their_output() -> None:
+    for _, text in blocks(DOCS / "command-line.md", "console"):
+        assert len(text.splitlines()) > 1, "run docs/run_commands.py"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for link in LINK.finditer(page.read_text(encoding="utf-8")):
+            name, _, anchor = link["target"].partition("#")
+            target = DOCS / name if name else page
+            assert target.is_file(), link["target"]
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", x.lower()).replace(" ", "-") for x in titles}
+            assert not anchor or anchor in anchors, link["target"]
+
+
+def texts_of_the_code() -> str:
+    """All texts in the source; what is filled in later is an asterisk."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (x.value if isinstance(x, ast.Constant) else "*" for x in node.values)
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_messages_exist() -> None:
+    page = (DOCS / "your-own-model.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `([^`]+)` \|", page.partition("## Troubleshooting")[2], re.MULTILINE)
+    assert len(quoted) > 20
+    code = texts_of_the_code().replace("*", "model_index.json")
+    assert [message for message in quoted if message not in code] == []
