@@ -66,9 +66,9 @@ def test_outlines_stay_near_the_unit_circle(name):
 
 
 def test_polygons_have_exact_distances():
-    points = torch.tensor([[[0.0, 0.0], [2.0, 0.0], [-1.0, 0.0], [0.25, 0.25]]])
+    points = torch.tensor([[[0.0, 0.0], [1.7, 0.0], [-0.7, 0.2], [0.2, 0.5], [1.0, 1.1]]])
     distance = shapes.OUTLINES["square"](points)
-    expected = torch.tensor([[-(0.5**0.5), 1.0, 0.0, -(0.5**0.5) / 2]])
+    expected = torch.tensor([[-0.7, 1.0, 0.0, -0.2, 0.5]])
     torch.testing.assert_close(distance, expected, atol=1e-6, rtol=0)
 
 

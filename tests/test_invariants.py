@@ -347,7 +347,7 @@ def test_4_even_after_its_first_step(toy: Toy, schedule: sc.Schedule, how: str, 
         by_hand.begin(step, branch)
 
     careful = sample(by_hand.toy, seed=1, calls=calls, begin=forgetting)
-    with sc.cached(toy, schedule) as run:
+    with sc.cached(toy, schedule):
         break_off(toy, schedule, how, 1, calls=calls)
         again = sample(toy, seed=1, calls=calls)
     if not same(again, fresh):
@@ -438,13 +438,13 @@ def test_5_the_bytes_reported_are_the_tensors_alive(
     toy: Toy, schedule: sc.Schedule, calls: int
 ) -> None:
     def tensors() -> dict[int, Tensor]:
-        gc.collect()
         return {id(x): x for x in gc.get_objects() if type(x) is Tensor}
 
     gaps: list[int] = []
 
     def compare(step: int) -> None:
-        new = [x for i, x in tensors().items() if i not in before and i not in mine]
+        owned = {id(x) for x in mine}
+        new = [x for i, x in tensors().items() if i not in before and i not in owned]
         gaps.append(sum(x.nbytes for x in new) - run.summary().held_bytes)
 
     def step_by_step() -> None:
@@ -454,15 +454,19 @@ def test_5_the_bytes_reported_are_the_tensors_alive(
             for branch in range(calls):
                 y = torch.tensor([branch])
                 out = toy.denoise(x, t, y)
-                mine.update(map(id, (x, t, y, out)))
-                del out
+                mine.extend((x, t, y, out))  # alive, so that nothing else gets their identity
             compare(step)
 
-    mine: set[int] = set()
-    with sc.cached(toy, schedule) as run:
-        before = tensors()
-        step_by_step()
-        assert run.summary().held_bytes == 0
+    mine: list[Tensor] = []
+    gc.collect()
+    gc.freeze()  # so that only what comes from now on is looked through
+    try:
+        with sc.cached(toy, schedule) as run:
+            before = tensors()
+            step_by_step()
+            assert run.summary().held_bytes == 0
+    finally:
+        gc.unfreeze()
     assert gaps == [0] * STEPS
 
 

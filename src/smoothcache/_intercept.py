@@ -57,9 +57,8 @@ class _Slot:
 def intercept(module: nn.Module, handler: Handler) -> None:
     """Sends every forward of ``module`` through ``handler`` until ``release``."""
     base = type(module)
-    slot = _Slot(module, base, handler)
-    object.__setattr__(module, _SLOT, slot)
-    module.__class__ = _subclass(base)
+    module.__class__ = _subclass(base)  # first, because it alone can fail
+    object.__setattr__(module, _SLOT, _Slot(module, base, handler))
 
 
 def is_intercepted(module: nn.Module) -> bool:

@@ -80,10 +80,13 @@ class ReusedLayer:
         self._step = self._branch = self._use = 0
         self.ran = False
 
+    def expire(self, step: int) -> None:
+        """Drops what is of no use from a step on."""
+        if self._kept:
+            self._drop(lambda place, kept: kept.last_use < step)
+
     def begin(self, step: int, branch: int) -> None:
         """Prepares for a call of the denoiser."""
-        if branch == 0 and self._kept:
-            self._drop(lambda place, kept: kept.last_use < step)
         self._step, self._branch, self._use = step, branch, 0
         self._active = True
 
@@ -122,7 +125,9 @@ class ReusedLayer:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        inputs = [x.clone() for x in _float_tensors((args, kwargs))] if self._residual else []
+        inputs: list[Tensor] = []
+        if self._residual:  # copies, because the block may write into its input
+            inputs = [x.detach().clone() for x in _float_tensors((args, kwargs))]
         output = forward(*args, **kwargs)
         leaves, spec = pytree.tree_flatten(output)
         swapped = _swapped(leaves, inputs)

@@ -161,6 +161,9 @@ class Run:
             self._open = True
         self._refuse_too_many_steps(tick)
         self._steps_seen = tick.step + 1
+        if tick.branch == 0:
+            for layer in self._layers.values():
+                layer.expire(tick.step)
         self._tally.reason = self._refresh(denoiser, tick, args, kwargs)
         for layer in self._by_denoiser[denoiser]:
             layer.begin(tick.step, tick.branch)

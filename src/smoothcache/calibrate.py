@@ -316,7 +316,8 @@ class _Observer:
                     self._add(gap, l1_distance(value, kept))
         if len(history) == self._max_gap:
             self._memory.hold(-_nbytes(history.popleft()[1]))
-        history.append((self._step, outputs))
+        # Copies, because the model may write into its own outputs.
+        history.append((self._step, [value.clone() for value in outputs]))
         self._memory.hold(_nbytes(outputs))
 
     def _add(self, row: int, value: Tensor) -> None:
@@ -324,9 +325,9 @@ class _Observer:
         self._sums[at] = self._sums[at] + value if at in self._sums else value
 
     def _taken(self, output: Any) -> list[Tensor]:
-        """Copies of an output's tensors: the model may write into its own ones."""
+        """The tensors of an output, on the tokens that are compared."""
         tensors = [x.detach() for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
-        return [self._thinned(x).clone() for x in tensors]
+        return [self._thinned(x) for x in tensors]
 
     def _thinned(self, value: Tensor) -> Tensor:
         if self._tokens is None or value.ndim < 3:

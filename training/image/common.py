@@ -138,7 +138,7 @@ class Run:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, step: int, decay: float = 0.999) -> None:
+def update_average(average: nn.Module, model: nn.Module, step: int, decay: float = 0.998) -> None:
     """Move the averaged weights towards the current ones, faster in the first steps."""
     weight = 1 - min(decay, (step + 1) / (step + 10))
     for slow, fast in zip(average.parameters(), model.parameters(), strict=True):

@@ -25,6 +25,7 @@ CLASS_NAMES = (
     "bar",
 )
 IMAGE_SIZE = 32
+TILT = 0.4  # radians
 CHUNK = 2048
 
 Outline = Callable[[Tensor], Tensor]
@@ -82,11 +83,14 @@ def _pixel_centres(size: int) -> Tensor:
 
 
 def _random_places(n: int, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Radii [n], centres [n, 2] that keep the shape inside the image, and rotations [n]."""
-    radius = size * _uniform((n,), 0.30, 0.44, rng)
+    """Radii [n], centres [n, 2] that keep the shape inside the image, and rotations [n].
+
+    At rotation 0 shapes point to the right; they are turned to point up, give or take `TILT`.
+    """
+    radius = size * _uniform((n,), 0.32, 0.44, rng)
     room = (size / 2 - 1 - radius)[:, None]
     centre = room * _uniform((n, 2), -1, 1, rng)
-    return radius, centre, _uniform((n,), 0, 2 * math.pi, rng)
+    return radius, centre, _uniform((n,), -TILT, TILT, rng) - math.pi / 2
 
 
 def _rotate(points: Tensor, angle: Tensor) -> Tensor:
@@ -151,7 +155,7 @@ def _ring(points: Tensor) -> Tensor:
 
 
 def _crescent(points: Tensor) -> Tensor:
-    bite = _length(points - torch.tensor([0.5, 0.0])) - 0.75
+    bite = _length(points - torch.tensor([0.0, 0.5])) - 0.75
     return torch.maximum(_length(points) - 1, -bite)
 
 
@@ -171,7 +175,7 @@ def _heart() -> Outline:
     for i in range(24):
         t = 2 * math.pi * i / 24
         y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
-        corners.append((math.sin(t) ** 3, (y + 2.5) / 16))
+        corners.append(((y + 2.5) / 16, math.sin(t) ** 3))
     return _polygon(corners)
 
 
@@ -183,7 +187,7 @@ def _mirrored(upper: list[tuple[float, float]]) -> Outline:
 
 OUTLINES: dict[str, Outline] = {
     "circle": _circle,
-    "square": _regular(4),
+    "square": _mirrored([(-0.7, 0.7), (0.7, 0.7)]),
     "triangle": _regular(3),
     "star": _regular(5, inner=0.42),
     "ring": _ring,

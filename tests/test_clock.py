@@ -1,0 +1,234 @@
+"""Which generation, step and call: one test for each rule of the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from smoothcache.clock import Clock, timestep_value
+from smoothcache.denoisers import TimestepArgument, latents_among
+from smoothcache.errors import ScheduleMismatchError
+
+
+def clock_of(expected: Sequence[float] | None = None) -> Clock:
+    return Clock(lambda: None, expected)
+
+
+def places(clock: Clock, timesteps: Sequence[float], latents: Tensor | None = None) -> list[Any]:
+    ticks = [clock.tick(t, latents) for t in timesteps]
+    return [(tick.step, tick.branch, tick.starts) for tick in ticks]
+
+
+def test_each_further_timestep_is_a_step() -> None:
+    clock = clock_of()
+    assert places(clock, [9, 6, 3]) == [(0, 0, True), (1, 0, False), (2, 0, False)]
+    assert clock.timesteps == [9, 6, 3]
+
+
+def test_timesteps_may_rise() -> None:
+    assert places(clock_of(), [0.0, 0.5, 1.0]) == [(0, 0, True), (1, 0, False), (2, 0, False)]
+
+
+def test_an_unchanged_timestep_is_another_call_of_the_step() -> None:
+    x = torch.zeros(1, 2)
+    clock = clock_of()
+    assert places(clock, [9, 9, 6, 6, 6, 3], x) == [
+        (0, 0, True),
+        (0, 1, False),
+        (1, 0, False),
+        (1, 1, False),
+        (1, 2, False),
+        (2, 0, False),
+    ]
+    assert clock.timesteps == [9, 6, 3]
+
+
+@pytest.mark.parametrize("times", [[9, 6, 3], [0.1, 0.2, 0.3]])
+def test_turning_back_is_a_new_generation(times: list[float]) -> None:
+    clock = clock_of()
+    once = places(clock, times)
+    assert places(clock, times) == once
+    assert places(clock, times) == once
+    assert clock.timesteps == times
+
+
+def test_a_generation_broken_off_after_two_steps() -> None:
+    clock = clock_of()
+    places(clock, [9, 6])
+    assert places(clock, [9, 6, 3])[0] == (0, 0, True)
+
+
+def test_what_is_forgotten_starts_anew() -> None:
+    clock = clock_of()
+    places(clock, [9])
+    clock.forget()
+    assert places(clock, [9, 6]) == [(0, 0, True), (1, 0, False)]
+
+
+def test_the_first_call_of_a_generation_vouches_for_nothing() -> None:
+    assert [clock_of().tick(9, None).vouched] == [False]
+
+
+def test_two_calls_with_the_same_latents_are_vouched_for() -> None:
+    clock, x = clock_of(), torch.zeros(1, 2)
+    ticks = [clock.tick(t, x) for t in (9, 9, 6, 6)]
+    assert [tick.vouched for tick in ticks] == [False, True, True, True]
+
+
+def test_two_first_calls_with_other_latents_may_be_two_generations() -> None:
+    clock = clock_of()
+    ticks = [clock.tick(t, torch.zeros(1, 2)) for t in (9, 9, 6, 6, 3, 3)]
+    assert [tick.step for tick in ticks] == [0, 0, 1, 1, 2, 2]
+    assert [tick.vouched for tick in ticks[2:]] == [False, False, True, True]
+
+
+def test_two_first_calls_with_latents_changed_between_them() -> None:
+    clock, x = clock_of(), torch.zeros(1, 2)
+    clock.tick(9, x)
+    x.add_(1)
+    clock.tick(9, x)
+    assert not clock.tick(6, x).vouched
+    assert clock.tick(3, x).vouched
+
+
+def test_latents_of_inference_mode_have_no_version() -> None:
+    clock = clock_of()
+    with torch.inference_mode():
+        x = torch.zeros(1, 2)
+        ticks = [clock.tick(t, x) for t in (9, 9, 6)]
+    assert ticks[-1].vouched
+
+
+def test_the_clock_keeps_no_latents_alive() -> None:
+    clock, x = clock_of(), torch.zeros(1, 2)
+    clock.tick(9, x)
+    import weakref
+
+    ref = weakref.ref(x)
+    del x
+    assert ref() is None
+
+
+def test_leaving_the_expected_timesteps_is_not_vouched_for() -> None:
+    clock = clock_of([9, 6, 3])
+    assert [clock.tick(t, None).vouched for t in (9, 6.001, 3)] == [False, True, True]
+    clock.forget()
+    # Broken off after 9, and begun again in the middle of another list.
+    assert [clock.tick(t, None).vouched for t in (9, 4, 2)] == [False, False, True]
+
+
+def test_other_timesteps_than_expected_from_the_start() -> None:
+    clock = clock_of([9, 6, 3])
+    assert [clock.tick(t, None).vouched for t in (8, 5, 2)] == [False, True, True]
+
+
+# ------------------------------------------------------------------------- the noise scheduler
+
+
+class Announcer:
+    def __init__(self, timesteps: Sequence[float]) -> None:
+        self.timesteps = torch.tensor(timesteps)
+        self.clock = Clock(lambda: self.timesteps)
+
+    def announce(self, timesteps: Sequence[float]) -> None:
+        self.timesteps = torch.tensor(timesteps)
+
+
+def test_a_new_list_is_a_new_generation() -> None:
+    scheduler = Announcer([9, 6, 3])
+    assert places(scheduler.clock, [9]) == [(0, 0, True)]
+    scheduler.announce([9, 6, 3])
+    assert places(scheduler.clock, [9, 6]) == [(0, 0, True), (1, 0, False)]
+    assert scheduler.clock.num_steps == 3
+
+
+def test_a_list_settles_what_the_latents_leave_open() -> None:
+    scheduler = Announcer([9, 6, 3])
+    ticks = [scheduler.clock.tick(t, torch.zeros(1, 2)) for t in (9, 9, 6, 6)]
+    assert [tick.vouched for tick in ticks] == [False, True, True, True]
+
+
+def test_starting_in_the_middle_of_the_list() -> None:
+    scheduler = Announcer([9, 6, 3, 1])
+    assert places(scheduler.clock, [3, 1]) == [(2, 0, True), (3, 0, False)]
+
+
+def test_solvers_that_list_a_timestep_twice() -> None:
+    scheduler = Announcer([9, 6, 6, 3, 3])  # Heun
+    assert places(scheduler.clock, [9, 6, 6, 3, 3]) == [
+        (0, 0, True),
+        (1, 0, False),
+        (1, 1, False),
+        (2, 0, False),
+        (2, 1, False),
+    ]
+    assert scheduler.clock.num_steps == 3
+
+
+def test_without_a_scheduler_the_number_of_steps_is_not_known() -> None:
+    assert clock_of().num_steps is None
+
+
+# ---------------------------------------------------------------------- timesteps and latents
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        (500, 500.0),
+        (0.25, 0.25),
+        (np.float32(0.5), 0.5),
+        (torch.tensor(7), 7.0),
+        (torch.tensor([7]), 7.0),
+        (torch.tensor([7, 7, 7]), 7.0),
+        (torch.tensor(0.75, dtype=torch.bfloat16), 0.75),
+        (torch.tensor([500], dtype=torch.float16), 500.0),
+        (torch.tensor([[0.0, 5.0, 5.0]]), 5.0),
+    ],
+    ids=str,
+)
+def test_timesteps_of_all_types(given: Any, value: float) -> None:
+    assert timestep_value(given) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("now", "str"),
+        (None, "NoneType"),
+        (torch.zeros(0), "no number"),
+        (torch.tensor([3, 4]), "3 to 4"),
+    ],
+    ids=str,
+)
+def test_timesteps_that_tell_no_step(given: Any, words: str) -> None:
+    with pytest.raises(ScheduleMismatchError, match=words):
+        timestep_value(given)
+
+
+def module_with(forward: Any) -> torch.nn.Module:
+    return type("Made", (torch.nn.Module,), {"forward": forward})()
+
+
+def test_the_timestep_among_the_arguments() -> None:
+    named = TimestepArgument(module_with(lambda self, x, timestep=None, *, y=None: None))
+    assert named.name == "timestep"
+    assert named.among((1, 2), {}) == 2
+    assert named.among((1,), {"timestep": 3}) == 3
+    unnamed = TimestepArgument(module_with(lambda self, *args, **kwargs: None))
+    assert unnamed.name is None
+    assert unnamed.among((torch.zeros(2, 2), torch.tensor([4.0])), {}) == 4
+    assert unnamed.among((torch.zeros(2, 2),), {"flag": True, "when": 0.5}) == 0.5
+    assert unnamed.among((torch.zeros(2, 2),), {}) is None
+
+
+def test_the_latents_are_the_first_tensor_with_several_dimensions() -> None:
+    x, text = torch.zeros(1, 2), torch.zeros(1, 3)
+    assert latents_among((torch.zeros(1), x), {"text": text}) is x
+    assert latents_among((), {"t": torch.zeros(1), "x": x, "text": text}) is x
+    assert latents_among((1,), {}) is None
