@@ -11,6 +11,9 @@ def main() -> None:
     """Runs the command line."""
     try:
         from .cli import app
+    except KeyboardInterrupt:  # torch takes seconds to import
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in NEEDED:
             raise

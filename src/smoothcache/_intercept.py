@@ -33,25 +33,36 @@ class _Slot:
     """What an intercepted module carries: its handler and the forward that it had."""
 
     def __init__(self, module: nn.Module, base: type, handler: Handler) -> None:
-        self.module = module
         self.base = base
         self.handler: Handler | None = handler
+        # What an earlier interception left behind, because a later hook still leads to it.
+        self.below: _Slot | None = module.__dict__.get(_SLOT)
+        self._class_forward: Callable[..., Any] = (
+            MethodType(base.forward, module)  # type: ignore[attr-defined]
+            if self.below is None
+            else self.below.forward
+        )
         # Some constructors, and most hooks, put a forward on the instance; it outranks the class.
         self.instance_forward = module.__dict__.pop("forward", None)
-        self.inside_instance_forward = False
-        self.forward: Callable[..., Any] = (
-            MethodType(base.forward, module)  # type: ignore[attr-defined]
-            if self.instance_forward is None
-            else self._run_instance_forward
-        )
+        self._inside_instance_forward = False
 
-    def _run_instance_forward(self, *args: Any, **kwargs: Any) -> Any:
-        # A hook put on top of an earlier interception leads back here: then the class answers.
-        self.inside_instance_forward = True
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the module's forward returns."""
+        if self._inside_instance_forward:  # a hook that came later than an earlier interception
+            return self._class_forward(*args, **kwargs)
+        if self.handler is None:
+            return self.forward(*args, **kwargs)
+        return self.handler(self.forward, args, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that the module had."""
+        if self.instance_forward is None:
+            return self._class_forward(*args, **kwargs)
+        self._inside_instance_forward = True
         try:
             return self.instance_forward(*args, **kwargs)
         finally:
-            self.inside_instance_forward = False
+            self._inside_instance_forward = False
 
 
 def intercept(module: nn.Module, handler: Handler) -> None:
@@ -63,7 +74,8 @@ def intercept(module: nn.Module, handler: Handler) -> None:
 
 def is_intercepted(module: nn.Module) -> bool:
     """Whether a handler stands before the module's forward."""
-    return _SLOT in module.__dict__
+    slot: _Slot | None = module.__dict__.get(_SLOT)
+    return slot is not None and slot.handler is not None
 
 
 def release(module: nn.Module) -> None:
@@ -74,7 +86,10 @@ def release(module: nn.Module) -> None:
     if slot.instance_forward is not None and "forward" in module.__dict__:
         slot.handler = None  # A hook that came later calls through to the forward kept here.
         return
-    del module.__dict__[_SLOT]
+    if slot.below is None:
+        del module.__dict__[_SLOT]
+    else:
+        module.__dict__[_SLOT] = slot.below
     if slot.instance_forward is not None:
         module.__dict__["forward"] = slot.instance_forward
 
@@ -86,11 +101,9 @@ def _subclass(base: type) -> type:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         slot = self.__dict__.get(_SLOT)
-        if slot is None or slot.inside_instance_forward:
+        if slot is None:
             return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-        if slot.handler is None:
-            return slot.forward(*args, **kwargs)
-        return slot.handler(slot.forward, args, kwargs)
+        return slot(args, kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name != _SLOT}

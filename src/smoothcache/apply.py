@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ._attach import Attachment
 from ._reuse import ReusedLayer, Tally
 from .clock import Tick
+from .denoisers import noise_scheduler
 from .errors import (
     InvalidArgumentError,
     ScheduleMismatchError,
@@ -106,6 +107,8 @@ class Run:
         self._finished = self._broken_off = self._reused_before = 0
         self._steps_seen = 0
         self._open = self._warned = False
+        self._model = model
+        self._solvers = {schedule.solver}  # the one that was planned for, and those warned of
         modules = layer_modules(model, list(layers))
         self._attachment: Attachment | None = None
         self._attachment = attachment = Attachment(
@@ -158,6 +161,7 @@ class Run:
             self._close_generation()
             self._forget()
             self._refuse_announced_steps()
+            self._warn_of_another_solver()
             self._open = True
         self._refuse_too_many_steps(tick)
         self._steps_seen = tick.step + 1
@@ -252,6 +256,20 @@ class Run:
     def _refuse_too_few_steps(self) -> None:
         if self._too_few_steps():
             raise ScheduleMismatchError(self._too_few_steps())
+
+    def _warn_of_another_solver(self) -> None:
+        """What was measured under one noise scheduler does not hold under another."""
+        planned, solver = self.schedule.solver, noise_scheduler(self._model)
+        name = type(solver).__name__
+        if planned is None or solver is None or name in self._solvers:
+            return
+        self._solvers.add(name)
+        warnings.warn(
+            f"the schedule was measured under {planned}, but the noise scheduler is {name}: its "
+            "errors are not known there; calibrate with the scheduler that you sample with",
+            SmoothCacheWarning,
+            stacklevel=2,
+        )
 
     def _warn_if_nothing_was_reused(self) -> None:
         nothing = self._tally.reused == self._reused_before
