@@ -127,6 +127,11 @@ def test_other_timesteps_than_expected_from_the_start() -> None:
     assert [clock.tick(t, None).vouched for t in (8, 5, 2)] == [False, True, True]
 
 
+def test_a_lone_call_before_the_planned_start() -> None:
+    clock = clock_of([9, 6, 3])
+    assert places(clock, [5, 9, 6, 3]) == [(0, 0, True), (0, 0, True), (1, 0, False), (2, 0, False)]
+
+
 # ------------------------------------------------------------------------- the noise scheduler
 
 

@@ -207,7 +207,7 @@ def test_3_removal_after_an_exception(toy: Toy, toy_name: str, where: str) -> No
             raise Stop
         if where == "in the sampler":
             sample(toy, after=fail)
-        break_at(toy, schedule, call=11)
+        break_at(toy, times()[0])
     heal(toy)
     assert_same_traces(before, traces(toy))
     assert same(sample(toy), plain)
@@ -320,7 +320,7 @@ def test_4_a_generation_broken_off_is_forgotten(
     with sc.cached(toy, schedule):
         fresh = sample(toy, seed=1)
     with sc.cached(toy, schedule) as run:
-        break_off(toy, schedule, how, after_steps)
+        break_off(toy, how, after_steps)
         again = sample(toy, seed=1)
     assert same(again, fresh)
     assert (run.summary().finished, run.summary().broken_off) == (1, 1)
@@ -348,10 +348,26 @@ def test_4_even_after_its_first_step(toy: Toy, schedule: sc.Schedule, how: str, 
 
     careful = sample(by_hand.toy, seed=1, calls=calls, begin=forgetting)
     with sc.cached(toy, schedule):
-        break_off(toy, schedule, how, 1, calls=calls)
+        break_off(toy, how, 1, calls=calls)
         again = sample(toy, seed=1, calls=calls)
     if not same(again, fresh):
         torch.testing.assert_close(again, careful)
+
+
+@every_toy
+@every_planner
+def test_4_a_call_that_failed_is_forgotten(toy: Toy, schedule: sc.Schedule) -> None:
+    """Even the very first one, which the next generation's first call looks like."""
+    with sc.cached(toy, schedule):
+        fresh = sample(toy, seed=1)
+    with sc.cached(toy, schedule) as run:
+        with pytest.raises(Stop):
+            break_at(toy, times()[0])
+        heal(toy)
+        assert run.summary().held_bytes == 0
+        assert same(sample(toy, seed=1), fresh)
+    assert (run.summary().finished, run.summary().broken_off) == (1, 1)
+    assert not run.summary().recomputed
 
 
 @every_toy
@@ -361,14 +377,14 @@ def test_4_reset_forgets_the_generation_under_way(toy: Toy, toy_name: str) -> No
         fresh = sample(toy, seed=1)
     with sc.cached(toy, schedule) as run:
         for after_steps in (1, 3):
-            break_off(toy, schedule, "stopped", after_steps)
+            break_off(toy, "stopped", after_steps)
             run.reset()
             assert run.summary().held_bytes == 0
             assert same(sample(toy, seed=1), fresh)
     assert (run.summary().finished, run.summary().broken_off) == (2, 2)
 
 
-def break_off(toy: Toy, schedule: sc.Schedule, how: str, after_steps: int, calls: int = 1) -> None:
+def break_off(toy: Toy, how: str, after_steps: int, calls: int = 1) -> None:
     """Begins a generation and does not finish it."""
 
     def fail(step: int) -> None:
@@ -389,11 +405,11 @@ def break_off(toy: Toy, schedule: sc.Schedule, how: str, after_steps: int, calls
             sample(toy, begin=fail_between, calls=calls)
         else:
             sample(toy, timesteps=times()[:after_steps], calls=calls)
-            break_at(toy, schedule, times()[after_steps])
+            break_at(toy, times()[after_steps])
     heal(toy)
 
 
-def break_at(toy: Toy, schedule: sc.Schedule, time: float = 10.0, call: int = 0) -> None:
+def break_at(toy: Toy, time: float) -> None:
     """One call of the model at a time, in which the head fails, after all layers have run."""
 
     def fail(*_: Any) -> None:

@@ -51,7 +51,9 @@ class _Kept:
 
     @property
     def nbytes(self) -> int:
-        return sum(leaf.nbytes for leaf in self.leaves if isinstance(leaf, Tensor))
+        # Not Tensor.nbytes, which fails while torch.compile traces with symbolic shapes.
+        tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class ReusedLayer:

@@ -86,7 +86,7 @@ class Clock:
             self._list = announced
             self._listed = _distinct(announced)
             self.forget()
-        if self._last is None or self._turned_back(timestep):
+        if self._last is None or self._turned_back(timestep) or self._is_planned_start(timestep):
             return self._start(timestep, latents)
         if timestep == self._last:
             return self._same_step(latents)
@@ -94,6 +94,14 @@ class Clock:
 
     def _turned_back(self, timestep: float) -> bool:
         return self._last is not None and self._direction * (timestep - self._last) < 0
+
+    def _is_planned_start(self, timestep: float) -> bool:
+        """Whether the timestep moves to the first one of the plan, as after a lone trial call."""
+        return (
+            self._expected is not None
+            and timestep != self._last
+            and _are_close(timestep, self._expected[0])
+        )
 
     def _start(self, timestep: float, latents: Tensor | None) -> Tick:
         self.forget()
@@ -131,7 +139,7 @@ class Clock:
         self._distrusted = False
         if self._following and self._expected is not None:
             here = self._expected[self.step] if self.step < len(self._expected) else math.nan
-            self._following = math.isclose(timestep, here, rel_tol=1e-3, abs_tol=1e-6)
+            self._following = _are_close(timestep, here)
 
     def _are_the_same(self, latents: Tensor | None) -> bool:
         known = None if self._latents is None else self._latents()
@@ -163,6 +171,11 @@ def timestep_value(timestep: Any) -> float:
             f"({values.min():g} to {values.max():g}); one schedule cannot serve them together"
         )
     return float(values.max())
+
+
+def _are_close(a: float, b: float) -> bool:
+    """Whether two timesteps are the same but for the rounding of a short dtype."""
+    return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6)
 
 
 def _distinct(timesteps: Any) -> list[float]:

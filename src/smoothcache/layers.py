@@ -34,7 +34,8 @@ _TEMPORAL_NAME = re.compile(r"(^|[._])(temp|temporal|time_attn)")
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # Parts that condition the layers instead of being one: frozen, they would freeze the timestep.
 _CONDITIONING_NAME = re.compile(
-    r"(^|_)(ada|adaln|mod|modulation|norm\d*|emb|embed|embedder|embedding|embeddings|rope|rotary"
+    r"^(t|time|temb)_(mlp|net|proj|fc|linear|ff)"
+    r"|(^|_)(ada|adaln|mod|modulation|norm\d*|emb|embed|embedder|embedding|embeddings|rope|rotary"
     r"|pos|timestep|label|cond|gate|scale)($|_)"
 )
 
@@ -148,7 +149,7 @@ def _blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
         for path, module in modules.items()
         if path and _is_attention(path, module) and not any(map(_is_conditioning, path.split(".")))
     ]
-    listed = [_listed_ancestor(path, modules) for path in attentions]
+    listed = [_with_feed_forward(_listed_ancestor(path, modules), modules) for path in attentions]
     blocks = [path for path in listed if path] or [_parent(path) for path in attentions]
     return [(path, modules[path]) for path in dict.fromkeys(blocks)]
 
@@ -163,11 +164,19 @@ def _listed_ancestor(path: str, modules: Mapping[str, nn.Module]) -> str | None:
     return path if isinstance(modules[_parent(path)], _LISTS) else None
 
 
+def _with_feed_forward(path: str | None, modules: Mapping[str, nn.Module]) -> str | None:
+    """A list that holds attention and feed-forward apart is the block, if it is listed itself."""
+    if not path or not (outer := _parent(path)) or _contains_feed_forward(modules[path]):
+        return path
+    is_listed = isinstance(modules[outer], _LISTS) and isinstance(modules[_parent(outer)], _LISTS)
+    return outer if is_listed and _contains_feed_forward(modules[outer]) else path
+
+
 def _layers_of(path: str, block: nn.Module) -> list[CacheLayer]:
     found = dict(_reusable_parts(block, path.rpartition(".")[2]))
     covered = sum(_weights(module) for module, _ in found.values())
-    total = sum(_weights(module) for module in _working_parts(block))
-    if covered < LAYER_COVERAGE * total:
+    runs_itself = not isinstance(block, nn.ModuleList | nn.ModuleDict)
+    if runs_itself and covered < LAYER_COVERAGE * _working_weights(block):
         return [CacheLayer(path, "block", path)]
     return [CacheLayer(_join(path, name), kind, path) for name, (_, kind) in found.items()]
 
@@ -191,13 +200,11 @@ def _reusable_parts(
                 yield _join(name, inner), part
 
 
-def _working_parts(block: nn.Module) -> Iterator[nn.Module]:
-    """Every module of a block that multiplies tokens with weights, conditioning left out."""
-    if not any(True for _ in block.children()):
-        yield block
-    for name, child in block.named_children():
-        if not _is_conditioning(name):
-            yield from _working_parts(child)
+def _working_weights(block: nn.Module) -> int:
+    """Weights of a block that tokens are multiplied with, so without its conditioning."""
+    own = sum(p.numel() for p in block.parameters(recurse=False) if p.ndim > 1)
+    children = (child for name, child in block.named_children() if not _is_conditioning(name))
+    return own + sum(map(_working_weights, children))
 
 
 def _weights(module: nn.Module) -> int:
@@ -239,13 +246,15 @@ def _descendants(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_feed_forward(name: str, module: nn.Module) -> bool:
     """Whether a module's projections lead out of a width and back to it."""
-    if _is_conditioning(name):
+    if _is_conditioning(name) or _is_attention(name, module) or _contains_attention(module):
         return False
     widths = [_widths(child) for child in module.modules()]
     projections = [pair for pair in widths if pair is not None]
     if _FEED_FORWARD_NAME.search(_snake(name)):
         return bool(projections)
-    return len(projections) >= 2 and projections[0][0] == projections[-1][1]
+    if any(_weights(child) == _weights(module) for child in module.children()):
+        return False  # a wrapper, perhaps with the residual connection in it
+    return len(projections) >= 2 and any(out == projections[0][0] for _, out in projections[1:])
 
 
 def _widths(module: nn.Module) -> tuple[int, int] | None:

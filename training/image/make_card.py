@@ -39,7 +39,7 @@ def read_log(path: Path) -> dict[str, list[float]]:
     return {name: [float(row[name]) for row in rows] for name in rows[0]}
 
 
-def smoothed(values: list[float], weight: float = 0.95) -> list[float]:
+def smoothed(values: list[float], weight: float = 0.8) -> list[float]:
     """Exponential moving average."""
     average, result = values[0], []
     for value in values:
