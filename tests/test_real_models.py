@@ -533,3 +533,31 @@ def test_beside_a_cache_of_diffusers_on_a_model_that_has_them() -> None:
     with sc.cached(model, sc.Schedule.uniform(model, STEPS, 2)) as run:
         generate("flux", model)
     assert run.summary().reused
+
+
+def test_another_noise_scheduler_than_the_measured_one_is_said_once(pipe: Any) -> None:
+    calibration = sc.calibrate(pipe, lambda i: run_pipe(pipe, seed=i), 1, progress=False)
+    schedule = sc.plan(calibration, alpha=0.5)
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    with sc.cached(pipe, schedule):
+        with pytest.warns(sc.SmoothCacheWarning, match="DDIMScheduler.*DPMSolverMultistep"):
+            run_pipe(pipe)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", sc.SmoothCacheWarning)
+            run_pipe(pipe)
+
+
+def test_timesteps_rounded_by_a_short_dtype(pipe: Any) -> None:
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    schedule = sc.Schedule.uniform(pipe, STEPS, 2)
+    with sc.cached(pipe, schedule):
+        exact = run_pipe(pipe)
+    pipe.transformer.register_forward_pre_hook(_all_at_timestep_5, with_kwargs=True)
+    with sc.cached(pipe, schedule) as run:
+        rounded = run_pipe(pipe)
+    assert run.summary().finished == 1 and run.summary().reused == schedule.reused
+    assert rounded.shape == exact.shape
+
+
+def _all_at_timestep_5(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    return args, {**kwargs, "timestep": torch.full_like(kwargs["timestep"], 5)}

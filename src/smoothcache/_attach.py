@@ -10,7 +10,13 @@ from torch import nn
 from . import _intercept
 from ._intercept import Handler
 from .clock import Clock, Tick, timestep_value
-from .denoisers import TimestepArgument, find_denoisers, latents_among, noise_scheduler
+from .denoisers import (
+    TimestepArgument,
+    find_denoisers,
+    latents_among,
+    noise_scheduler,
+    solver_position,
+)
 from .errors import AlreadyCachedError, ScheduleMismatchError
 
 
@@ -49,7 +55,11 @@ class Attachment:
         denoisers = find_denoisers(model)
         _refuse_if_taken({**denoisers, **modules})
         self.denoisers = list(denoisers)
-        self.clock = Clock(lambda: getattr(noise_scheduler(model), "timesteps", None), expected)
+        self.clock = Clock(
+            lambda: getattr(noise_scheduler(model), "timesteps", None),
+            expected,
+            lambda: solver_position(noise_scheduler(model)),
+        )
         wanted: list[tuple[nn.Module, Handler]] = [
             (module, _placed(name, module, self.clock, listener))
             for name, module in denoisers.items()

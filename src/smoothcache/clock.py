@@ -45,12 +45,17 @@ class Clock:
     Args:
         announced: Returns the noise scheduler's tensor of timesteps, or None if there is none.
         expected: Timesteps that the schedule was measured at, if known.
+        position: Returns the index in that tensor at which the noise scheduler is, if it counts.
     """
 
     def __init__(
-        self, announced: Callable[[], Any], expected: Sequence[float] | None = None
+        self,
+        announced: Callable[[], Any],
+        expected: Sequence[float] | None = None,
+        position: Callable[[], int | None] = lambda: None,
     ) -> None:
         self._announced = announced
+        self._position = position
         self._expected = expected
         self._list: Any = None
         self._listed: list[float] = []
@@ -66,6 +71,7 @@ class Clock:
     def forget(self) -> None:
         """Makes the next call the first one of a new generation."""
         self._last: float | None = None
+        self._last_position: int | None = None
         self._direction = 0.0
         self._branch = 0
         self._latents: weakref.ref[Tensor] | None = None
@@ -88,12 +94,21 @@ class Clock:
             self.forget()
         if self._last is None or self._turned_back(timestep) or self._is_planned_start(timestep):
             return self._start(timestep, latents)
-        if timestep == self._last:
+        if timestep == self._last and not self._has_moved_on():
             return self._same_step(latents)
         return self._next_step(timestep, latents)
 
     def _turned_back(self, timestep: float) -> bool:
         return self._last is not None and self._direction * (timestep - self._last) < 0
+
+    def _has_moved_on(self) -> bool:
+        """Whether the scheduler is past the step of the last call.
+
+        In a short dtype neighbouring timesteps can round to the same number. A solver that lists
+        a timestep twice calls twice in a step, and counts both.
+        """
+        counts_steps = self._list is not None and len(self._listed) == len(self._list)
+        return counts_steps and self._position() != self._last_position
 
     def _is_planned_start(self, timestep: float) -> bool:
         """Whether the timestep moves to the first one of the plan, as after a lone trial call."""
@@ -120,7 +135,7 @@ class Clock:
         return Tick(self.step, self._branch, starts=False, vouched=not self._distrusted)
 
     def _next_step(self, timestep: float, latents: Tensor | None) -> Tick:
-        if self._last is not None:
+        if self._last is not None and timestep != self._last:
             self._direction = math.copysign(1.0, timestep - self._last)
         self.step += 1
         self._branch = 0
@@ -134,6 +149,7 @@ class Clock:
 
     def _arrive(self, timestep: float, latents: Tensor | None) -> None:
         self._last = timestep
+        self._last_position = self._position()
         self._latents = None if latents is None else weakref.ref(latents)
         self._version = _version(latents)
         self._distrusted = False

@@ -50,6 +50,15 @@ def noise_scheduler(model: Any) -> Any | None:
     return None if isinstance(model, nn.Module) else getattr(model, "scheduler", None)
 
 
+def solver_position(scheduler: Any | None) -> int | None:
+    """Index of the timestep at which a noise scheduler is; None if it does not count its steps."""
+    if scheduler is None or not hasattr(scheduler, "_step_index"):
+        return None
+    if scheduler._step_index is None:  # before its first step
+        return getattr(scheduler, "_begin_index", None) or 0
+    return int(scheduler._step_index)
+
+
 class TimestepArgument:
     """Finds the timestep among the arguments of a denoiser's call.
 
