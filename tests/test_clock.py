@@ -239,23 +239,34 @@ def test_the_latents_are_the_first_tensor_with_several_dimensions() -> None:
     assert latents_among((1,), {}) is None
 
 
+class CountingSolver:
+    """A noise scheduler that lists its timesteps and says at which it is."""
+
+    def __init__(self, timesteps: list[float]) -> None:
+        self.timesteps = torch.tensor(timesteps)
+        self.position = 0
+
+    def clock(self) -> Clock:
+        return Clock(lambda: self.timesteps, None, lambda: self.position)
+
+
 @pytest.mark.parametrize("calls", [1, 2])
 def test_timesteps_that_round_to_the_same_number_are_steps_of_their_own(calls: int) -> None:
-    listed = torch.tensor([1000.0, 999.0, 997.0, 500.0])
-    rounded = [1000.0, 1000.0, 996.0, 500.0]  # as in bfloat16
-    at = 0
-    clock = Clock(lambda: listed, None, lambda: at)
-    for at, timestep in enumerate(rounded):
+    solver = CountingSolver([1000.0, 999.0, 997.0, 500.0])
+    clock = solver.clock()
+    for step, rounded in enumerate([1000.0, 1000.0, 996.0, 500.0]):  # as in bfloat16
+        solver.position = step
         for call in range(calls):
-            tick = clock.tick(timestep, None)
-            assert (tick.step, tick.branch, tick.starts) == (at, call, at == call == 0)
+            tick = clock.tick(rounded, None)
+            assert (tick.step, tick.branch, tick.starts) == (step, call, step == call == 0)
 
 
 def test_a_solver_that_lists_a_timestep_twice_calls_twice_in_a_step() -> None:
-    listed = torch.tensor([900.0, 500.0, 500.0, 100.0, 100.0])
-    at = 0
-    clock = Clock(lambda: listed, None, lambda: at)
-    ticks = []
-    for at, timestep in enumerate(listed.tolist()):
-        ticks.append(clock.tick(timestep, None))
-    assert [(tick.step, tick.branch) for tick in ticks] == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
+    solver = CountingSolver([900.0, 500.0, 500.0, 100.0, 100.0])
+    clock = solver.clock()
+    places = []
+    for position, timestep in enumerate(solver.timesteps.tolist()):
+        solver.position = position
+        tick = clock.tick(timestep, None)
+        places.append((tick.step, tick.branch))
+    assert places == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)]

@@ -45,6 +45,11 @@ def new_transformer(num_layers: int = 8, head_dim: int = 32) -> DiTTransformer2D
     return model
 
 
+def trained_transformer(folder: Path) -> DiTTransformer2DModel:
+    """The transformer of an exported pipeline, in float32, to train further."""
+    return DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer").float()
+
+
 def new_scheduler() -> DDIMScheduler:
     """The noise schedule of training and sampling, as in the DiT paper."""
     return DDIMScheduler(beta_schedule="linear", clip_sample=False, timestep_spacing="trailing")
@@ -129,6 +134,7 @@ def main() -> None:
     """Train, exporting the averaged weights every few minutes and at the end."""
     options = parser(__doc__, steps=20000, batch=64, lr=1e-3, out="dit")
     options.add_argument("--vae", type=Path, default=Path("runs/image/vae/final"))
+    options.add_argument("--init", type=Path, help="pipeline whose transformer to start from")
     options.add_argument("--pool", type=int, default=50000, help="number of training images")
     options.add_argument("--drop", type=float, default=0.1, help="share of samples without class")
     options.add_argument("--compile", action="store_true", help="use torch.compile")
@@ -141,7 +147,8 @@ def main() -> None:
 
     vae = AutoencoderKL.from_pretrained(args.vae).to(args.device).eval()
     latents, labels = encoded_pool(vae, args.pool, args.seed, args.out)
-    model = new_transformer().to(args.device).eval()
+    model = (trained_transformer(args.init) if args.init else new_transformer()).to(args.device)
+    model.eval()
     average = copy.deepcopy(model)
     forward = torch.compile(model) if args.compile else model
     scheduler = new_scheduler()

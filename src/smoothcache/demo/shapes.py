@@ -25,7 +25,7 @@ CLASS_NAMES = (
     "bar",
 )
 IMAGE_SIZE = 32
-TILT = 0.4  # radians
+TILT = 0.15  # radians
 CHUNK = 2048
 
 Outline = Callable[[Tensor], Tensor]
@@ -87,8 +87,8 @@ def _random_places(n: int, size: int, rng: torch.Generator) -> tuple[Tensor, Ten
 
     At rotation 0 shapes point to the right; they are turned to point up, give or take `TILT`.
     """
-    radius = size * _uniform((n,), 0.32, 0.44, rng)
-    room = (size / 2 - 1 - radius)[:, None]
+    radius = size * _uniform((n,), 0.36, 0.44, rng)
+    room = (size / 4 - radius / 2)[:, None]
     centre = room * _uniform((n, 2), -1, 1, rng)
     return radius, centre, _uniform((n,), -TILT, TILT, rng) - math.pi / 2
 
