@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from smoothcache.clock import Clock, timestep_value
-from smoothcache.denoisers import TimestepArgument, latents_among
+from smoothcache.denoisers import Signature
 from smoothcache.errors import ScheduleMismatchError
 
 
@@ -21,7 +21,7 @@ def clock_of(expected: Sequence[float] | None = None) -> Clock:
 
 def places(clock: Clock, timesteps: Sequence[float], latents: Tensor | None = None) -> list[Any]:
     ticks = [clock.tick(t, latents) for t in timesteps]
-    return [(tick.step, tick.branch, tick.starts) for tick in ticks]
+    return [(tick.step, tick.call, tick.starts) for tick in ticks]
 
 
 def test_each_further_timestep_is_a_step() -> None:
@@ -159,8 +159,45 @@ def test_a_list_settles_what_the_latents_leave_open() -> None:
 
 
 def test_starting_in_the_middle_of_the_list() -> None:
-    scheduler = Announcer([9, 6, 3, 1])
-    assert places(scheduler.clock, [3, 1]) == [(2, 0, True), (3, 0, False)]
+    """A plan for the whole list goes on in its middle, one for the rest begins there."""
+    timesteps = torch.tensor([9.0, 6.0, 3.0, 1.0])
+    for planned, first in ((4, 2), (2, 0), (None, 0)):
+        clock = Clock(lambda: timesteps, planned=planned)
+        assert places(clock, [3, 1]) == [(first, 0, True), (first + 1, 0, False)]
+        assert clock.num_steps == (planned or 2)
+
+
+@pytest.mark.parametrize(
+    "unit", [lambda t: t, lambda t: t / 1000, lambda t: 1 - t / 1000, lambda t: 1000 - t]
+)
+def test_denoisers_have_timesteps_in_units_of_their_own(unit: Any) -> None:
+    announced = torch.linspace(1000.0, 100.0, 10)
+    clock = Clock(lambda: announced, planned=10)
+    steps = [clock.tick(unit(t), None).step for t in announced.tolist()]
+    assert steps == list(range(10)) and clock.num_steps == 10
+
+
+def test_what_comes_after_the_last_step_is_not_of_its_generation() -> None:
+    solver = CountingSolver([9.0, 6.0, 3.0])
+    clock = solver.clock()
+    for solver.position, t in enumerate([9.0, 6.0, 3.0]):
+        clock.tick(t, None)
+    solver.position = 3
+    assert [(x.step, x.starts) for x in (clock.tick(8.0, None), clock.tick(4.0, None))] == [
+        (0, True),
+        (1, False),
+    ]
+    assert clock.num_steps is None
+
+
+@pytest.mark.parametrize(("lone", "times"), [(600, [1000, 750, 500]), (0.5, [0.0, 0.4, 0.8])])
+def test_a_lone_call_before_a_generation_without_a_plan_of_its_times(
+    lone: float, times: list[float]
+) -> None:
+    clock = Clock(planned=3)
+    assert places(clock, [lone, *times])[1:] == [(0, 0, True), (1, 0, False), (2, 0, False)]
+    assert places(clock, [lone])[0] == (0, 0, True)
+    assert places(clock, times) == [(0, 0, True), (1, 0, False), (2, 0, False)]
 
 
 def test_solvers_that_list_a_timestep_twice() -> None:
@@ -221,22 +258,40 @@ def module_with(forward: Any) -> torch.nn.Module:
 
 
 def test_the_timestep_among_the_arguments() -> None:
-    named = TimestepArgument(module_with(lambda self, x, timestep=None, *, y=None: None))
-    assert named.name == "timestep"
-    assert named.among((1, 2), {}) == 2
-    assert named.among((1,), {"timestep": 3}) == 3
-    unnamed = TimestepArgument(module_with(lambda self, *args, **kwargs: None))
-    assert unnamed.name is None
-    assert unnamed.among((torch.zeros(2, 2), torch.tensor([4.0])), {}) == 4
-    assert unnamed.among((torch.zeros(2, 2),), {"flag": True, "when": 0.5}) == 0.5
-    assert unnamed.among((torch.zeros(2, 2),), {}) is None
+    named = Signature(module_with(lambda self, x, timestep=None, *, y=None: None))
+    assert named.timestep == "timestep"
+    assert named.sort((1, 2), {}).timestep == 2
+    assert named.sort((1,), {"timestep": 3}).timestep == 3
+    unnamed = Signature(module_with(lambda self, *args, **kwargs: None))
+    assert unnamed.timestep is None
+    assert unnamed.sort((torch.zeros(2, 2), torch.tensor([4.0])), {}).timestep == 4
+    assert unnamed.sort((torch.zeros(2, 2),), {"flag": True, "when": 0.5}).timestep == 0.5
+    assert unnamed.sort((torch.zeros(2, 2),), {}).timestep is None
+    of_two = Signature(module_with(lambda self, frames, video_timesteps, sound_timesteps: None))
+    assert of_two.timestep == "video_timesteps"
 
 
-def test_the_latents_are_the_first_tensor_with_several_dimensions() -> None:
+def test_the_latents_among_the_arguments() -> None:
     x, text = torch.zeros(1, 2), torch.zeros(1, 3)
-    assert latents_among((torch.zeros(1), x), {"text": text}) is x
-    assert latents_among((), {"t": torch.zeros(1), "x": x, "text": text}) is x
-    assert latents_among((1,), {}) is None
+    unnamed = Signature(module_with(lambda self, *args, **kwargs: None))
+    assert unnamed.sort((torch.zeros(1), x), {"text": text}).latents is x
+    assert unnamed.sort((), {"t": torch.zeros(1), "x": x, "text": text}).latents is x
+    assert unnamed.sort((1,), {}).latents is None
+    named = Signature(module_with(lambda self, text, hidden_states, t: None))
+    assert named.sort((text, x, 1), {}).latents is x
+    listed = Signature(module_with(lambda self, x, t: None))
+    assert listed.sort(([x, x], 1), {}).latents is x
+
+
+def test_what_a_call_is_conditioned_on() -> None:
+    x, text, sound = torch.zeros(1, 2), torch.zeros(1, 3), torch.zeros(1, 4)
+    signature = Signature(
+        module_with(lambda self, hidden_states, timestep, timestep_r, audio_hidden_states, c: None)
+    )
+    call = signature.sort((x, 5, 4, sound, {"text": [text], "scale": 2.0, "none": None}), {})
+    assert call.latents is x and call.timestep == 5
+    assert len(call.conditioning) == 2
+    assert call.conditioning[0] is text and call.conditioning[1] == 2.0
 
 
 class CountingSolver:
@@ -258,7 +313,7 @@ def test_timesteps_that_round_to_the_same_number_are_steps_of_their_own(calls: i
         solver.position = step
         for call in range(calls):
             tick = clock.tick(rounded, None)
-            assert (tick.step, tick.branch, tick.starts) == (step, call, step == call == 0)
+            assert (tick.step, tick.call, tick.starts) == (step, call, step == call == 0)
 
 
 def test_a_solver_that_lists_a_timestep_twice_calls_twice_in_a_step() -> None:
@@ -268,5 +323,5 @@ def test_a_solver_that_lists_a_timestep_twice_calls_twice_in_a_step() -> None:
     for position, timestep in enumerate(solver.timesteps.tolist()):
         solver.position = position
         tick = clock.tick(timestep, None)
-        places.append((tick.step, tick.branch))
+        places.append((tick.step, tick.call))
     assert places == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)]

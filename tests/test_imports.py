@@ -21,7 +21,7 @@ RANKS = (
     {"errors", "distance", "costs", "predictors", "denoisers", "diffusers_io", "version"},
     {"layers", "calibration", "schedule"},
     {"planners"},
-    {"calibrate", "apply", "clock", "summary"},
+    {"calibrate", "apply", "clock", "observe", "summary"},
     {"search", "metrics", "plots", "report", "compare"},
     {"demo", "cli", "__main__"},
 )

@@ -507,8 +507,8 @@ WRONG: dict[str, tuple[Attempt, type[Exception], str]] = {
     ),
     "a model without layers": (
         lambda toy, schedule: sc.enable(nn.Linear(2, 2), schedule),
-        sc.LayersNotFoundError,
-        r"Linear has no block.*pass the denoiser",
+        sc.ScheduleMismatchError,
+        r"planned for \w+Toy|planned for Toy.*but the model is Linear",
     ),
     "the schedule of another model": (
         lambda toy, schedule: sc.enable(toy, sc.Schedule.uniform(type(toy)(depth=1), STEPS, 2)),

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import nn
 
 from . import _intercept
+from ._branches import Branches
 from ._intercept import Handler
-from .clock import Clock, Tick, timestep_value
+from .clock import Clock, Tick
 from .denoisers import (
-    TimestepArgument,
+    Signature,
+    announced_timesteps,
     find_denoisers,
-    latents_among,
     noise_scheduler,
     solver_position,
 )
-from .errors import AlreadyCachedError, ScheduleMismatchError
+from .errors import AlreadyCachedError, ScheduleMismatchError, SmoothCacheError
 
 
 class Listener(Protocol):
     """Is told of every call of a denoiser."""
 
-    def before(self, denoiser: str, tick: Tick, args: tuple[Any, ...], kwargs: Any) -> None: ...
+    def before(
+        self, denoiser: str, tick: Tick, branch: int, args: tuple[Any, ...], kwargs: Any
+    ) -> None: ...
 
     def after(self, denoiser: str, tick: Tick) -> None: ...
 
@@ -39,6 +44,7 @@ class Attachment:
         handlers: What each of them asks first, by path.
         listener: Told before and after every call of a denoiser, and of a call that failed.
         expected: The timesteps that the schedule was measured at, if known.
+        planned: Steps that a generation should have, if known.
 
     Raises:
         AlreadyCachedError: If a part of the model is intercepted already; nothing is altered.
@@ -51,20 +57,25 @@ class Attachment:
         handlers: Mapping[str, Handler],
         listener: Listener,
         expected: Sequence[float] | None = None,
+        planned: int | None = None,
     ) -> None:
         denoisers = find_denoisers(model)
         _refuse_if_taken({**denoisers, **modules})
         self.denoisers = list(denoisers)
         self.clock = Clock(
-            lambda: getattr(noise_scheduler(model), "timesteps", None),
+            lambda: announced_timesteps(noise_scheduler(model)),
             expected,
             lambda: solver_position(noise_scheduler(model)),
+            planned,
         )
+        self.listener = listener
+        self.branches = {name: Branches() for name in denoisers}
+        self.turn = _Turn()
         wanted: list[tuple[nn.Module, Handler]] = [
-            (module, _placed(name, module, self.clock, listener))
-            for name, module in denoisers.items()
+            (denoiser, _Placed(self, name, denoiser, handlers.get(name, _run)))
+            for name, denoiser in denoisers.items()
         ]
-        wanted += [(module, handlers[path]) for path, module in modules.items()]
+        wanted += [(modules[path], handlers[path]) for path in modules if path not in denoisers]
         self._intercepted: list[nn.Module] = []
         try:
             for module, handler in wanted:
@@ -80,29 +91,86 @@ class Attachment:
             _intercept.release(self._intercepted.pop())
 
 
-def _placed(name: str, denoiser: nn.Module, clock: Clock, listener: Listener) -> Handler:
-    """A denoiser's handler: places each call in its generation and tells the listener."""
-    argument = TimestepArgument(denoiser)
+class _Turn:
+    """Whose generation is under way: a model serves one thread at a time."""
 
-    def handler(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        timestep = argument.among(args, kwargs)
-        if timestep is None:
-            raise ScheduleMismatchError(
-                f"{type(denoiser).__name__} was called without a timestep, so the step cannot be "
-                "told; run it outside of the cached block"
-            )
-        tick = clock.tick(timestep_value(timestep), latents_among(args, kwargs))
+    def __init__(self) -> None:
+        self._in_call = threading.RLock()
+        self._thread: int | None = None
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """While a denoiser is called."""
+        if not self._in_call.acquire(blocking=False):
+            raise _two_threads()
         try:
-            listener.before(name, tick, args, kwargs)
-            output = forward(*args, **kwargs)
-            listener.after(name, tick)
-        except BaseException:
-            clock.forget()
-            listener.failed()
-            raise
+            yield
+        finally:
+            self._in_call.release()
+
+    def take(self, tick: Tick) -> None:
+        """Lets the thread of a generation's first call go on with it, and no other."""
+        thread = threading.get_ident()
+        if not tick.starts and self._thread != thread:
+            raise _two_threads()
+        self._thread = thread
+
+
+def _two_threads() -> SmoothCacheError:
+    return SmoothCacheError(
+        "two threads generate with one model at once, and their steps cannot be told apart; "
+        "let them take turns (a lock around each generation), or give each its own copy"
+    )
+
+
+class _Placed:
+    """A denoiser's handler: places each call in its generation and tells the listener."""
+
+    def __init__(
+        self, attachment: Attachment, name: str, denoiser: nn.Module, handler: Handler
+    ) -> None:
+        self._attachment = attachment
+        self._name = name
+        self._denoiser = denoiser
+        self._handler = handler
+        self._signature = Signature(denoiser)
+
+    def __call__(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        attachment = self._attachment
+        with attachment.turn.call():
+            try:
+                tick = self._place(args, kwargs)
+                output = self._handler(forward, args, kwargs)
+                attachment.listener.after(self._name, tick)
+            except BaseException:
+                attachment.clock.forget()
+                attachment.listener.failed()
+                raise
         return output
 
-    return handler
+    def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tick:
+        call = self._signature.sort(args, kwargs)
+        if call.timestep is None:
+            raise ScheduleMismatchError(
+                f"{type(self._denoiser).__name__} was called without a timestep, so the step "
+                "cannot be told; run it outside of the cached block"
+            )
+        attachment = self._attachment
+        tick = attachment.clock.tick(call.timestep, call.latents)
+        attachment.turn.take(tick)
+        if tick.starts:
+            for branches in attachment.branches.values():
+                branches.forget()
+        context = _intercept.context_name(self._denoiser)
+        branch = attachment.branches[self._name].number(tick.step, call.conditioning, context)
+        attachment.listener.before(self._name, tick, branch, args, kwargs)
+        return tick
+
+
+def _run(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return forward(*args, **kwargs)
 
 
 def _refuse_if_taken(modules: Mapping[str, nn.Module]) -> None:

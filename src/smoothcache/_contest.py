@@ -143,8 +143,10 @@ class _StepCounter:
     def __init__(self) -> None:
         self.steps = self.calls = 0
 
-    def before(self, denoiser: str, tick: Tick, args: tuple[Any, ...], kwargs: Any) -> None:
-        self.steps += tick.branch == 0
+    def before(
+        self, denoiser: str, tick: Tick, branch: int, args: tuple[Any, ...], kwargs: Any
+    ) -> None:
+        self.steps += tick.call == 0
         self.calls += 1
 
     def after(self, denoiser: str, tick: Tick) -> None:

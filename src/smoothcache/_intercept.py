@@ -10,7 +10,9 @@ intercepted module are plain modules of the original class.
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -19,6 +21,7 @@ from torch import nn
 
 _SLOT = "_smoothcache_slot"
 _generated: WeakKeyDictionary[type, type] = WeakKeyDictionary()
+_generating = threading.Lock()
 
 
 class Handler(Protocol):
@@ -35,6 +38,7 @@ class _Slot:
     def __init__(self, module: nn.Module, base: type, handler: Handler) -> None:
         self.base = base
         self.handler: Handler | None = handler
+        self.context: str | None = None
         # What an earlier interception left behind, because a later hook still leads to it.
         self.below: _Slot | None = module.__dict__.get(_SLOT)
         self._class_forward: Callable[..., Any] = (
@@ -78,6 +82,12 @@ def is_intercepted(module: nn.Module) -> bool:
     return slot is not None and slot.handler is not None
 
 
+def context_name(module: nn.Module) -> str | None:
+    """What the ``cache_context`` around an intercepted module's call names it; None outside one."""
+    slot: _Slot = module.__dict__[_SLOT]
+    return slot.context
+
+
 def release(module: nn.Module) -> None:
     """Takes the handler away and leaves the module as ``intercept`` found it."""
     slot: _Slot = module.__dict__[_SLOT]
@@ -96,9 +106,13 @@ def release(module: nn.Module) -> None:
 
 def _subclass(base: type) -> type:
     """The generated subclass of a module class, one for all modules of that class."""
-    if base in _generated:
+    with _generating:
+        if base not in _generated:
+            _generated[base] = _generate(base)
         return _generated[base]
 
+
+def _generate(base: type) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         slot = self.__dict__.get(_SLOT)
         if slot is None:
@@ -113,13 +127,27 @@ def _subclass(base: type) -> type:
         # Not __newobj__, with which pickle insists on the class that the module has now.
         return copyreg._reconstructor, (base, object, None), state  # type: ignore[attr-defined]
 
+    @contextmanager
+    def cache_context(self: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        with base.cache_context(self, name, *args, **kwargs) as context:  # type: ignore[attr-defined]
+            slot = self.__dict__.get(_SLOT)
+            if slot is None:
+                yield context
+                return
+            outer, slot.context = slot.context, name
+            try:
+                yield context
+            finally:
+                slot.context = outer
+
     forward.__wrapped__ = base.forward  # type: ignore[attr-defined]  # keeps inspect.signature
-    names = {
+    names: dict[str, Any] = {
         "forward": forward,
         "__reduce_ex__": __reduce_ex__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    _generated[base] = type(base.__name__, (base,), names)
-    return _generated[base]
+    if hasattr(base, "cache_context"):  # by which diffusers names the calls of a step
+        names["cache_context"] = cache_context
+    return type(base.__name__, (base,), names)

@@ -20,7 +20,7 @@ from .errors import (
     SmoothCacheError,
     SmoothCacheWarning,
 )
-from .layers import find_layers, identify, layer_modules
+from .layers import find_layers, identify, is_residual, layer_modules
 from .schedule import Schedule
 from .summary import Summary
 
@@ -76,10 +76,7 @@ def enable(model: Any, schedule: Schedule) -> Run:
         raise InvalidArgumentError(
             f"expected a Schedule, got {type(schedule).__name__}; plan one, or Schedule.load a file"
         )
-    layers = find_layers(model)
-    if schedule.layers is not None:  # a layer that the schedule leaves out is always computed
-        planned = {layer.path for layer in schedule.layers}
-        layers = [layer for layer in layers if layer.path in planned]
+    layers = find_layers(model) if schedule.layers is None else schedule.layers
     return Run(model, schedule.bind(layers, identify(model)))
 
 
@@ -99,7 +96,7 @@ class Run:
                 schedule.rows[layer.path].computed,
                 schedule.rows[layer.path].predictor,
                 self._tally,
-                residual=layer.kind.endswith("block"),
+                residual=is_residual(layer),
             )
             for layer in layers
         }
@@ -112,7 +109,7 @@ class Run:
         modules = layer_modules(model, list(layers))
         self._attachment: Attachment | None = None
         self._attachment = attachment = Attachment(
-            model, modules, self._layers, self, schedule.timesteps
+            model, modules, self._layers, self, schedule.timesteps, schedule.num_steps
         )
         self._clock = attachment.clock
         self._by_denoiser = _by_denoiser(self._layers, attachment.denoisers)
@@ -155,7 +152,9 @@ class Run:
 
     # ------------------------------------------------------------- what the attachment reports
 
-    def before(self, denoiser: str, tick: Tick, args: tuple[Any, ...], kwargs: Any) -> None:
+    def before(
+        self, denoiser: str, tick: Tick, branch: int, args: tuple[Any, ...], kwargs: Any
+    ) -> None:
         """Prepares the layers for a call of a denoiser."""
         if tick.starts:
             self._close_generation()
@@ -165,12 +164,12 @@ class Run:
             self._open = True
         self._refuse_too_many_steps(tick)
         self._steps_seen = tick.step + 1
-        if tick.branch == 0:
+        if tick.call == 0:
             for layer in self._layers.values():
                 layer.expire(tick.step)
-        self._tally.reason = self._refresh(denoiser, tick, args, kwargs)
+        self._tally.reason = self._refresh(denoiser, tick, branch, args, kwargs)
         for layer in self._by_denoiser[denoiser]:
-            layer.begin(tick.step, tick.branch)
+            layer.begin(tick.step, branch)
 
     def after(self, denoiser: str, tick: Tick) -> None:
         """Lets the layers run as they are until the next call."""
@@ -189,15 +188,17 @@ class Run:
 
     # ---------------------------------------------------------------------------- generations
 
-    def _refresh(self, denoiser: str, tick: Tick, args: tuple[Any, ...], kwargs: Any) -> str:
+    def _refresh(
+        self, denoiser: str, tick: Tick, branch: int, args: tuple[Any, ...], kwargs: Any
+    ) -> str:
         """Drops values that this call must not reuse; says why some may be missing."""
         shapes = _shapes((args, kwargs))
-        known = self._shapes.get((denoiser, tick.branch), shapes)
-        self._shapes[denoiser, tick.branch] = shapes
+        known = self._shapes.get((denoiser, branch), shapes)
+        self._shapes[denoiser, branch] = shapes
         if tick.vouched and known == shapes:
             return _NEVER_SEEN
         for layer in self._by_denoiser[denoiser]:
-            layer.forget(tick.branch)
+            layer.forget(branch)
         return _OTHER_SHAPES if known != shapes else _NOT_VOUCHED
 
     def _forget(self) -> None:
@@ -299,6 +300,10 @@ def _by_denoiser(
 ) -> dict[str, list[ReusedLayer]]:
     """The layers of each denoiser; the prefix of the only one is empty."""
     return {
-        name: [layer for path, layer in layers.items() if not name or path.startswith(f"{name}.")]
+        name: [
+            layer
+            for path, layer in layers.items()
+            if f"{path}.".startswith(f"{name}." * bool(name))
+        ]
         for name in denoisers
     }

@@ -128,7 +128,9 @@ class _Session:
 
     # ------------------------------------------------------------- what the attachment reports
 
-    def before(self, denoiser: str, tick: Tick, args: tuple[Any, ...], kwargs: Any) -> None:
+    def before(
+        self, denoiser: str, tick: Tick, branch: int, args: tuple[Any, ...], kwargs: Any
+    ) -> None:
         """Prepares the observers for a call of a denoiser, and counts MACs in the first step."""
         self._generations += tick.starts
         if self._generations > 1:
@@ -140,7 +142,7 @@ class _Session:
         if self._sample == 0 and tick.step == 0:
             counter = self._counting.enter_context(MacCounter())
         for observer in self._observers.values():
-            observer.begin(tick.step, tick.branch, counter)
+            observer.begin(tick.step, branch, counter)
         self._counter = counter
 
     def after(self, denoiser: str, tick: Tick) -> None:

@@ -1,4 +1,4 @@
-"""Which generation, step and call within the step is this call of the denoiser?
+"""Which generation and step is this call of the denoiser?
 
 The clock reads the timestep that the denoiser is given: an unchanged one is a further call of the
 same step (guidance in two calls), one further along is the next step, one that turns back is a
@@ -9,6 +9,7 @@ neither settles it the clock does not vouch for what was kept, and the step is c
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -21,6 +22,15 @@ from torch import Tensor
 
 from .errors import ScheduleMismatchError
 
+# Denoisers get the scheduler's timesteps as they are, or in [0, 1], or from the other end.
+_UNITS: tuple[Callable[[float], float], ...] = (
+    lambda t: t,
+    lambda t: 1000 * t,
+    lambda t: 1000 * (1 - t),
+    lambda t: 1000 - t,
+    lambda t: 1 - t,
+)
+
 
 @dataclass(frozen=True)
 class Tick:
@@ -28,13 +38,13 @@ class Tick:
 
     Attributes:
         step: Index of the solver step, from 0.
-        branch: Index of the call within its step, from 0.
+        call: Index of the call within its step, from 0.
         starts: Whether a new generation begins with this call.
         vouched: Whether what earlier calls kept belongs to this generation for certain.
     """
 
     step: int
-    branch: int
+    call: int
     starts: bool
     vouched: bool
 
@@ -46,129 +56,227 @@ class Clock:
         announced: Returns the noise scheduler's tensor of timesteps, or None if there is none.
         expected: Timesteps that the schedule was measured at, if known.
         position: Returns the index in that tensor at which the noise scheduler is, if it counts.
+        planned: Steps that a generation should have. One that starts in the middle of the
+            announced list counts its steps from there if that many are left, or if this is None;
+            otherwise it counts from the beginning of the list.
     """
 
     def __init__(
         self,
-        announced: Callable[[], Any],
+        announced: Callable[[], Any] = lambda: None,
         expected: Sequence[float] | None = None,
         position: Callable[[], int | None] = lambda: None,
+        planned: int | None = None,
     ) -> None:
         self._announced = announced
         self._position = position
         self._expected = expected
+        self._planned = planned
         self._list: Any = None
-        self._listed: list[float] = []
-        self.timesteps: list[float] = []
+        self._listed = _Timesteps([])
         self.step = -1
+        self._given: list[Any] = []  # timesteps: numbers, and tensors that nobody has read yet
         self.forget()
 
     @property
     def num_steps(self) -> int | None:
-        """Steps of this generation as its noise scheduler announced them, if there is one."""
-        return len(self._listed) or None
+        """Steps of this generation as its noise scheduler announced them, if it did."""
+        return len(self._listed) - self._offset if self._follows_list else None
+
+    @property
+    def timesteps(self) -> list[float]:
+        """The timestep of every step of this generation so far, in the model's own unit."""
+        self._given = [timestep_value(timestep, batch=0) for timestep in self._given]
+        return list(self._given)
 
     def forget(self) -> None:
         """Makes the next call the first one of a new generation."""
-        self._last: float | None = None
+        self._given = []
         self._last_position: int | None = None
+        self._follows_list = False
+        self._offset = 0
         self._direction = 0.0
-        self._branch = 0
+        self._call = 0
         self._latents: weakref.ref[Tensor] | None = None
         self._version: int | None = None
         self._undecided = False
         self._distrusted = False
-        self._following = self._expected is not None
+        self._follows_plan = self._expected is not None
 
-    def tick(self, timestep: float, latents: Tensor | None) -> Tick:
+    def tick(self, timestep: Any, latents: Tensor | None) -> Tick:
         """Places a call.
 
         Args:
-            timestep: The denoiser's timestep, in its own unit.
+            timestep: The denoiser's timestep, as ``timestep_value`` takes it. One in the memory
+                of an accelerator is read at the first call of a generation, and at the others
+                only if the noise scheduler does not count its steps.
             latents: What is denoised; the calls of one step get the same tensor.
+
+        Raises:
+            ScheduleMismatchError: If the samples of a batch are at different timesteps.
         """
         announced = self._announced()
         if announced is not None and announced is not self._list:
             self._list = announced
-            self._listed = _distinct(announced)
+            self._listed = _Timesteps.of(announced)
             self.forget()
-        if self._last is None or self._turned_back(timestep) or self._is_planned_start(timestep):
-            return self._start(timestep, latents)
-        if timestep == self._last and not self._has_moved_on():
+        position = self._position()
+        if self._follows_list and self._listed.are_over_at(position):
+            self.forget()  # what follows is not of the scheduler's generation
+        if isinstance(timestep, Tensor) and timestep.device.type not in ("cpu", "meta"):
+            moved = self._moved(position)
+            if moved == 0:
+                return self._same_step(latents)
+            if moved == 1:
+                return self._next_step(timestep.detach().clone(), latents, position)
+        batch = None if latents is None else len(latents)
+        value = timestep_value(timestep, batch)
+        if not self._given or self._turned_back(value) or self._begins_anew(value):
+            return self._start(value, latents, position)
+        if value == self._last and not self._moved(position):
             return self._same_step(latents)
-        return self._next_step(timestep, latents)
+        if value != self._last:
+            self._direction = math.copysign(1.0, value - self._last)
+        return self._next_step(value, latents, position)
+
+    # ------------------------------------------------------------------------------- decisions
+
+    @property
+    def _last(self) -> float:
+        """The timestep of the last call."""
+        self._given[-1] = timestep_value(self._given[-1], batch=0)
+        return float(self._given[-1])
+
+    def _moved(self, position: int | None) -> int | None:
+        """Steps by which the scheduler has moved on since the last call; None if it cannot tell.
+
+        It also tells timesteps apart that round to one number in a short dtype.
+        """
+        if not self._follows_list or position is None or self._last_position is None:
+            return None
+        return self._listed.step_at(position) - self._listed.step_at(self._last_position)
 
     def _turned_back(self, timestep: float) -> bool:
-        return self._last is not None and self._direction * (timestep - self._last) < 0
+        return self._direction * (timestep - self._last) < 0
 
-    def _has_moved_on(self) -> bool:
-        """Whether the scheduler is past the step of the last call.
+    def _begins_anew(self, timestep: float) -> bool:
+        """Whether the one call before was alone: this one is where generations begin."""
+        if self._follows_list or timestep == self._last:
+            return False
+        if self._expected is not None:
+            return _are_close(timestep, self._expected[0])
+        if self.step > 0 or (self._planned or 0) < 3:
+            return False
+        # The second of three or more timesteps is not yet near the end of its range.
+        full = 1.0 if max(timestep, self._last) <= 1 else 1000.0
+        return timestep > full / 2 if timestep > self._last else 0 <= timestep <= full / 100
 
-        In a short dtype neighbouring timesteps can round to the same number. A solver that lists
-        a timestep twice calls twice in a step, and counts both.
-        """
-        counts_steps = self._list is not None and len(self._listed) == len(self._list)
-        return counts_steps and self._position() != self._last_position
+    # ------------------------------------------------------------------------------- movements
 
-    def _is_planned_start(self, timestep: float) -> bool:
-        """Whether the timestep moves to the first one of the plan, as after a lone trial call."""
-        return (
-            self._expected is not None
-            and timestep != self._last
-            and _are_close(timestep, self._expected[0])
-        )
-
-    def _start(self, timestep: float, latents: Tensor | None) -> Tick:
+    def _start(self, timestep: float, latents: Tensor | None, position: int | None) -> Tick:
         self.forget()
-        # Image to image starts in the middle of the list.
-        self.step = self._listed.index(timestep) if timestep in self._listed else 0
-        self.timesteps = [timestep]
-        self._arrive(timestep, latents)
+        self.step = 0
+        index = self._listed.find(timestep, position)
+        if index is not None:
+            left = len(self._listed) - index
+            self._follows_list = True
+            self._offset = index if self._planned in (None, left) else 0
+            self.step = index - self._offset
+        self._given = [timestep]
+        self._arrive(timestep, latents, position)
         return Tick(self.step, 0, starts=True, vouched=False)
 
     def _same_step(self, latents: Tensor | None) -> Tick:
-        self._branch += 1
+        self._call += 1
         # A generation broken off in its first step, and begun again, looks like guidance in two
         # calls. The same latents settle it, and so does a scheduler that announces generations.
-        if self.step == 0 and self._list is None and not self._are_the_same(latents):
+        if self.step == 0 and not self._follows_list and not self._are_the_same(latents):
             self._undecided = True
-        return Tick(self.step, self._branch, starts=False, vouched=not self._distrusted)
+        return Tick(self.step, self._call, starts=False, vouched=not self._distrusted)
 
-    def _next_step(self, timestep: float, latents: Tensor | None) -> Tick:
-        if self._last is not None and timestep != self._last:
-            self._direction = math.copysign(1.0, timestep - self._last)
+    def _next_step(self, timestep: Any, latents: Tensor | None, position: int | None) -> Tick:
         self.step += 1
-        self._branch = 0
-        self.timesteps.append(timestep)
+        self._call = 0
+        self._given.append(timestep)
         self._undecided = self._undecided and self.step == 1
-        was_following = self._following
-        self._arrive(timestep, latents)
-        left_the_plan = was_following and not self._following and self._list is None
+        followed = self._follows_plan
+        self._arrive(timestep, latents, position)
+        left_the_plan = followed and not self._follows_plan and not self._follows_list
         self._distrusted = self._undecided or left_the_plan
         return Tick(self.step, 0, starts=False, vouched=not self._distrusted)
 
-    def _arrive(self, timestep: float, latents: Tensor | None) -> None:
-        self._last = timestep
-        self._last_position = self._position()
+    def _arrive(self, timestep: Any, latents: Tensor | None, position: int | None) -> None:
+        self._last_position = position
         self._latents = None if latents is None else weakref.ref(latents)
         self._version = _version(latents)
         self._distrusted = False
-        if self._following and self._expected is not None:
+        if self._follows_plan and self._expected is not None and not self._follows_list:
             here = self._expected[self.step] if self.step < len(self._expected) else math.nan
-            self._following = _are_close(timestep, here)
+            self._follows_plan = _are_close(timestep, here)
 
     def _are_the_same(self, latents: Tensor | None) -> bool:
         known = None if self._latents is None else self._latents()
         return known is not None and known is latents and self._version == _version(latents)
 
 
-def timestep_value(timestep: Any) -> float:
+class _Timesteps:
+    """The timesteps that a noise scheduler announced.
+
+    Two-stage solvers list a timestep twice in a row: those are two calls of one step.
+    """
+
+    def __init__(self, values: Sequence[float]) -> None:
+        self._values = values
+        starts = [i == 0 or t != values[i - 1] for i, t in enumerate(values)]
+        self._steps = list(itertools.accumulate(starts, initial=-1))[1:]
+        self._distinct = [t for t, begins in zip(values, starts, strict=True) if begins]
+
+    @classmethod
+    def of(cls, announced: Any) -> _Timesteps:
+        return cls(torch.as_tensor(announced).detach().to("cpu", torch.float64).tolist())
+
+    def __len__(self) -> int:
+        """How many steps there are."""
+        return len(self._distinct)
+
+    def step_at(self, position: int) -> int:
+        """The step that the entry at a position belongs to."""
+        return self._steps[position] if position < len(self._steps) else len(self)
+
+    def are_over_at(self, position: int | None) -> bool:
+        """Whether a scheduler at this position has made its last step."""
+        return position is not None and position >= len(self._steps)
+
+    def find(self, timestep: float, position: int | None) -> int | None:
+        """The step at which a generation begins that the scheduler announced; None if it did not.
+
+        Args:
+            timestep: What the denoiser is given, perhaps in another unit than the list's.
+            position: Where the scheduler is, if it counts; 0 may also mean that it has not begun.
+        """
+        if not self._distinct or self.are_over_at(position):
+            return None
+        if position:
+            return self.step_at(position)
+        found = [self._index(unit(timestep)) for unit in _UNITS]
+        known = [index for index in found if index is not None]
+        if not known:
+            return None if position is None else 0
+        return 0 if timestep <= 1 and 0 in known else known[0]
+
+    def _index(self, timestep: float) -> int | None:
+        nearest = min(range(len(self)), key=lambda i: abs(self._distinct[i] - timestep))
+        return nearest if _are_close(timestep, self._distinct[nearest]) else None
+
+
+def timestep_value(timestep: Any, batch: int | None = None) -> float:
     """The one timestep of a call, in the model's own unit.
 
     Args:
-        timestep: A number, or a tensor of shape [], [batch] or, with a timestep for every token,
-            [batch, tokens], of which the largest counts. A tensor in the memory of an accelerator
-            costs one read by the host.
+        timestep: A number, or a tensor of shape [], [batch] or, with a timestep for every token
+            or modality, [batch, tokens] or [tokens], of which the largest counts. A tensor in the
+            memory of an accelerator costs one read by the host.
+        batch: How many samples there are; None if it is not known.
 
     Raises:
         ScheduleMismatchError: If the samples of a batch are at different timesteps.
@@ -181,7 +289,8 @@ def timestep_value(timestep: Any) -> float:
             "the step cannot be told"
         )
     values = timestep.detach().to("cpu", torch.float64).numpy()
-    if values.ndim == 1 and (values != values[0]).any():
+    is_per_sample = values.ndim == 1 and (batch is None or len(values) == batch)
+    if is_per_sample and (values != values[0]).any():
         raise ScheduleMismatchError(
             "the samples of one batch are at different timesteps "
             f"({values.min():g} to {values.max():g}); one schedule cannot serve them together"
@@ -192,12 +301,6 @@ def timestep_value(timestep: Any) -> float:
 def _are_close(a: float, b: float) -> bool:
     """Whether two timesteps are the same but for the rounding of a short dtype."""
     return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6)
-
-
-def _distinct(timesteps: Any) -> list[float]:
-    """The listed timesteps without repetitions in a row, which two-stage solvers make."""
-    values = torch.as_tensor(timesteps).detach().to("cpu", torch.float64).numpy().tolist()
-    return [t for i, t in enumerate(values) if i == 0 or t != values[i - 1]]
 
 
 def _version(latents: Tensor | None) -> int | None:

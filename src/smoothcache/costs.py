@@ -152,6 +152,11 @@ class _CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     supports_higher_order_operators = True  # flex attention is one
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Lets flex attention trace itself, which it does even where nothing is compiled."""
+        return True
+
     def __init__(self, counter: MacCounter) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._counter = counter

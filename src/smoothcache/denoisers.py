@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .errors import InvalidArgumentError, LayersNotFoundError
 
+# A denoiser's latents, and those of a second modality; all else but the timestep conditions it.
+_LATENTS_NAME = re.compile(r"hidden_states|sample|x|x_t|z|img|latents?|latent_model_input")
+_MORE_LATENTS_NAME = re.compile(r"(audio|video|noisy|local)_(hidden_states|sample|latents?)")
+_COMPARABLE = (Tensor, str, int, float)
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "sigmas", "noise_level", "time", "ts")
+# Of one modality among several, or where a step is to lead.
+_TIMESTEP_NAME = re.compile(r"(\w+_)?(timesteps?|sigmas?|time)(_\w+)?")
 
 
 def find_denoisers(model: Any) -> dict[str, nn.Module]:
@@ -27,6 +36,8 @@ def find_denoisers(model: Any) -> dict[str, nn.Module]:
     Raises:
         InvalidArgumentError: If ``model`` is neither a module nor a pipeline.
         LayersNotFoundError: If no component of the pipeline takes a timestep.
+
+    What wraps a module (``torch.compile``, PEFT, data parallelism) is looked through.
     """
     if isinstance(model, nn.Module):
         return {"": _unwrapped(model)}
@@ -36,7 +47,7 @@ def find_denoisers(model: Any) -> dict[str, nn.Module]:
             f"expected a diffusers pipeline or a torch.nn.Module, got {type(model).__name__}"
         )
     modules = {n: _unwrapped(c) for n, c in components.items() if isinstance(c, nn.Module)}
-    found = {n: m for n, m in modules.items() if TimestepArgument(m).name is not None}
+    found = {n: m for n, m in modules.items() if Signature(m).timestep is not None}
     if not found:
         raise LayersNotFoundError(
             f"no component of {type(model).__name__} takes a timestep; pass the denoiser itself "
@@ -50,6 +61,16 @@ def noise_scheduler(model: Any) -> Any | None:
     return None if isinstance(model, nn.Module) else getattr(model, "scheduler", None)
 
 
+def announced_timesteps(scheduler: Any | None) -> Any | None:
+    """A noise scheduler's tensor of timesteps, a new one for each generation; None before any."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    is_told = getattr(scheduler, "num_inference_steps", None) is not None
+    training = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    if timesteps is None or (not is_told and len(timesteps) == training):
+        return None  # until it is told a number of steps it lists those of the training
+    return timesteps
+
+
 def solver_position(scheduler: Any | None) -> int | None:
     """Index of the timestep at which a noise scheduler is; None if it does not count its steps."""
     if scheduler is None or not hasattr(scheduler, "_step_index"):
@@ -59,34 +80,60 @@ def solver_position(scheduler: Any | None) -> int | None:
     return int(scheduler._step_index)
 
 
-class TimestepArgument:
-    """Finds the timestep among the arguments of a denoiser's call.
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a denoiser, sorted by what they are.
 
     Attributes:
-        name: The parameter that holds it; None if no parameter has one of the usual names. Then
-            it is the first argument that is a number or has at most one dimension.
+        timestep: The model's own t, a number or a tensor; None if the call has none.
+        latents: The first tensor of what is to be denoised; None if no tensor looks like it.
+        conditioning: All other tensors, numbers and strings, flattened.
+    """
+
+    timestep: Any
+    latents: Tensor | None
+    conditioning: tuple[Any, ...]
+
+
+class Signature:
+    """Tells the arguments of a denoiser's calls apart.
+
+    Attributes:
+        timestep: The parameter that holds the timestep; None if no parameter has one of the usual
+            names. Then it is the first argument that is a number or has at most one dimension.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
         forward = denoiser.__dict__.get("forward", type(denoiser).forward)
-        names = [name for name in inspect.signature(forward).parameters if name != "self"]
-        self.name = next((name for name in TIMESTEP_NAMES if name in names), None)
-        self._index = names.index(self.name) if self.name else -1
+        self._names = [name for name in inspect.signature(forward).parameters if name != "self"]
+        usual = [name for name in TIMESTEP_NAMES if name in self._names]
+        usual += [name for name in self._names if _TIMESTEP_NAME.fullmatch(name)]
+        self.timestep = next(iter(usual), None)
+        self._timesteps = set(usual)
 
-    def among(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The timestep of a call; None if the call has none."""
-        if self.name is not None and self.name in kwargs:
-            return kwargs[self.name]
-        if 0 <= self._index < len(args):
-            return args[self._index]
-        values = (*args, *kwargs.values())
-        return next((value for value in values if _could_be_a_timestep(value)), None)
+    def sort(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Sorts the arguments of a call."""
+        extra = len(args) - len(self._names)  # of a parameter like ``*args``
+        names = [*self._names, *(f"*{i}" for i in range(extra))]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        name = self.timestep
+        if name not in given:
+            name = next((n for n, value in given.items() if _could_be_a_timestep(value)), None)
+        named = [n for n in given if n != name and _tensors(given[n])]
+        latents = [n for n in named if _LATENTS_NAME.fullmatch(n)][:1] or named[:1]
+        latents += [n for n in named if n not in latents and _MORE_LATENTS_NAME.fullmatch(n)]
+        rest = [given[n] for n in given if n not in {name, *latents, *self._timesteps}]
+        tensors = [tensor for n in latents for tensor in _tensors(given[n])]
+        return Call(
+            timestep=None if name is None else given[name],
+            latents=tensors[0] if tensors else None,
+            conditioning=tuple(x for x in pytree.tree_leaves(rest) if isinstance(x, _COMPARABLE)),
+        )
 
 
-def latents_among(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What a call is to denoise: its first tensor with more than one dimension."""
-    values = (*args, *kwargs.values())
-    return next((v for v in values if isinstance(v, Tensor) and v.ndim > 1), None)
+def _tensors(value: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(value)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 1]
 
 
 def _could_be_a_timestep(value: Any) -> bool:
@@ -96,6 +143,19 @@ def _could_be_a_timestep(value: Any) -> bool:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` wrapped, or the module itself."""
-    inner = getattr(module, "_orig_mod", module)
-    return inner if isinstance(inner, nn.Module) else module
+    """The module that was compiled, given adapters or made parallel; or the module itself.
+
+    Raises:
+        InvalidArgumentError: If it is copied to several devices for every call.
+    """
+    if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+        raise InvalidArgumentError(
+            "nn.DataParallel copies the model to its devices anew for every call, so nothing can "
+            "be kept between steps; run one process for each device (torchrun) instead"
+        )
+    inner = getattr(module, "_orig_mod", None)  # torch.compile
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inner = module.module
+    elif hasattr(module, "peft_config") and callable(getattr(module, "get_base_model", None)):
+        inner = module.get_base_model()  # type: ignore[operator]
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else module

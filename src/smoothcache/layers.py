@@ -1,24 +1,31 @@
 """Which layers of a model can be reused: found by structure, registered nowhere.
 
-A block is an element of a list of modules that has an attention inside. Within it, an attention
-is a module with query, key and value projections, a feed-forward one whose projections lead back
-to the width they started from. Where these hold too little of the block's weights (attention and
-MLP side by side with one projection, say), the residual that the whole block adds is the layer.
+A block is an element of a list of modules that has an attention inside, or that stands beside a
+list of such and leads back to the width it started from. Within it, an attention is a module with
+query, key and value projections, a feed-forward one whose projections lead back to their width.
+Where these hold too little of the block's weights (attention and MLP side by side with one
+projection, say) or are bypassed, the residual that the whole block adds is the layer.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
+from ._checks import listed
 from .denoisers import find_denoisers
-from .errors import LayersNotFoundError
+from .errors import InvalidArgumentError, LayersNotFoundError, ScheduleMismatchError
+
+Granularity = Literal["auto", "layer", "block", "model"]
+Select = Callable[[str, nn.Module], bool | str]
 
 # The smallest share of a block's weights that its layers must hold to be reused one by one.
 LAYER_COVERAGE = 0.75
@@ -27,16 +34,24 @@ _QUERY = {"q", "to_q", "q_proj", "query", "wq", "q_linear", "proj_q", "linear_q"
 _KEY = {"k", "to_k", "k_proj", "key", "wk", "k_linear", "proj_k", "linear_k", "key_proj"}
 _KEY_VALUE = {"kv", "to_kv", "kv_proj", "kv_linear", "wkv"}
 _FUSED = {"qkv", "to_qkv", "qkv_proj", "in_proj", "wqkv", "query_key_value", "qkv_linear", "c_attn"}
+_QUERY_NAME = re.compile(r"(^|_)(q|qkv)(_|$)")  # a joint attention has one for each stream
 _ATTENTION_NAME = re.compile(r"attn|attention")
 _FEED_FORWARD_NAME = re.compile(r"(^|_)(ff|ffn|mlp|feed_?forward)\d*($|_)")
 _CROSS_NAME = re.compile(r"cross|(^|_)(text|context|prompt|caption)($|_)")
 _TEMPORAL_NAME = re.compile(r"(^|[._])(temp|temporal|time_attn)")
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_HOLDERS = (nn.ModuleList, nn.ModuleDict)  # lists that have no forward of their own
 # Parts that condition the layers instead of being one: frozen, they would freeze the timestep.
 _CONDITIONING_NAME = re.compile(
     r"^(t|time|temb)_(mlp|net|proj|fc|linear|ff)"
     r"|(^|_)(ada|adaln|mod|modulation|norm\d*|emb|embed|embedder|embedding|embeddings|rope|rotary"
     r"|pos|timestep|label|cond|gate|scale)($|_)"
+)
+# Blocks that prepare a prompt or a reference and never see the latents: kinds of their own, so
+# that a curve averaged over a kind is not flattered by layers that do not change.
+_REFINER_NAME = re.compile(
+    r"(^|[._])((context|token|text|caption)_refiner|perceiver\.|facial|text_fusion"
+    r"|(txt|text)_\w*blocks)"
 )
 
 
@@ -47,9 +62,11 @@ class CacheLayer:
     Attributes:
         path: Dotted path of the module from the denoiser; where a pipeline has several
             denoisers, the component's name comes first.
-        kind: ``self_attn``, ``cross_attn``, ``joint_attn``, ``ffn``, or ``block`` for the residual
-            that a whole block adds; with ``spatial_`` or ``temporal_`` before it in a model that
-            has both.
+            The denoiser itself, at the granularity "model", has the empty path.
+        kind: ``self_attn``, ``cross_attn``, ``joint_attn``, ``ffn``, ``block`` for the residual
+            that a whole block adds, or ``model`` for the denoiser's output; with ``spatial_`` or
+            ``temporal_`` before it in a model that has both, and with ``refiner_`` in blocks that
+            work on the prompt alone.
         block: Dotted path of the block that the layer belongs to.
         macs: Multiply-accumulates of the layer in one step (all of its calls, at the batch that
             was observed); None until a forward has been observed.
@@ -75,45 +92,128 @@ class ModelIdentity:
     fingerprint: str
 
 
-def find_layers(model: Any) -> list[CacheLayer]:
-    """Finds the layers of a model whose output can be reused between steps.
+def find_layers(
+    model: Any,
+    *,
+    granularity: Granularity = "auto",
+    select: Select | None = None,
+) -> list[CacheLayer]:
+    """Finds the layers of a model whose output can be reused between steps, by its structure.
+
+    ``observe_layers`` confirms them by watching the model run.
 
     Args:
         model: A diffusers pipeline (all of its denoisers are searched) or any module.
+        granularity: "layer" for attentions and feed-forwards, "block" for the residual of each
+            block, "model" for the denoiser's output; "auto" takes the layers of every block that
+            has its weights in them, and the block itself elsewhere.
+        select: Names the layers by hand instead: ``select(path, module)`` is True for a layer,
+            or its kind if it is to have another than its structure says.
 
     Returns:
         The layers in the order in which the model defines them.
 
     Raises:
-        InvalidArgumentError: If ``model`` is neither a pipeline nor a module.
-        LayersNotFoundError: If the model has no attention at all.
+        InvalidArgumentError: If ``model`` is neither a pipeline nor a module, the granularity
+            is unknown, or a selected layer lies inside another.
+        LayersNotFoundError: If the model has no such layer at all.
 
     Example:
         >>> from diffusers import DiTTransformer2DModel
         >>> model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1)
         >>> [(layer.path, layer.kind) for layer in find_layers(model)]
         [('transformer_blocks.0.attn1', 'self_attn'), ('transformer_blocks.0.ff', 'ffn')]
+        >>> [layer.path for layer in find_layers(model, granularity="block")]
+        ['transformer_blocks.0']
     """
+    if granularity not in get_args(Granularity):
+        raise InvalidArgumentError(
+            f"granularity must be one of {', '.join(get_args(Granularity))}, got {granularity!r}"
+        )
     layers: list[CacheLayer] = []
     for prefix, denoiser in find_denoisers(model).items():
-        for path, block in _blocks(denoiser):
-            layers += _layers_of(_join(prefix, path), block)
+        if select is not None:
+            found = _selected(denoiser, select)
+        elif granularity == "model":
+            found = [CacheLayer("", "model", "")]
+        else:
+            found = [
+                x for path, block in _blocks(denoiser) for x in _layers_of(path, block, granularity)
+            ]
+        layers += [
+            replace(layer, path=_join(prefix, layer.path), block=_join(prefix, layer.block))
+            for layer in found
+        ]
     if not layers:
-        raise LayersNotFoundError(
-            f"{type(model).__name__} has no block with an attention in it, so there is nothing "
-            "that could be reused; pass the denoiser itself"
+        raise LayersNotFoundError(_nothing_found(model, granularity, select))
+    return layers if select is not None else _refiners_apart(_told_apart_in_time(layers))
+
+
+def confirmed(layers: Sequence[CacheLayer], macs: Mapping[str, int | None]) -> list[CacheLayer]:
+    """The layers after watching them: a block whose layers are bypassed is taken as a whole.
+
+    Args:
+        layers: What was found.
+        macs: What each layer and each block was seen to cost, by path; None if it never ran.
+
+    Returns:
+        The layers that ran, with their MACs, and a block in place of layers that did too little.
+    """
+    covered: dict[str, int] = {}
+    for layer in layers:
+        covered[layer.block] = covered.get(layer.block, 0) + (macs[layer.path] or 0)
+    result: dict[str, CacheLayer] = {}
+    for layer in layers:
+        whole = macs.get(layer.block)
+        if whole and covered[layer.block] < LAYER_COVERAGE * whole and layer.path != layer.block:
+            kind = re.sub(r"[a-z]+_attn$|ffn$", "block", layer.kind)
+            layer = CacheLayer(layer.block, kind, layer.block)
+        if macs[layer.path] is not None:
+            result.setdefault(layer.path, replace(layer, macs=macs[layer.path]))
+    return list(result.values())
+
+
+def is_residual(layer: CacheLayer) -> bool:
+    """Whether what is reused is what the module adds to its input, instead of its output."""
+    return layer.kind.endswith("block")
+
+
+def _nothing_found(model: Any, granularity: Granularity, select: Select | None) -> str:
+    name = type(model).__name__
+    if select is not None:
+        return (
+            f"select chose no module of {name}; it is called with the path and the module of each"
         )
-    return _told_apart_in_time(layers)
+    if granularity == "layer":
+        return (
+            f"{name} has no attention or feed-forward that is a module of its own; ask for the "
+            'granularity "block" or "auto"'
+        )
+    return (
+        f"{name} has no block with an attention in it, so there is nothing that could be reused; "
+        "pass the denoiser itself, or name its layers with find_layers(model, select=...)"
+    )
 
 
-def layer_modules(model: Any, layers: list[CacheLayer]) -> dict[str, nn.Module]:
-    """The module of each layer, by the layer's path."""
+def layer_modules(model: Any, layers: Sequence[CacheLayer]) -> dict[str, nn.Module]:
+    """The module of each layer, by the layer's path.
+
+    Raises:
+        ScheduleMismatchError: If the model has no module at some of the paths.
+    """
     denoisers = find_denoisers(model)
     modules = {
         _join(prefix, path): module
         for prefix, denoiser in denoisers.items()
-        for path, module in denoiser.named_modules()
+        for path, module in denoiser.named_modules(remove_duplicate=False)
     }
+    missing = [layer.path for layer in layers if layer.path not in modules]
+    if missing:
+        raise ScheduleMismatchError(
+            f"the layers of the schedule are not those of the model; missing from the model: "
+            f"{listed(missing)}. Load the model that it was planned for, or plan a schedule for "
+            "this one."
+        )
     return {layer.path: modules[layer.path] for layer in layers}
 
 
@@ -142,16 +242,49 @@ def _configuration(module: nn.Module) -> dict[str, Any]:
 
 
 def _blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The innermost repeated modules that have an attention inside, in order of definition."""
+    """The innermost repeated modules that have an attention inside, and those beside them."""
     modules = dict(denoiser.named_modules())
     attentions = [
         path
         for path, module in modules.items()
-        if path and _is_attention(path, module) and not any(map(_is_conditioning, path.split(".")))
+        if path and _is_attention(path, module) and not _is_in_conditioning(path)
     ]
     listed = [_with_feed_forward(_listed_ancestor(path, modules), modules) for path in attentions]
     blocks = [path for path in listed if path] or [_parent(path) for path in attentions]
-    return [(path, modules[path]) for path in dict.fromkeys(blocks)]
+    blocks += _blocks_beside(blocks, modules)
+    found = set(blocks)
+    return [(path, module) for path, module in modules.items() if path in found]
+
+
+def _blocks_beside(blocks: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Elements of lists beside those of the blocks, which do their attention by hand.
+
+    Where no attention was found at all, every such list of the denoiser counts.
+    """
+    owners = {_parent(_parent(path)) for path in blocks} or set(modules)
+    inside = tuple(f"{path}." for path in blocks)
+    return [
+        path
+        for path, module in modules.items()
+        if path
+        and path not in blocks
+        and isinstance(modules[_parent(path)], _HOLDERS)
+        and _parent(_parent(path)) in owners
+        and not path.startswith(inside)
+        and not any(block.startswith(f"{path}.") for block in blocks)
+        and not _is_in_conditioning(path)
+        and _leads_back(module)
+        and [type(x) for x in modules[_parent(path)].children()].count(type(module)) > 1
+    ]
+
+
+def _leads_back(module: nn.Module) -> bool:
+    """Whether linear projections of a module of its own lead to the width that the first takes."""
+    if isinstance(module, _LISTS):
+        return False
+    linear = [child for child in module.modules() if _is_linear(child)]
+    widths = [pair for pair in map(_widths, linear) if pair is not None]
+    return len(widths) >= 2 and any(out in {w[0] for w in widths} for _, out in widths[1:])
 
 
 def _listed_ancestor(path: str, modules: Mapping[str, nn.Module]) -> str | None:
@@ -172,20 +305,72 @@ def _with_feed_forward(path: str | None, modules: Mapping[str, nn.Module]) -> st
     return outer if is_listed and _contains_feed_forward(modules[outer]) else path
 
 
-def _layers_of(path: str, block: nn.Module) -> list[CacheLayer]:
+def _layers_of(path: str, block: nn.Module, granularity: Granularity) -> list[CacheLayer]:
+    """The layers of a block, or the block."""
     found = dict(_reusable_parts(block, path.rpartition(".")[2]))
-    covered = sum(_weights(module) for module, _ in found.values())
-    runs_itself = not isinstance(block, nn.ModuleList | nn.ModuleDict)
-    if runs_itself and covered < LAYER_COVERAGE * _working_weights(block):
+    layers = [CacheLayer(_join(path, name), kind, path) for name, (_, kind) in found.items()]
+    if granularity == "layer" or isinstance(block, _HOLDERS) or "" in found:
+        return layers
+    covered = sum(
+        _weights(module) for name, (module, _) in found.items() if not _reaches_into(block, name)
+    )
+    if granularity == "block" or covered < LAYER_COVERAGE * _working_weights(block):
         return [CacheLayer(path, "block", path)]
-    return [CacheLayer(_join(path, name), kind, path) for name, (_, kind) in found.items()]
+    return layers
+
+
+def _reaches_into(block: nn.Module, name: str) -> bool:
+    """Whether a block uses the parts of a child without calling the child, as far as code shows.
+
+    Read from the source of the block's methods and of the objects that it delegates to.
+    """
+    helpers = [type(x) for x in vars(block).values() if callable(x) and not inspect.isroutine(x)]
+    try:
+        source = "".join(
+            inspect.getsource(cls)
+            for cls in {type(block), *helpers}
+            if not cls.__module__.startswith("torch.")
+        )
+    except (OSError, TypeError):
+        return False
+    child = re.escape(name)
+    reaches = re.search(rf"\.{child}\.\w+\(", source)
+    return reaches is not None and re.search(rf"\.{child}\(", source) is None
+
+
+def _selected(denoiser: nn.Module, select: Select) -> list[CacheLayer]:
+    """The layers that a predicate chooses."""
+    modules = dict(denoiser.named_modules())
+    layers: list[CacheLayer] = []
+    for path, module in modules.items():
+        choice = select(path, module) if path else False
+        if not choice:
+            continue
+        outer = next((x.path for x in layers if path.startswith(f"{x.path}.")), None)
+        if outer is not None:
+            raise InvalidArgumentError(
+                f"select chose {path!r} inside {outer!r}, which is reused as a whole; choose one"
+            )
+        block = _listed_ancestor(path, modules) or _parent(path)
+        kind = choice if isinstance(choice, str) else _kind_of(path, module, modules)
+        layers.append(CacheLayer(path, kind, path if kind.endswith("block") else block))
+    return layers
+
+
+def _kind_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+    name = path.rpartition(".")[2]
+    if _is_attention(path, module):
+        return _attention_kind(name, module)
+    if isinstance(modules[_parent(path)], _LISTS) and _contains_attention(module):
+        return "block"
+    return "ffn"
 
 
 def _reusable_parts(
     block: nn.Module, block_name: str
 ) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
     """Name below the block, module and kind of each attention and feed-forward of a block."""
-    if _is_attention(block_name, block) and not _contains_attention(block):
+    if _is_attention(block_name, block) and not _does_more(block):
         yield "", (block, _attention_kind(block_name, block))
         return
     for name, child in block.named_children():
@@ -200,18 +385,38 @@ def _reusable_parts(
                 yield _join(name, inner), part
 
 
+def _does_more(attention: nn.Module) -> bool:
+    """Whether a block that projects to queries and keys has its feed-forward in the same place."""
+    children = {name.lower(): _widths(child) for name, child in attention.named_children()}
+    return any(
+        widths is not None
+        and ((name in _FUSED and widths[1] > 3 * widths[0]) or _FEED_FORWARD_NAME.search(name))
+        for name, widths in children.items()
+    )
+
+
 def _working_weights(block: nn.Module) -> int:
     """Weights of a block that tokens are multiplied with, so without its conditioning."""
+    if _is_linear(block):
+        return _weights(block)
     own = sum(p.numel() for p in block.parameters(recurse=False) if p.ndim > 1)
     children = (child for name, child in block.named_children() if not _is_conditioning(name))
     return own + sum(map(_working_weights, children))
 
 
 def _weights(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
+    """Elements of the matrices in a module, as they are before any quantisation packs them."""
+    projections = [child for child in module.modules() if _is_linear(child)]
+    packed = {id(p) for child in projections for p in child.parameters()}
+    own = sum(p.numel() for p in module.parameters() if p.ndim > 1 and id(p) not in packed)
+    return own + sum(math.prod(_widths(child) or ()) for child in projections)
 
 
 # -------------------------------------------------------------------------------------- kinds
+
+
+def _is_in_conditioning(path: str) -> bool:
+    return any(map(_is_conditioning, path.split(".")))
 
 
 def _is_conditioning(name: str) -> bool:
@@ -251,24 +456,33 @@ def _is_feed_forward(name: str, module: nn.Module) -> bool:
     widths = [_widths(child) for child in module.modules()]
     projections = [pair for pair in widths if pair is not None]
     if _FEED_FORWARD_NAME.search(_snake(name)):
-        return bool(projections)
+        return bool(projections) and not _is_linear(module)
     if any(_weights(child) == _weights(module) for child in module.children()):
         return False  # a wrapper, perhaps with the residual connection in it
     return len(projections) >= 2 and any(out == projections[0][0] for _, out in projections[1:])
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a matrix, also if quantised or with adapters beside it."""
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return all(isinstance(size, int) for size in sizes)
+
+
 def _widths(module: nn.Module) -> tuple[int, int] | None:
     """Channels in and out of a projection; None for anything else."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
+    if _is_linear(module):
+        return module.in_features, module.out_features  # type: ignore[return-value]
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return module.in_channels, module.out_channels
     return None
 
 
 def _attention_kind(name: str, module: nn.Module) -> str:
-    if getattr(module, "add_q_proj", None) is not None:
+    children = [child for child, part in module.named_children() if _widths(part)]
+    if sum(_QUERY_NAME.search(child) is not None for child in children) > 1:
         return "joint_attn"
+    if "self" in _snake(name):
+        return "self_attn"
     if getattr(module, "is_cross_attention", False) or _CROSS_NAME.search(_snake(name)):
         return "cross_attn"
     if isinstance(module, nn.MultiheadAttention):
@@ -279,7 +493,7 @@ def _attention_kind(name: str, module: nn.Module) -> str:
     if query and key and query[0] != key[0]:
         return "cross_attn"
     flagged = hasattr(module, "is_cross_attention")
-    return "cross_attn" if not flagged and _snake(name) == "attn2" else "self_attn"
+    return "cross_attn" if not flagged and _snake(name).endswith("attn2") else "self_attn"
 
 
 def _told_apart_in_time(layers: list[CacheLayer]) -> list[CacheLayer]:
@@ -296,6 +510,13 @@ def _told_apart_in_time(layers: list[CacheLayer]) -> list[CacheLayer]:
         replace(layer, kind=f"{'temporal' if _is_temporal(layer) else 'spatial'}_{layer.kind}")
         if len(stacks) == 2 or layer.kind in split
         else layer
+        for layer in layers
+    ]
+
+
+def _refiners_apart(layers: list[CacheLayer]) -> list[CacheLayer]:
+    return [
+        replace(layer, kind=f"refiner_{layer.kind}") if _REFINER_NAME.search(layer.block) else layer
         for layer in layers
     ]
 

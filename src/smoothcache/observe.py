@@ -1,0 +1,121 @@
+"""Confirms what was found in a model by watching one generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from ._attach import Attachment
+from .clock import Tick
+from .costs import MacCounter
+from .errors import LayersNotFoundError
+from .layers import CacheLayer, Granularity, Select, confirmed, find_layers, layer_modules
+
+
+def observe_layers(
+    model: Any,
+    sample: Callable[[int], Any],
+    *,
+    granularity: Granularity = "auto",
+    select: Select | None = None,
+) -> list[CacheLayer]:
+    """Finds the layers of a model as ``find_layers`` does, and watches which of them really run.
+
+    A block whose layers are bypassed (their parts are used without calling them) is taken as a
+    whole; what never ran is left out.
+
+    Args:
+        model: A diffusers pipeline or any module.
+        sample: ``sample(i)`` runs a generation; ``sample(0)`` is run once.
+        granularity: As for ``find_layers``.
+        select: As for ``find_layers``.
+
+    Returns:
+        The layers that ran, with their MACs of one step.
+
+    Raises:
+        LayersNotFoundError: If none of them ran.
+        AlreadyCachedError: If the model runs under a schedule.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(
+        ...     num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1,
+        ...     sample_size=8,
+        ... ).eval()
+        >>> def sample(i):
+        ...     return model(torch.zeros(1, 4, 8, 8), torch.tensor([500]), torch.tensor([0])).sample
+        >>> with torch.no_grad():
+        ...     [(layer.path, layer.macs) for layer in observe_layers(model, sample)]
+        [('transformer_blocks.0.attn1', 24576), ('transformer_blocks.0.ff', 32768)]
+    """
+    layers = find_layers(model, granularity=granularity, select=select)
+    modules = layer_modules(model, [*layers, *blocks_of(layers)])
+    watchers = {path: Watcher() for path in modules}
+    attachment = Attachment(model, modules, watchers, _FirstStep(list(watchers.values())))
+    try:
+        sample(0)
+    finally:
+        attachment.remove()
+    seen = confirmed(layers, {path: watcher.macs for path, watcher in watchers.items()})
+    if not seen:
+        raise LayersNotFoundError(
+            f"sample(0) ran none of the {len(layers)} layers of {type(model).__name__}; it must "
+            "run the very object that was passed, before it is compiled"
+        )
+    return seen
+
+
+def blocks_of(layers: Sequence[CacheLayer]) -> list[CacheLayer]:
+    """The blocks that layers belong to."""
+    paths = dict.fromkeys(layer.block for layer in layers)
+    return [CacheLayer(path, "block", path) for path in paths]
+
+
+class Watcher:
+    """Handler that notes whether a module ran, and what it cost in the first step.
+
+    Attributes:
+        macs: MACs in the first step; None if the module never ran.
+        counter: Counts while the first step is under way.
+    """
+
+    def __init__(self) -> None:
+        self.macs: int | None = None
+        self.counter: MacCounter | None = None
+
+    def __call__(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self.macs = self.macs or 0
+        if self.counter is None:
+            return forward(*args, **kwargs)
+        before = self.counter.total
+        output = forward(*args, **kwargs)
+        self.macs += self.counter.total - before
+        return output
+
+
+class _FirstStep:
+    """Listener that has the watchers count in the first step."""
+
+    def __init__(self, watchers: list[Watcher]) -> None:
+        self._watchers = watchers
+        self._counting = ExitStack()
+        self._is_over = False
+
+    def before(
+        self, denoiser: str, tick: Tick, branch: int, args: tuple[Any, ...], kwargs: Any
+    ) -> None:
+        self._is_over = self._is_over or not (tick.step == 0 or tick.starts)
+        counter = None if self._is_over else self._counting.enter_context(MacCounter())
+        for watcher in self._watchers:
+            watcher.counter = counter
+
+    def after(self, denoiser: str, tick: Tick) -> None:
+        self._counting.close()
+
+    def failed(self) -> None:
+        self._counting.close()

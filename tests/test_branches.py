@@ -1,0 +1,131 @@
+"""Calls of a step, told apart by name, by conditioning, or by order."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from smoothcache._branches import Branches
+
+
+def numbers(branches: Branches, steps: list[list[Any]]) -> list[list[int]]:
+    """The branch of every call; each call is given as the list of what it is conditioned on."""
+    return [
+        [branches.number(step, call if isinstance(call, list) else [call], None) for call in calls]
+        for step, calls in enumerate(steps)
+    ]
+
+
+def embedding(seed: int) -> Tensor:
+    return torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_names_settle_it() -> None:
+    branches, same = Branches(), [embedding(0)]
+    assert branches.number(0, same, "cond") == 0
+    assert branches.number(0, same, "uncond") == 1
+    assert branches.number(1, same, "uncond") == 1
+    assert branches.number(1, same, "cond") == 0
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("make", [embedding, lambda seed: torch.tensor([seed]), lambda seed: seed])
+def test_conditioning_settles_it_as_the_same_object_or_by_its_content(
+    make: Any, fresh: bool
+) -> None:
+    known = {seed: make(seed) for seed in (1, 2)}
+
+    def given(seed: int) -> Any:
+        return make(seed) if fresh else known[seed]
+
+    c, u = 1, 2
+    order = [[u, c], [c, u], [c], [u], [u, c]]
+    branches = Branches()
+    got = numbers(branches, [[given(x) for x in calls] for calls in order])
+    assert got == [[0, 1], [1, 0], [1], [0], [0, 1]]
+
+
+def test_a_branch_that_begins_later_is_not_taken_for_the_first() -> None:
+    c, u = embedding(1), embedding(2)
+    assert numbers(Branches(), [[c], [c], [u, c], [u, c], [c]]) == [[0], [0], [1, 0], [1, 0], [0]]
+    assert numbers(Branches(), [[c], [u, c], [u, c], [c]]) == [[0], [1, 0], [1, 0], [0]]
+
+
+def test_equal_conditioning_is_taken_in_order() -> None:
+    c = embedding(1)
+    assert numbers(Branches(), [[c], [c, c], [c, c]]) == [[0], [0, 1], [0, 1]]
+    assert numbers(Branches(), [[[], []], [[], []]]) == [[0, 1], [0, 1]]
+
+
+def test_what_varies_with_the_step_tells_nothing_of_the_branch() -> None:
+    c = embedding(1)
+    got = numbers(Branches(), [[[c, embedding(10 + step)]] for step in range(5)])
+    assert got[2:] == [[0]] * 3  # once it is known, after two steps
+
+
+def test_what_varies_does_not_hide_what_does_not() -> None:
+    c, u = embedding(1), embedding(2)
+    steps = [[[x, embedding(10 * step + i)] for i, x in enumerate((c, u))] for step in range(5)]
+    steps[4] = steps[4][1:]
+    got = numbers(Branches(), steps)
+    assert got[3][0] != got[3][1] and got[4] == [got[3][1]]
+
+
+def test_a_prompt_that_changes_is_a_branch_of_its_own() -> None:
+    a, b = embedding(1), embedding(2)
+    assert numbers(Branches(), [[a], [a], [b], [b]]) == [[0], [0], [1], [1]]
+
+
+def test_other_shapes_and_types_are_other_branches() -> None:
+    x = torch.ones(2, 3)
+    for other in (torch.ones(3, 3), torch.ones(2, 3, dtype=torch.float64), 1.0, "one"):
+        assert numbers(Branches(), [[x], [other]]) == [[0], [1]]
+    assert numbers(Branches(), [[[x]], [[x, x]]]) == [[0], [1]]
+
+
+def test_a_write_into_the_conditioning_is_noticed() -> None:
+    label = torch.tensor([1])
+    branches = Branches()
+    assert branches.number(0, [label], None) == 0
+    label.fill_(2)
+    assert branches.number(0, [label], None) == 1
+    label.fill_(1)
+    assert branches.number(1, [label], None) == 0
+    with torch.inference_mode():
+        label, branches = torch.tensor([1]), Branches()
+        assert branches.number(0, [label], None) == 0
+        label.fill_(2)
+        assert branches.number(0, [label], None) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.bool])
+def test_all_types_have_contents(dtype: torch.dtype) -> None:
+    a, b = (embedding(seed).gt(0).to(dtype) for seed in (1, 2))
+    assert numbers(Branches(), [[a], [b.clone(), a.clone()]]) == [[0], [1, 0]]
+
+
+def test_nothing_is_kept_alive_and_meta_tensors_have_no_contents() -> None:
+    branches, x = Branches(), embedding(1)
+    branches.number(0, [x], None)
+    ref = weakref.ref(x)
+    del x
+    gc.collect()
+    assert ref() is None
+    there = torch.zeros(2, device="meta")
+    assert numbers(Branches(), [[there], [there], [torch.zeros(2, device="meta")]]) == [
+        [0],
+        [0],
+        [1],
+    ]
+
+
+def test_forgetting_begins_anew() -> None:
+    branches = Branches()
+    numbers(branches, [[1, 2]])
+    branches.forget()
+    assert numbers(branches, [[2, 1]]) == [[0, 1]]
