@@ -110,10 +110,8 @@ def main() -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 found = measure(tiny, chosen.granularity)
-            print(
-                f"{name:42} {found.skipped:6.3f} {found.inside:6.3f} {found.never_ran} {found.kinds}",
-                flush=True,
-            )
+            ratios = f"{found.skipped:6.3f} {found.inside:6.3f} {found.never_ran}"
+            print(f"{name:42} {ratios} {found.kinds}", flush=True)
         except Exception as error:
             print(f"{name:42} {type(error).__name__}: {str(error)[:150]}", flush=True)
 

@@ -42,7 +42,7 @@ def uniform(model: Any, interval: int = 2, predictor: str = "hold") -> sc.Schedu
 
 def answers(predictor: str, computed: list[bool], value: Callable[[int], Any]) -> list[Any]:
     """What a layer under a schedule returns at each step."""
-    layer = ReusedLayer(computed, predictor, Tally())
+    layer = ReusedLayer("layer", computed, predictor, Tally())
     got = []
     for step in range(len(computed)):
         layer.expire(step)
@@ -96,7 +96,7 @@ def test_outputs_of_any_structure(predictor: str) -> None:
 
 @every_predictor
 def test_what_a_reuse_gives_may_be_written_into(predictor: str) -> None:
-    layer = ReusedLayer([True, True, False, False, False], predictor, Tally())
+    layer = ReusedLayer("layer", [True, True, False, False, False], predictor, Tally())
     got = []
     for step in range(5):
         layer.begin(step, 0)

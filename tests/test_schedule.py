@@ -158,7 +158,7 @@ def test_compute_fraction_counts_layers_and_the_rest() -> None:
 
 
 def test_uniform_covers_all_layers_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smoothcache.schedule.find_layers", lambda model: list(LAYERS))
+    monkeypatch.setattr("smoothcache.schedule.find_layers", lambda model, **_: list(LAYERS))
     monkeypatch.setattr("smoothcache.schedule.identify", lambda model: MODEL)
     schedule = Schedule.uniform(object(), num_steps=4, interval=3, predictor="taylor", last=False)
     assert schedule == Schedule(

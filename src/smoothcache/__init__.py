@@ -20,6 +20,7 @@ from .errors import SmoothCacheError as SmoothCacheError
 from .errors import SmoothCacheWarning as SmoothCacheWarning
 from .layers import CacheLayer as CacheLayer
 from .layers import find_layers as find_layers
+from .observe import observe_layers as observe_layers
 from .planners import plan as plan
 from .predictors import PREDICTORS as PREDICTORS
 from .schedule import Row as Row

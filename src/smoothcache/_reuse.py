@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .errors import ScheduleMismatchError
 from .predictors import PREDICTORS, extrapolation_weights, last_uses
+
+OTHER_SHAPES = "the shape of the inputs had changed"
+NOT_FINITE = "what had been computed was not finite"
 
 
 @dataclass
@@ -46,8 +53,9 @@ class _Kept:
     step: int
     last_use: int
     leaves: list[Any]
-    spec: Any
+    rebuild: Callable[[list[Any]], Any]
     swapped: Tensor | None
+    shape: torch.Size | None
 
     @property
     def nbytes(self) -> int:
@@ -60,24 +68,38 @@ class ReusedLayer:
     """Handler of one layer: computes or reuses as its row of the schedule says.
 
     A layer may be called several times in one call of the denoiser, and the denoiser several
-    times in one step: each (call in the step, use in the call) has values of its own.
+    times in one step: each (branch of the step, use in the call) has values of its own.
 
     Args:
+        path: The layer's path, for messages.
         computed: Whether the layer is computed, for every step.
         predictor: Name of the predictor.
         tally: Where to count.
         residual: Reuse what the module adds to its input instead of its output.
+        check_finite: Keep no value that has a NaN or an infinity; costs a wait for each.
     """
 
     def __init__(
-        self, computed: Sequence[bool], predictor: str, tally: Tally, *, residual: bool = False
+        self,
+        path: str,
+        computed: Sequence[bool],
+        predictor: str,
+        tally: Tally,
+        *,
+        residual: bool = False,
+        check_finite: bool = False,
     ) -> None:
+        self._path = path
         self._computed = computed
         self._order = PREDICTORS[predictor].order
         self._last_uses = last_uses(computed, self._order)
+        steps = range(len(computed))
+        self._due = [max((s for s in steps[: t + 1] if computed[s]), default=0) for t in steps]
         self._tally = tally
         self._residual = residual
+        self._check_finite = check_finite
         self._kept: dict[tuple[int, int], list[_Kept]] = {}
+        self._not_finite: set[tuple[int, int]] = set()
         self._active = False
         self._step = self._branch = self._use = 0
         self.ran = False
@@ -108,17 +130,25 @@ class ReusedLayer:
         self.ran = True
         place = (self._branch, self._use)
         self._use += 1
-        if not self._computed[self._step]:
-            if self._kept.get(place):
-                self._tally.reused += 1
-                return self._reuse(place, args, kwargs)
-            reason = self._tally.reason
+        if self._computed[self._step]:
+            self._tally.computed += 1
+        elif reason := self._obstacle(place, args, kwargs):
             self._tally.recomputed[reason] = self._tally.recomputed.get(reason, 0) + 1
         else:
-            self._tally.computed += 1
+            self._tally.reused += 1
+            return self._reuse(place, args, kwargs)
         if self._last_uses[self._step] is None:
             return forward(*args, **kwargs)
         return self._compute(place, forward, args, kwargs)
+
+    def _obstacle(
+        self, place: tuple[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> str:
+        """Why a planned reuse is not possible; nothing if it is."""
+        history = self._kept.get(place)
+        if not history or history[-1].step < self._due[self._step]:
+            return NOT_FINITE if place in self._not_finite else self._tally.reason
+        return "" if history[-1].shape == _shape_among(args, kwargs) else OTHER_SHAPES
 
     def _compute(
         self,
@@ -130,19 +160,35 @@ class ReusedLayer:
         inputs: list[Tensor] = []
         if self._residual:  # copies, because the block may write into its input
             inputs = [x.detach().clone() for x in _float_tensors((args, kwargs))]
+        shape = _shape_among(args, kwargs)
         output = forward(*args, **kwargs)
-        leaves, spec = pytree.tree_flatten(output)
+        leaves, rebuild = _taken_apart(output)
+        if not any(isinstance(leaf, Tensor) for leaf in leaves):
+            raise ScheduleMismatchError(
+                f"{self._path!r} returned no tensor but {type(output).__name__}, so skipping it "
+                "would lose what it does to its input; leave it out of the schedule"
+            )
         swapped = _swapped(leaves, inputs)
         bases = _bases(leaves, inputs, swapped)
         values = [_minus(leaf, base) for leaf, base in zip(leaves, bases, strict=True)]
+        if self._check_finite and not _are_finite(values):
+            self._not_finite.add(place)
+            return output
+        self._not_finite.discard(place)
         last_use = self._last_uses[self._step]
-        kept = _Kept(self._step, -1 if last_use is None else last_use, values, spec, swapped)
+        last_use = -1 if last_use is None else last_use
+        self._keep(place, _Kept(self._step, last_use, values, rebuild, swapped, shape))
+        return output
+
+    def _keep(self, place: tuple[int, int], kept: _Kept) -> None:
         history = self._kept.setdefault(place, [])
+        if history and history[-1].shape != kept.shape:  # no polynomial goes through both
+            self._tally.hold(-sum(old.nbytes for old in history))
+            history.clear()
         history.append(kept)
         self._tally.hold(kept.nbytes)
         if len(history) > self._order + 1:
             self._tally.hold(-history.pop(0).nbytes)
-        return output
 
     def _reuse(self, place: tuple[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         history = self._kept[place]
@@ -158,7 +204,7 @@ class ReusedLayer:
             bases = _bases(values, inputs, newest.swapped)
             values = [_plus(value, base) for value, base in zip(values, bases, strict=True)]
         self._drop(lambda at, kept: at == place and kept.last_use <= self._step)
-        return pytree.tree_unflatten(values, newest.spec)
+        return newest.rebuild(values)
 
     def _drop(self, is_spent: Callable[[tuple[int, int], _Kept], bool]) -> None:
         for place, history in list(self._kept.items()):
@@ -177,10 +223,48 @@ def _combined(values: list[Any], weights: list[float], *, consume: bool) -> Any:
         return newest
     if len(values) == 1 or not newest.is_floating_point():
         return newest if consume else newest.clone()
-    total = newest * weights[-1]
-    for value, weight in zip(values[:-1], weights[:-1], strict=True):
-        total.add_(value, alpha=weight)
+    # The weights sum to 1, so only differences need them: equal values give that value exactly.
+    total: Tensor = torch.lerp(newest, values[0], weights[0])
+    for value, weight in zip(values[1:-1], weights[1:-1], strict=True):
+        total.add_(value - newest, alpha=weight)
     return total
+
+
+# --------------------------------------------------------------------------- inputs and outputs
+
+
+def _shape_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | None:
+    """The shape of the first tensor that a layer is given; None if it is given none."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value.shape
+    return None
+
+
+def _taken_apart(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The leaves of an output, and how to put others in their place."""
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        names = [item.name for item in dataclasses.fields(output)]
+        fields, spec = pytree.tree_flatten({name: getattr(output, name) for name in names})
+        if len(fields) and type(output) not in pytree.SUPPORTED_NODES:
+            like = copy.copy(output)
+            for name in names:  # its tensors are not to be kept alive
+                object.__setattr__(like, name, None)
+            return fields, partial(_refilled, like, spec)
+    leaves, spec = pytree.tree_flatten(output)
+    return leaves, lambda values: pytree.tree_unflatten(values, spec)
+
+
+def _refilled(like: Any, spec: pytree.TreeSpec, values: list[Any]) -> Any:
+    """A copy of a dataclass with other values in its fields."""
+    filled = copy.copy(like)
+    for name, value in pytree.tree_unflatten(values, spec).items():
+        object.__setattr__(filled, name, value)
+    return filled
+
+
+def _are_finite(values: list[Any]) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in values if isinstance(value, Tensor))
 
 
 # ------------------------------------------------------------------- residuals of whole blocks

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._attach import Attachment
-from ._reuse import ReusedLayer, Tally
+from ._checks import listed
+from ._reuse import OTHER_SHAPES, ReusedLayer, Tally
 from .clock import Tick
 from .denoisers import noise_scheduler
 from .errors import (
@@ -25,17 +26,18 @@ from .schedule import Schedule
 from .summary import Summary
 
 _NEVER_SEEN = "no value had been computed for this call"
-_OTHER_SHAPES = "the shape of the inputs had changed"
 _NOT_VOUCHED = "it could have been another generation's value"
 
 
 @contextmanager
-def cached(model: Any, schedule: Schedule) -> Iterator[Run]:
+def cached(model: Any, schedule: Schedule, *, check_finite: bool = False) -> Iterator[Run]:
     """Runs a model under a schedule inside a ``with`` block.
 
     Args:
         model: A diffusers pipeline (all of its denoisers) or any module.
         schedule: What to compute and what to reuse at every step.
+        check_finite: Never reuse a value that has a NaN or an infinity in it, but compute the
+            layer again and count it. The host then waits for every value that is kept.
 
     Yields:
         The run, whose ``summary()`` says what happened; it can be asked after the block too.
@@ -53,7 +55,7 @@ def cached(model: Any, schedule: Schedule) -> Iterator[Run]:
         >>> run.summary().finished
         0
     """
-    run = enable(model, schedule)
+    run = enable(model, schedule, check_finite=check_finite)
     try:
         yield run
     finally:
@@ -61,7 +63,7 @@ def cached(model: Any, schedule: Schedule) -> Iterator[Run]:
     run._refuse_too_few_steps()
 
 
-def enable(model: Any, schedule: Schedule) -> Run:
+def enable(model: Any, schedule: Schedule, *, check_finite: bool = False) -> Run:
     """Runs a model under a schedule until the returned handle is disabled.
 
     Arguments and errors are those of ``cached``.
@@ -77,7 +79,7 @@ def enable(model: Any, schedule: Schedule) -> Run:
             f"expected a Schedule, got {type(schedule).__name__}; plan one, or Schedule.load a file"
         )
     layers = find_layers(model) if schedule.layers is None else schedule.layers
-    return Run(model, schedule.bind(layers, identify(model)))
+    return Run(model, schedule.bind(layers, identify(model)), check_finite)
 
 
 class Run:
@@ -87,16 +89,18 @@ class Run:
         schedule: The schedule, bound to the model's layers.
     """
 
-    def __init__(self, model: Any, schedule: Schedule) -> None:
+    def __init__(self, model: Any, schedule: Schedule, check_finite: bool = False) -> None:
         self.schedule = schedule
         self._tally = Tally()
         layers = schedule.layers or ()
         self._layers = {
             layer.path: ReusedLayer(
+                layer.path,
                 schedule.rows[layer.path].computed,
                 schedule.rows[layer.path].predictor,
                 self._tally,
                 residual=is_residual(layer),
+                check_finite=check_finite,
             )
             for layer in layers
         }
@@ -176,7 +180,7 @@ class Run:
         for layer in self._by_denoiser[denoiser]:
             layer.end()
         if tick.step == self.schedule.num_steps - 1:
-            self._warn_if_nothing_was_reused()
+            self._warn_of_what_did_nothing()
 
     def failed(self) -> None:
         """Forgets a generation that an exception broke off."""
@@ -199,7 +203,7 @@ class Run:
             return _NEVER_SEEN
         for layer in self._by_denoiser[denoiser]:
             layer.forget(branch)
-        return _OTHER_SHAPES if known != shapes else _NOT_VOUCHED
+        return OTHER_SHAPES if known != shapes else _NOT_VOUCHED
 
     def _forget(self) -> None:
         self._shapes.clear()
@@ -272,22 +276,29 @@ class Run:
             stacklevel=2,
         )
 
-    def _warn_if_nothing_was_reused(self) -> None:
-        nothing = self._tally.reused == self._reused_before
-        if nothing and not self.schedule.is_all_compute and not self._warned:
-            self._warned = True
-            ran = [path for path, layer in self._layers.items() if layer.ran]
+    def _warn_of_what_did_nothing(self) -> None:
+        """Says once if a finished generation reused nothing, or bypassed some of the layers."""
+        if self._warned or self.schedule.is_all_compute:
+            return
+        ran = [path for path, layer in self._layers.items() if layer.ran]
+        idle = [path for path in self._layers if path not in ran]
+        if self._tally.reused == self._reused_before:
             why = (
                 f"({sum(self._tally.recomputed.values())} layer calls had to be computed: "
                 f"{', '.join(self._tally.recomputed)})"
                 if ran
                 else "(none of its layers ran: is the model compiled, or does it bypass them?)"
             )
-            warnings.warn(
-                f"the schedule reused nothing in a finished generation {why}",
-                SmoothCacheWarning,
-                stacklevel=2,
+            message = f"the schedule reused nothing in a finished generation {why}"
+        elif idle:
+            message = (
+                f"{len(idle)} of the {len(self._layers)} layers of the schedule never ran "
+                f"({listed(idle)}); smoothcache.observe_layers finds those that do"
             )
+        else:
+            return
+        self._warned = True
+        warnings.warn(message, SmoothCacheWarning, stacklevel=2)
 
 
 def _shapes(arguments: Any) -> list[Any]:

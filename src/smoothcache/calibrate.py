@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import datetime
 from collections import deque
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +18,22 @@ from tqdm.auto import tqdm
 
 from ._attach import Attachment
 from ._checks import check_count
+from ._intercept import Handler
 from .calibration import Calibration
 from .clock import Tick
 from .costs import MacCounter
 from .denoisers import noise_scheduler
 from .distance import l1_distance, l1_norm
 from .errors import CalibrationError, InvalidArgumentError
-from .layers import CacheLayer, find_layers, identify, layer_modules
+from .layers import (
+    CacheLayer,
+    Granularity,
+    confirmed,
+    find_layers,
+    identify,
+    layer_modules,
+)
+from .observe import Watcher, blocks_of
 from .version import __version__
 
 _TINY = np.finfo(np.float64).tiny
@@ -36,6 +45,8 @@ def calibrate(
     num_samples: int = 10,
     max_gap: int = 3,
     *,
+    granularity: Granularity = "auto",
+    layers: Sequence[CacheLayer] | None = None,
     tokens: int | None = None,
     progress: bool = True,
 ) -> Calibration:
@@ -51,14 +62,18 @@ def calibrate(
             to end. What it returns is ignored.
         num_samples: How many generations to run.
         max_gap: The largest gap to measure, in steps.
+        granularity: What to measure, as for ``find_layers``. Where the first sample shows that a
+            block bypasses its layers, the block is measured as a whole, and that sample run again.
+        layers: Measure exactly these instead.
         tokens: Compare about this many tokens of each output, evenly spaced along its last
             dimension but one; None compares all. Saves memory and time on large models.
         progress: Whether to show a progress bar.
 
     Returns:
         Error curves with their spread over the samples, and the cost of each layer. Layers that
-        the model did not run at every step are left out, and so always computed later; the
-        ``left_out`` entry of its provenance names them.
+        did not run at every step of their denoiser are left out, and so always computed later;
+        the ``left_out`` entry of its provenance names them. Steps are counted from where the
+        samples begin: image to image is calibrated for the steps that it runs.
 
     Raises:
         InvalidArgumentError: If an argument has no sensible value.
@@ -94,17 +109,32 @@ def calibrate(
     check_count("max_gap", max_gap, least=1)
     if tokens is not None:
         check_count("tokens", tokens, least=1)
-    layers = find_layers(model)
-    session = _Session(model, layers, max_gap, tokens)
-    try:
-        with tqdm(range(num_samples), "calibrating", unit="sample", disable=not progress) as bar:
-            for i in bar:
-                session.start(i)
-                sample(i)
-                session.complete()
-    finally:
-        session.attachment.remove()
+    found = find_layers(model, granularity=granularity) if layers is None else list(layers)
+    with tqdm(total=num_samples, desc="calibrating", unit="sample", disable=not progress) as bar:
+        session = _Session(model, found, max_gap, tokens)
+        _run(session, sample, range(1))
+        confirmed = session.confirmed()
+        if {x.path for x in confirmed} - {x.path for x in found}:  # the first sample was lost
+            session = _Session(model, confirmed, max_gap, tokens)
+            _run(session, sample, range(1))
+        bar.update()
+        _run(session, sample, range(1, num_samples), bar.update)
     return session.result(model)
+
+
+def _run(
+    session: _Session,
+    sample: Callable[[int], Any],
+    numbers: range,
+    done: Callable[[], object] = lambda: None,
+) -> None:
+    """Runs samples under the observers of a session."""
+    with session.attached():
+        for i in numbers:
+            session.start(i)
+            sample(i)
+            session.complete()
+            done()
 
 
 class _Session:
@@ -113,42 +143,72 @@ class _Session:
     def __init__(
         self, model: Any, layers: list[CacheLayer], max_gap: int, tokens: int | None
     ) -> None:
+        self._model = model
         self._layers = layers
         self._max_gap = max_gap
         self._tokens = tokens
         self._memory = _Memory()
         self._observers = {layer.path: _Observer(max_gap, tokens, self._memory) for layer in layers}
+        self._blocks = {
+            block.path: Watcher()
+            for block in blocks_of(layers)
+            if block.path not in self._observers
+        }
         self._errors: list[npt.NDArray[np.float64]] = []
         self._counting = ExitStack()
-        self._total_macs = 0
+        self._counter: MacCounter | None = None
+        self._macs: dict[str, int] = {}
+        self._counted_at: dict[str, int] = {}
+        self._denoisers_at: dict[int, set[str]] = {}
         self._timesteps: tuple[float, ...] = ()
         self._sample = 0
         self._generations = 0
-        self.attachment = Attachment(model, layer_modules(model, layers), self._observers, self)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """While the observers stand in the model."""
+        blocks = [block for block in blocks_of(self._layers) if block.path in self._blocks]
+        modules = layer_modules(self._model, [*self._layers, *blocks])
+        handlers: dict[str, Handler] = {**self._observers, **self._blocks}
+        attachment = Attachment(self._model, modules, handlers, self)
+        self._clock = attachment.clock
+        try:
+            yield
+        finally:
+            attachment.remove()
+
+    def confirmed(self) -> list[CacheLayer]:
+        """The layers that ran, or a block in place of layers that it bypasses."""
+        macs = {path: watcher.macs for path, watcher in self._blocks.items()}
+        ran = {path: o.macs if o.steps_seen else None for path, o in self._observers.items()}
+        return confirmed(self._layers, {**macs, **ran})
 
     # ------------------------------------------------------------- what the attachment reports
 
     def before(
         self, denoiser: str, tick: Tick, branch: int, args: tuple[Any, ...], kwargs: Any
     ) -> None:
-        """Prepares the observers for a call of a denoiser, and counts MACs in the first step."""
+        """Prepares the observers for a call of a denoiser, and counts MACs in its first step."""
         self._generations += tick.starts
         if self._generations > 1:
             raise CalibrationError(
                 f"sample({self._sample}) began a second generation; it must run exactly one from "
                 "start to end (a model that runs back and forth in time cannot be calibrated)"
             )
+        self._denoisers_at.setdefault(tick.step, set()).add(denoiser)
         counter = None
-        if self._sample == 0 and tick.step == 0:
+        if self._sample == 0 and tick.step == self._counted_at.setdefault(denoiser, tick.step):
             counter = self._counting.enter_context(MacCounter())
         for observer in self._observers.values():
             observer.begin(tick.step, branch, counter)
+        for watcher in self._blocks.values():
+            watcher.counter = counter
         self._counter = counter
 
     def after(self, denoiser: str, tick: Tick) -> None:
         """Ends a call of a denoiser."""
         if self._counter is not None:
-            self._total_macs += self._counter.total
+            self._macs[denoiser] = self._macs.get(denoiser, 0) + self._counter.total
         self._end_call()
 
     def failed(self) -> None:
@@ -166,7 +226,7 @@ class _Session:
     def start(self, i: int) -> None:
         """Prepares for a sample."""
         self._sample, self._generations = i, 0
-        self.attachment.clock.forget()
+        self._clock.forget()
         for observer in self._observers.values():
             observer.forget()
 
@@ -177,7 +237,7 @@ class _Session:
                 f"sample({self._sample}) never ran the model; it must run the pipeline or module "
                 "that was passed to calibrate, from start to end"
             )
-        timesteps = tuple(self.attachment.clock.timesteps)
+        timesteps = tuple(self._clock.timesteps)
         if self._timesteps and len(timesteps) != len(self._timesteps):
             raise CalibrationError(
                 f"sample({self._sample}) ran {len(timesteps)} steps, the ones before it "
@@ -193,8 +253,6 @@ class _Session:
         self._refuse_non_finite(values)
         norms, distances = values[:, :1], values[:, 1:]
         errors = np.where(distances > 0, distances / np.maximum(norms, _TINY), 0.0)
-        for gap in range(1, self._max_gap + 1):
-            errors[:, gap - 1, :gap] = np.nan
         return errors
 
     def _refuse_non_finite(self, values: npt.NDArray[np.float64]) -> None:
@@ -211,13 +269,20 @@ class _Session:
     def result(self, model: Any) -> Calibration:
         """Everything that was measured."""
         steps = len(self._timesteps)
-        ran = [o.steps_seen == set(range(steps)) for o in self._observers.values()]
+        runs = [self._steps_of(path) for path in self._observers]
+        seen = [observer.steps_seen for observer in self._observers.values()]
+        ran = [set(run) == steps_seen for run, steps_seen in zip(runs, seen, strict=True)]
         if not any(ran):
             raise CalibrationError(
                 "the model ran, but none of its layers did at every step "
                 f"({', '.join(layer.path for layer in self._layers[:3])}, ...); it may be compiled "
                 "or call them in a way that cannot be observed"
             )
+        errors = np.stack(self._errors)
+        for index, run in enumerate(runs):
+            for gap in range(1, self._max_gap + 1):
+                outside = [t not in run[gap:] for t in range(steps)]
+                errors[:, index, gap - 1, outside] = np.nan
         left_out = [x.path for x, did in zip(self._layers, ran, strict=True) if not did]
         solver = noise_scheduler(model)
         provenance = {
@@ -233,8 +298,8 @@ class _Session:
                 for layer, did in zip(self._layers, ran, strict=True)
                 if did
             ),
-            errors=np.stack(self._errors)[:, ran],
-            total_macs=self._total_macs,
+            errors=errors[:, ran],
+            total_macs=self._mean_macs(),
             timesteps=self._timesteps,
             model=identify(model),
             solver=None if solver is None else type(solver).__name__,
@@ -243,12 +308,34 @@ class _Session:
             provenance=provenance,
         )
 
+    def _steps_of(self, path: str) -> range:
+        """The steps at which the denoiser of a layer was called."""
+        steps = [
+            step
+            for step, denoisers in self._denoisers_at.items()
+            if any(f"{path}.".startswith(name and f"{name}.") for name in denoisers)
+        ]
+        return range(min(steps, default=0), max(steps, default=-1) + 1)
+
+    def _mean_macs(self) -> int:
+        """MACs of an uncached step, over the denoisers that take turns."""
+        called = [name for names in self._denoisers_at.values() for name in names]
+        return sum(self._macs[name] for name in called) // len(self._denoisers_at)
+
 
 class _Memory:
-    """Bytes of kept outputs, now and at most."""
+    """Bytes of kept outputs, now and at most; and room to work in, which all layers share."""
 
     def __init__(self) -> None:
         self.held = self.peak = 0
+        self._scratch: dict[Any, Tensor] = {}
+
+    def scratch(self, like: Tensor) -> Tensor:
+        """A tensor of the same form, to be overwritten."""
+        form = (like.shape, like.dtype, like.device)
+        if form not in self._scratch:
+            self._scratch[form] = torch.empty_like(like)
+        return self._scratch[form]
 
     def hold(self, change: int) -> None:
         self.held += change
@@ -315,11 +402,13 @@ class _Observer:
             gap = self._step - step
             if gap <= self._max_gap and _same_shapes(outputs, earlier):
                 for value, kept in zip(outputs, earlier, strict=True):
-                    self._add(gap, l1_distance(value, kept))
+                    self._add(gap, l1_distance(value, kept, self._memory.scratch(value)))
+        spent: list[Tensor] = []
         if len(history) == self._max_gap:
-            self._memory.hold(-_nbytes(history.popleft()[1]))
+            spent = history.popleft()[1]
+            self._memory.hold(-_nbytes(spent))
         # Copies, because the model may write into its own outputs.
-        history.append((self._step, [value.clone() for value in outputs]))
+        history.append((self._step, _copied(outputs, spent)))
         self._memory.hold(_nbytes(outputs))
 
     def _add(self, row: int, value: Tensor) -> None:
@@ -335,6 +424,13 @@ class _Observer:
         if self._tokens is None or value.ndim < 3:
             return value
         return value[..., :: max(1, value.shape[-2] // self._tokens), :]
+
+
+def _copied(tensors: list[Tensor], into: list[Tensor]) -> list[Tensor]:
+    """Copies, in the memory of tensors that are of no more use if they have the same form."""
+    if [(x.shape, x.dtype) for x in tensors] != [(x.shape, x.dtype) for x in into]:
+        return [tensor.clone() for tensor in tensors]
+    return [old.copy_(new) for old, new in zip(into, tensors, strict=True)]
 
 
 def _nbytes(tensors: list[Tensor]) -> int:

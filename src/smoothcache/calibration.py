@@ -55,8 +55,11 @@ class Calibration:
     Attributes:
         layers: The layers, with their MACs where known.
         errors: errors[i, l, k - 1, t] is E(t, k) of sample i and layer l, dimensionless;
-            [samples, layers, max_gap, steps], NaN exactly where t < k. Read-only.
-        total_macs: MACs of one uncached step, all denoiser calls and layers included; 0 if unknown.
+            [samples, layers, max_gap, steps], NaN exactly where the layer did not run at t or at
+            t - k: where t < k, and in the other part of a generation that two denoisers share.
+            Read-only.
+        total_macs: MACs of one uncached step, all denoiser calls and layers included (the mean
+            over steps, if they differ); 0 if unknown.
         timesteps: The model's own t at every step, in running order; [steps].
         model: What was calibrated; None if unknown.
         solver: Class name of the noise scheduler; None if there was none.
@@ -91,9 +94,9 @@ class Calibration:
         }
         if self.tokens is not None:
             checked["tokens"] = check_count("tokens", self.tokens, least=1)
-        _check_layers(layers, self.total_macs)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        _check_layers(layers, self.total_macs, self.num_steps, self.steps_run)
 
     @property
     def num_samples(self) -> int:
@@ -107,6 +110,11 @@ class Calibration:
     @property
     def num_steps(self) -> int:
         return int(self.errors.shape[3])
+
+    @property
+    def steps_run(self) -> tuple[range, ...]:
+        """The steps at which each layer ran: all, unless denoisers share a generation."""
+        return tuple(_steps_run(gaps) for gaps in self.errors[0])
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -145,7 +153,7 @@ class Calibration:
                 f"gap {gap} was not measured; the largest is {self.max_gap}."
             )
         chosen = self._choose(layer, kind, block)
-        per_sample = self.errors[:, chosen, gap - 1, :].mean(axis=1)
+        per_sample = _mean_of_known(self.errors[:, chosen, gap - 1, :])
         mean = per_sample.mean(axis=0)
         half_width = np.full_like(mean, np.nan)
         if self.num_samples > 1:
@@ -214,12 +222,19 @@ class Calibration:
             macs = [layer.macs for layer in self.layers if layer.kind == kind]
             line = f"  {kind}: {len(macs)} layers"
             if self.total_macs and None not in macs:
-                line += f", {sum(x or 0 for x in macs) / self.total_macs:.1%} of the MACs"
+                line += f", {self._share(kind):.1%} of the MACs"
             if self.num_steps > 1:
-                errors = self.curve(gap=1, kind=kind).mean[1:]
-                line += f", error after one step {errors.min():.3g} to {errors.max():.3g}"
+                errors = self.curve(gap=1, kind=kind).mean
+                least, most = np.nanmin(errors), np.nanmax(errors)
+                line += f", error after one step {least:.3g} to {most:.3g}"
             lines.append(line)
         return "\n".join(lines)
+
+    def _share(self, kind: str) -> float:
+        """Share of a kind in the MACs of a whole run."""
+        layers = zip(self.layers, self.steps_run, strict=True)
+        macs = sum((x.macs or 0) * len(steps) for x, steps in layers if x.kind == kind)
+        return macs / (self.total_macs * self.num_steps)
 
     def _choose(self, layer: str | None, kind: str | None, block: str | None) -> list[int]:
         if layer is not None and (kind is not None or block is not None):
@@ -274,26 +289,46 @@ def _check_errors(errors: FloatArray, num_layers: int, num_steps: int) -> FloatA
             f"errors has the shape {checked.shape}, expected [samples, layers, max_gap, steps] "
             f"with {num_layers} layers and {num_steps} steps, none of them 0."
         )
-    gaps, steps = np.arange(1, checked.shape[2] + 1), np.arange(num_steps)
-    before_start = np.broadcast_to(steps < gaps[:, None], checked.shape)
-    wrong = np.where(before_start, ~np.isnan(checked), ~(np.isfinite(checked) & (checked >= 0)))
-    if wrong.any():
-        sample, layer, gap, step = (int(index) for index in np.argwhere(wrong)[0])
-        raise InvalidArgumentError(
-            f"errors[{sample}, {layer}, {gap}, {step}] is {checked[sample, layer, gap, step]}, "
-            f"expected NaN where the step is below the gap (index + 1), and elsewhere a finite "
-            f"number that is not negative."
-        )
+    gaps, steps = np.arange(1, checked.shape[2] + 1)[:, None], np.arange(num_steps)
+    for layer in range(num_layers):
+        run = _steps_run(checked[0, layer])
+        known = (steps >= run.start + gaps) & (steps < run.stop)
+        values = checked[:, layer]
+        wrong = np.where(known, ~(np.isfinite(values) & (values >= 0)), ~np.isnan(values))
+        if wrong.any():
+            sample, gap, step = (int(index) for index in np.argwhere(wrong)[0])
+            raise InvalidArgumentError(
+                f"errors[{sample}, {layer}, {gap}, {step}] is {checked[sample, layer, gap, step]}, "
+                f"expected NaN where the layer had not run as many steps before as the gap "
+                f"(index + 1), and elsewhere a finite number that is not negative."
+            )
     checked.flags.writeable = False
     return checked
 
 
-def _check_layers(layers: Sequence[CacheLayer], total_macs: int) -> None:
+def _steps_run(gaps: FloatArray) -> range:
+    """The steps at which a layer ran, from its errors [max_gap, steps] of one sample."""
+    known = np.flatnonzero(~np.isnan(gaps[0]))
+    return range(int(known[0]) - 1, int(known[-1]) + 1) if len(known) else range(gaps.shape[1])
+
+
+def _mean_of_known(errors: FloatArray) -> FloatArray:
+    """The mean over layers, of those that ran; [samples, layers, steps] to [samples, steps]."""
+    known = ~np.isnan(errors)
+    count = known.sum(axis=1)
+    total = np.where(known, errors, 0.0).sum(axis=1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _check_layers(
+    layers: Sequence[CacheLayer], total_macs: int, num_steps: int, steps_run: Sequence[range]
+) -> None:
     paths = [layer.path for layer in layers]
     if len(set(paths)) < len(paths):
         twice = {path for path in paths if paths.count(path) > 1}
         raise InvalidArgumentError(f"the layers {listed(sorted(twice))} come twice.")
-    in_layers = sum(layer.macs or 0 for layer in layers)
+    of_run = sum((x.macs or 0) * len(run) for x, run in zip(layers, steps_run, strict=True))
+    in_layers = of_run // num_steps
     if 0 < total_macs < in_layers:
         raise InvalidArgumentError(
             f"the layers have {in_layers} MACs together, more than total_macs = {total_macs}."

@@ -15,9 +15,12 @@ def l1_norm(value: Tensor) -> Tensor:
     return norm
 
 
-def l1_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of absolute differences of two tensors of one shape; shape []."""
-    return l1_norm(a - b) if a.is_floating_point() else l1_norm(a)
+def l1_distance(a: Tensor, b: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """Sum of absolute differences of two tensors of one shape; shape [].
+
+    ``scratch``, of the same form, is overwritten and saves fresh memory for the difference.
+    """
+    return l1_norm(torch.sub(a, b, out=scratch)) if a.is_floating_point() else l1_norm(a)
 
 
 def relative_l1(value: Tensor, reference: Tensor) -> Tensor:

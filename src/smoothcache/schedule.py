@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ._checks import check_count, check_number, check_texts, listed
 from ._published import map_names
 from .errors import InvalidArgumentError, ScheduleMismatchError
-from .layers import CacheLayer, ModelIdentity, find_layers, identify
+from .layers import CacheLayer, Granularity, ModelIdentity, find_layers, identify
 from .predictors import PREDICTORS
 
 
@@ -138,6 +138,8 @@ class Schedule:
         *,
         predictor: str = "hold",
         last: bool = False,
+        granularity: Granularity = "auto",
+        layers: Sequence[CacheLayer] | None = None,
     ) -> Schedule:
         """Compute every layer at the steps 0, interval, 2 interval, ... and reuse it between.
 
@@ -156,18 +158,20 @@ class Schedule:
             interval: 1 computes everything; num_steps or more computes step 0 alone.
             predictor: How reused values are made, a name in ``PREDICTORS``.
             last: Compute the last step as well, as the published schedules do.
+            granularity: What is reused, as for ``find_layers``.
+            layers: Reuse exactly these instead, as ``find_layers`` or ``observe_layers`` gave them.
 
         Raises:
             InvalidArgumentError: If an argument is not as described.
             LayersNotFoundError: If the model has no layer to reuse.
         """
         row = Row.uniform(num_steps, interval, predictor=predictor, last=last)
-        layers = tuple(find_layers(model))
+        found = tuple(find_layers(model, granularity=granularity) if layers is None else layers)
         settings = {"interval": interval, "predictor": predictor, "last": last}
         return cls(
             num_steps=num_steps,
-            rows={layer.path: row for layer in layers},
-            layers=layers,
+            rows={layer.path: row for layer in found},
+            layers=found,
             model=identify(model),
             provenance={"planner": "uniform", **{name: str(x) for name, x in settings.items()}},
         )

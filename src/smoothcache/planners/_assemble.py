@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ..calibration import Calibration
 from ..schedule import Row, Schedule, compute_fraction
@@ -13,11 +14,18 @@ def assemble(
 ) -> Schedule:
     """The schedule of these rows, with its identity and cost from the calibration.
 
+    A layer is computed at the first step at which it runs; what is planned for steps at which it
+    does not run, because another denoiser has its turn, means nothing and is written as computed.
+
     Args:
         calibration: What the rows were planned from.
         rows: Layer path -> row, for every layer of the calibration.
         settings: Name and arguments of the planner, for the provenance.
     """
+    rows = {
+        layer.path: _from_first_run(rows[layer.path], run)
+        for layer, run in zip(calibration.layers, calibration.steps_run, strict=True)
+    }
     made_from = {f"calibration {name}": text for name, text in calibration.provenance.items()}
     return Schedule(
         num_steps=calibration.num_steps,
@@ -29,3 +37,8 @@ def assemble(
         compute=compute_fraction(rows, calibration.layers, calibration.total_macs),
         provenance={**made_from, **{name: str(value) for name, value in settings.items()}},
     )
+
+
+def _from_first_run(row: Row, run: range) -> Row:
+    computed = enumerate(row.computed)
+    return replace(row, computed=tuple(x or t not in run[1:] for t, x in computed))
