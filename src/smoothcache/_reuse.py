@@ -162,7 +162,7 @@ class ReusedLayer:
             inputs = [x.detach().clone() for x in _float_tensors((args, kwargs))]
         shape = _shape_among(args, kwargs)
         output = forward(*args, **kwargs)
-        leaves, rebuild = _taken_apart(output)
+        leaves, rebuild = taken_apart(output)
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
             raise ScheduleMismatchError(
                 f"{self._path!r} returned no tensor but {type(output).__name__}, so skipping it "
@@ -241,7 +241,7 @@ def _shape_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | 
     return None
 
 
-def _taken_apart(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+def taken_apart(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """The leaves of an output, and how to put others in their place."""
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         names = [item.name for item in dataclasses.fields(output)]

@@ -14,7 +14,7 @@ from ._attach import Attachment
 from ._checks import listed
 from ._reuse import OTHER_SHAPES, ReusedLayer, Tally
 from .clock import Tick
-from .denoisers import noise_scheduler
+from .denoisers import noise_scheduler, warn_of_randomness
 from .errors import (
     InvalidArgumentError,
     ScheduleMismatchError,
@@ -78,6 +78,7 @@ def enable(model: Any, schedule: Schedule, *, check_finite: bool = False) -> Run
         raise InvalidArgumentError(
             f"expected a Schedule, got {type(schedule).__name__}; plan one, or Schedule.load a file"
         )
+    warn_of_randomness(model)
     layers = find_layers(model) if schedule.layers is None else schedule.layers
     return Run(model, schedule.bind(layers, identify(model)), check_finite)
 

@@ -13,16 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from ._attach import Attachment
 from ._checks import check_count
 from ._intercept import Handler
+from ._reuse import taken_apart
 from .calibration import Calibration
 from .clock import Tick
 from .costs import MacCounter
-from .denoisers import noise_scheduler
+from .denoisers import noise_scheduler, warn_of_randomness
 from .distance import l1_distance, l1_norm
 from .errors import CalibrationError, InvalidArgumentError
 from .layers import (
@@ -109,6 +109,7 @@ def calibrate(
     check_count("max_gap", max_gap, least=1)
     if tokens is not None:
         check_count("tokens", tokens, least=1)
+    warn_of_randomness(model)
     found = find_layers(model, granularity=granularity) if layers is None else list(layers)
     with tqdm(total=num_samples, desc="calibrating", unit="sample", disable=not progress) as bar:
         session = _Session(model, found, max_gap, tokens)
@@ -148,7 +149,9 @@ class _Session:
         self._max_gap = max_gap
         self._tokens = tokens
         self._memory = _Memory()
-        self._observers = {layer.path: _Observer(max_gap, tokens, self._memory) for layer in layers}
+        self._observers = {
+            layer.path: _Observer(layer.path, max_gap, tokens, self._memory) for layer in layers
+        }
         self._blocks = {
             block.path: Watcher()
             for block in blocks_of(layers)
@@ -249,6 +252,10 @@ class _Session:
     def _read(self, num_steps: int) -> npt.NDArray[np.float64]:
         """The errors of a sample, [layers, max_gap, steps]: the host's only read of them."""
         sums = [observer.sums(num_steps) for observer in self._observers.values()]
+        if any(part.device.type == "meta" for part in sums):
+            raise CalibrationError(
+                "the model is on the meta device, where nothing is computed; load its weights"
+            )
         values = torch.stack([part.to(sums[0].device) for part in sums]).cpu().double().numpy()
         self._refuse_non_finite(values)
         norms, distances = values[:, :1], values[:, 1:]
@@ -345,7 +352,8 @@ class _Memory:
 class _Observer:
     """Handler of one layer that compares each output with the last ones and changes nothing."""
 
-    def __init__(self, max_gap: int, tokens: int | None, memory: _Memory) -> None:
+    def __init__(self, path: str, max_gap: int, tokens: int | None, memory: _Memory) -> None:
+        self._path = path
         self._max_gap = max_gap
         self._tokens = tokens
         self._memory = memory
@@ -417,7 +425,13 @@ class _Observer:
 
     def _taken(self, output: Any) -> list[Tensor]:
         """The tensors of an output, on the tokens that are compared."""
-        tensors = [x.detach() for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+        leaves, _ = taken_apart(output)
+        tensors = [x.detach() for x in leaves if isinstance(x, Tensor)]
+        if not tensors:
+            raise CalibrationError(
+                f"{self._path!r} returned no tensor but {type(output).__name__}, so nothing of it "
+                "can be reused; leave it out with find_layers(model, select=...)"
+            )
         return [self._thinned(x) for x in tensors]
 
     def _thinned(self, value: Tensor) -> Tensor:

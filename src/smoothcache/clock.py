@@ -288,6 +288,11 @@ def timestep_value(timestep: Any, batch: int | None = None) -> float:
             f"the denoiser's timestep is a {type(timestep).__name__} that holds no number, so "
             "the step cannot be told"
         )
+    if timestep.device.type == "meta":
+        raise ScheduleMismatchError(
+            "the denoiser's timestep is on the meta device, where it has no value, so the step "
+            "cannot be told; pass it as a number or on the CPU"
+        )
     values = timestep.detach().to("cpu", torch.float64).numpy()
     is_per_sample = values.ndim == 1 and (batch is None or len(values) == batch)
     if is_per_sample and (values != values[0]).any():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -12,11 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .errors import InvalidArgumentError, LayersNotFoundError
+from .errors import InvalidArgumentError, LayersNotFoundError, SmoothCacheWarning
 
 # A denoiser's latents, and those of a second modality; all else but the timestep conditions it.
 _LATENTS_NAME = re.compile(r"hidden_states|sample|x|x_t|z|img|latents?|latent_model_input")
 _MORE_LATENTS_NAME = re.compile(r"(audio|video|noisy|local)_(hidden_states|sample|latents?)")
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _COMPARABLE = (Tensor, str, int, float)
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "sigmas", "noise_level", "time", "ts")
 # Of one modality among several, or where a step is to lead.
@@ -54,6 +56,20 @@ def find_denoisers(model: Any) -> dict[str, nn.Module]:
             f"(components: {', '.join(components)})"
         )
     return {"": next(iter(found.values()))} if len(found) == 1 else found
+
+
+def warn_of_randomness(model: Any) -> None:
+    """Says so if a denoiser is left in training mode and drops values at random."""
+    for denoiser in find_denoisers(model).values():
+        for path, module in denoiser.named_modules():
+            if module.training and isinstance(module, _DROPOUT) and module.p > 0:
+                warnings.warn(
+                    f"{type(denoiser).__name__} is in training mode, and {path!r} drops values at "
+                    "random, so every call differs; call its eval() first",
+                    SmoothCacheWarning,
+                    stacklevel=4,
+                )
+                return
 
 
 def noise_scheduler(model: Any) -> Any | None:
