@@ -41,11 +41,16 @@ bench: $(READY)
 		$(BIN)/python "$$script" || exit 1; \
 	done
 
+# A codebase that layers are looked for in. All that it asks for is much (a GUI, trackers), and in
+# versions that suit nothing else; its transformer needs einops alone.
+UNBOUND := stable-audio-tools==0.0.19
+
 # The stamp is written last: an installation that broke off is taken up again.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, and $(PYTHON) is older. Try: make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --no-deps $(UNBOUND)
 	@touch $@
 
 clean:

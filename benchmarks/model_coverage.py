@@ -12,6 +12,7 @@ import argparse
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,6 +20,9 @@ from zoo import TinyModel, all_models, noise
 
 import smoothcache as sc
 from smoothcache.costs import MacCounter
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+BEGIN, END = "<!-- written by benchmarks/model_coverage.py -->", "<!-- end -->"
 
 
 @dataclass(frozen=True)
@@ -98,22 +102,46 @@ def _watched(
     return [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
 
 
+def table(found: dict[str, Coverage]) -> list[str]:
+    """The rows of a Markdown table."""
+    lines = ["| model | layers | blocks | skipped |", "|---|---|---|---|"]
+    for name, x in found.items():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in x.kinds.items())
+        lines.append(f"| {name} | {kinds} | {x.inside:.1%} | {x.skipped:.1%} |")
+    return lines
+
+
+def oddities() -> list[str]:
+    """What is unusual about each model, as a Markdown list."""
+    notes = {name: tiny.note for name, tiny in all_models().items() if tiny.note}
+    return [
+        f"- **{name}**: {note[0].upper()}{note[1:].rstrip('.')}." for name, note in notes.items()
+    ]
+
+
+def write(lines: list[str]) -> None:
+    """Puts lines between the markers of the page."""
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    PAGE.write_text(before + BEGIN + "\n".join(["", *lines, ""]) + END + after, encoding="utf-8")
+
+
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("names", nargs="*")
-    arguments.add_argument("--granularity", default="auto")
+    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    arguments.add_argument("names", nargs="*", help="classes or layouts; all of them if none")
+    arguments.add_argument("--granularity", default="auto", help="auto, layer, block or model")
+    arguments.add_argument("--write", action="store_true", help="put the table into the docs")
     chosen = arguments.parse_args()
-    for name, tiny in all_models().items():
-        if chosen.names and name not in chosen.names:
-            continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                found = measure(tiny, chosen.granularity)
-            ratios = f"{found.skipped:6.3f} {found.inside:6.3f} {found.never_ran}"
-            print(f"{name:42} {ratios} {found.kinds}", flush=True)
-        except Exception as error:
-            print(f"{name:42} {type(error).__name__}: {str(error)[:150]}", flush=True)
+    warnings.simplefilter("ignore")  # what the models say of themselves
+    found = {}
+    with torch.no_grad():
+        for name, tiny in all_models().items():
+            if not chosen.names or name in chosen.names:
+                found[name] = measure(tiny, chosen.granularity)
+                print(table({name: found[name]})[-1], flush=True)
+    print(f"least skipped: {min(x.skipped for x in found.values()):.3f} of {len(found)} models")
+    if chosen.write:
+        write([*table(found), "", "### What is unusual about them", "", *oddities()])
 
 
 if __name__ == "__main__":

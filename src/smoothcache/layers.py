@@ -15,7 +15,9 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -325,17 +327,22 @@ def _reaches_into(block: nn.Module, name: str) -> bool:
     Read from the source of the block's methods and of the objects that it delegates to.
     """
     helpers = [type(x) for x in vars(block).values() if callable(x) and not inspect.isroutine(x)]
-    try:
-        source = "".join(
-            inspect.getsource(cls)
-            for cls in {type(block), *helpers}
-            if not cls.__module__.startswith("torch.")
-        )
-    except (OSError, TypeError):
-        return False
+    source = "".join(map(_source, {type(block), *helpers}))
     child = re.escape(name)
     reaches = re.search(rf"\.{child}\.\w+\(", source)
     return reaches is not None and re.search(rf"\.{child}\(", source) is None
+
+
+@lru_cache(maxsize=256)
+def _source(cls: type) -> str:
+    """The methods of a class but for those that it has from torch; empty if they are not known."""
+    owners = [owner for owner in cls.__mro__ if not owner.__module__.startswith("torch.")]
+    methods = [x for owner in owners for x in vars(owner).values() if inspect.isfunction(x)]
+    sources = []
+    for method in methods:
+        with suppress(OSError, TypeError):
+            sources.append(inspect.getsource(method))
+    return "".join(sources)
 
 
 def _selected(denoiser: nn.Module, select: Select) -> list[CacheLayer]:
