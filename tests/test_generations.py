@@ -55,7 +55,10 @@ def ready(pipe: Any) -> Any:
 class NoVae(nn.Module):
     """Stands for the decoder of a pipeline; keeps the latents that it is given."""
 
-    config = SimpleNamespace(scaling_factor=1.0, shift_factor=0.0, latent_channels=4)
+    config = SimpleNamespace(
+        scaling_factor=1.0, shift_factor=0.0, latent_channels=4, block_out_channels=(1, 1, 1, 1)
+    )
+    device, dtype = torch.device("cpu"), torch.float32
 
     def decode(self, latents: Tensor) -> Any:
         self.latents = latents
@@ -96,6 +99,162 @@ def run_dit(
     )
     latents: Tensor = pipe.vae.latents
     return latents
+
+
+def sd3_pipe(scheduler: Any = None, kind: str = "StableDiffusion3Pipeline") -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+        pooled_projection_dim=12,
+        pos_embed_max_size=12,
+    )
+    nothing = dict.fromkeys(
+        ["tokenizer", "text_encoder", *(f"{x}_{i}" for x in ("tokenizer", "text_encoder") for i in (2, 3))]
+    )
+    scheduler = scheduler or diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = getattr(diffusers, kind)(
+        transformer=without_zeros(transformer), scheduler=scheduler, vae=NoVae(), **nothing
+    )
+    return ready(pipe)
+
+
+def run_sd3(
+    pipe: Any,
+    steps: int = STEPS,
+    *,
+    seed: int = 0,
+    batch: int = 1,
+    size: int = 64,
+    tokens: int = 5,
+    **options: Any,
+) -> Tensor:
+    latents: Tensor = pipe(
+        prompt_embeds=noise(batch, tokens, 12, seed=1),
+        negative_prompt_embeds=noise(batch, tokens, 12, seed=2),
+        pooled_prompt_embeds=noise(batch, 12, seed=3),
+        negative_pooled_prompt_embeds=noise(batch, 12, seed=4),
+        num_inference_steps=steps,
+        height=size,
+        width=size,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+        **options,
+    ).images
+    return latents
+
+
+def wan_transformer(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return without_zeros(
+        diffusers.WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+        )
+    )
+
+
+def wan_pipe(scheduler: Any = None, **options: Any) -> Any:
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None}
+    scheduler = scheduler or diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return ready(
+        diffusers.WanPipeline(
+            **parts, scheduler=scheduler, transformer=wan_transformer(), **options
+        )
+    )
+
+
+def run_wan(pipe: Any, steps: int = STEPS, *, seed: int = 0, **options: Any) -> Tensor:
+    latents: Tensor = pipe(
+        prompt_embeds=noise(1, 5, 16, seed=1),
+        negative_prompt_embeds=noise(1, 5, 16, seed=2),
+        num_inference_steps=steps,
+        **({"height": 32, "width": 32, "num_frames": 5} | options),
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+    ).frames
+    return latents
+
+
+def lumina_pipe() -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 6, 6),
+        axes_lens=(32, 16, 16),
+        cap_feat_dim=16,
+    )
+    return ready(
+        diffusers.Lumina2Pipeline(
+            transformer=without_zeros(transformer),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+            vae=None,
+            text_encoder=None,
+            tokenizer=None,
+        )
+    )
+
+
+def run_lumina(pipe: Any, steps: int = STEPS, *, seed: int = 0, **options: Any) -> Tensor:
+    latents: Tensor = pipe(
+        prompt_embeds=noise(1, 5, 16, seed=1),
+        prompt_attention_mask=torch.ones(1, 5, dtype=torch.long),
+        negative_prompt_embeds=noise(1, 5, 16, seed=2),
+        negative_prompt_attention_mask=torch.ones(1, 5, dtype=torch.long),
+        num_inference_steps=steps,
+        height=64,
+        width=64,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+        **options,
+    ).images
+    return latents
+
+
+def hunyuan_pipe(start: float, stop: float) -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.HunyuanVideo15Transformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        text_embed_2_dim=16,
+        image_embed_dim=16,
+        rope_axes_dim=(4, 6, 6),
+        task_type="t2v",
+    )
+    return transformer
+
+
+def by_text(given: dict[str, Any]) -> Hashable:
+    """The branch of a call by what it is told to paint."""
+    return float(given["encoder_hidden_states"].sum()), "skip_layers" in given
 
 
 # -------------------------------------------------------------------------------- the reference

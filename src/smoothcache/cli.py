@@ -101,6 +101,15 @@ class Per(str, Enum):
     block = "block"
 
 
+class Grain(str, Enum):
+    """What is reused as one."""
+
+    auto = "auto"
+    layer = "layer"
+    block = "block"
+    model = "model"
+
+
 class Dtype(str, Enum):
     """Of the weights."""
 
@@ -137,6 +146,12 @@ Seed = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="For example cuda or cpu. Default: cuda where there is one."),
+]
+GrainOption = Annotated[
+    Grain,
+    typer.Option(
+        "--granularity", help="What is reused as one. Default: layers, and blocks without any."
+    ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the weights.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
@@ -206,6 +221,7 @@ def inspect(
     costs: Annotated[
         bool, typer.Option("--costs/--no-costs", help="Run two steps to count what layers cost.")
     ] = True,
+    granularity: GrainOption = Grain.auto,
     device: Device = None,
     dtype: DtypeOption = Dtype.float32,
     as_json: AsJson = False,
@@ -218,13 +234,14 @@ def inspect(
     [bold]Example:[/bold] smoothcache inspect ./my-dit --layers
     """
     pipeline = _load(model, device, dtype)
-    found, total = find_layers(pipeline), 0
+    found, total = find_layers(pipeline, granularity=granularity.value), 0
     if costs:
         sampler = PipelineSampler.with_any_input(pipeline, num_steps=2)
         with _status("running two steps"):
-            observed = run_calibration(pipeline, sampler, 1, 1, progress=False)
-        by_path = {layer.path: layer for layer in observed.layers}
-        found = [by_path.get(layer.path, layer) for layer in found]
+            observed = run_calibration(
+                pipeline, sampler, 1, 1, granularity=granularity.value, progress=False
+            )
+        found = list(observed.layers)
         total = observed.total_macs
     kinds = tables.kinds(found, total)
     identity = identify(pipeline)
@@ -276,6 +293,7 @@ def calibrate(
             metavar="N", min=1, help="Compare about this many tokens of each output. Default: all."
         ),
     ] = None,
+    granularity: GrainOption = Grain.auto,
     device: Device = None,
     dtype: DtypeOption = Dtype.float32,
     as_json: AsJson = False,
@@ -294,7 +312,13 @@ def calibrate(
     )
     started = time.perf_counter()
     calibration = run_calibration(
-        pipeline, sampler, samples, max_gap, tokens=tokens, progress=sys.stderr.isatty()
+        pipeline,
+        sampler,
+        samples,
+        max_gap,
+        granularity=granularity.value,
+        tokens=tokens,
+        progress=sys.stderr.isatty(),
     )
     seconds = time.perf_counter() - started
     calibration.save(output)

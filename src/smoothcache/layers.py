@@ -327,7 +327,8 @@ def _reaches_into(block: nn.Module, name: str) -> bool:
     Read from the source of the block's methods and of the objects that it delegates to.
     """
     helpers = [type(x) for x in vars(block).values() if callable(x) and not inspect.isroutine(x)]
-    source = "".join(map(_source, {type(block), *helpers}))
+    classes = {type(block), *helpers}
+    source = "".join(_source(cls) for cls in classes)  # type: ignore[arg-type]
     child = re.escape(name)
     reaches = re.search(rf"\.{child}\.\w+\(", source)
     return reaches is not None and re.search(rf"\.{child}\(", source) is None
