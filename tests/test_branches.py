@@ -13,10 +13,17 @@ from torch import Tensor
 from smoothcache._branches import Branches
 
 
-def numbers(branches: Branches, steps: list[list[Any]]) -> list[list[int]]:
+def numbers(
+    branches: Branches, steps: list[list[Any]], argument: str = "text"
+) -> list[list[int | None]]:
     """The branch of every call; each call is given as the list of what it is conditioned on."""
+
+    def conditioning(call: Any) -> dict[str, list[Any]]:
+        values = call if isinstance(call, list) else [call]
+        return {argument + "_more" * i: [value] for i, value in enumerate(values)}
+
     return [
-        [branches.number(step, call if isinstance(call, list) else [call], None) for call in calls]
+        [branches.number(step, conditioning(call), None) for call in calls]
         for step, calls in enumerate(steps)
     ]
 
@@ -26,7 +33,7 @@ def embedding(seed: int) -> Tensor:
 
 
 def test_names_settle_it() -> None:
-    branches, same = Branches(), [embedding(0)]
+    branches, same = Branches(), {"text": [embedding(0)]}
     assert branches.number(0, same, "cond") == 0
     assert branches.number(0, same, "uncond") == 1
     assert branches.number(1, same, "uncond") == 1
@@ -63,17 +70,36 @@ def test_equal_conditioning_is_taken_in_order() -> None:
 
 
 def test_what_varies_with_the_step_tells_nothing_of_the_branch() -> None:
-    c = embedding(1)
-    got = numbers(Branches(), [[[c, embedding(10 + step)]] for step in range(5)])
-    assert got[2:] == [[0]] * 3  # once it is known, after two steps
+    controls = [[embedding(10 + step)] for step in range(5)]
+    assert numbers(Branches(), controls, "control")[2:] == [[0]] * 3  # known after two steps
+    scalars = [[float(step)] for step in range(5)]
+    assert numbers(Branches(), scalars, "anything")[2:] == [[0]] * 3
 
 
 def test_what_varies_does_not_hide_what_does_not() -> None:
     c, u = embedding(1), embedding(2)
-    steps = [[[x, embedding(10 * step + i)] for i, x in enumerate((c, u))] for step in range(5)]
+    steps = [[[x, float(10 * step + i)] for i, x in enumerate((c, u))] for step in range(5)]
     steps[4] = steps[4][1:]
     got = numbers(Branches(), steps)
     assert got[3][0] != got[3][1] and got[4] == [got[3][1]]
+
+
+def test_a_prompt_that_varies_with_the_step_cannot_be_told() -> None:
+    fading = [[embedding(10 + step)] for step in range(5)]
+    assert numbers(Branches(), fading, "prompt") == [[0], [1], [None], [None], [None]]
+
+
+def test_more_calls_alike_than_the_solver_makes_cannot_be_told() -> None:
+    x, preview, c = embedding(1), embedding(2), {"text": [embedding(3)]}
+    branches = Branches()
+    assert branches.number(0, c, None, x, one_stage=True) == 0
+    assert branches.number(0, c, None, preview, one_stage=True) is None
+    assert branches.number(1, c, None, x, one_stage=True) is None
+    branches.forget()
+    assert branches.number(0, c, None, x, one_stage=True) == 0
+    assert branches.number(0, c, None, x, one_stage=True) == 1
+    assert branches.number(1, c, None, preview, one_stage=True) == 0
+    assert [branches.number(2, c, None, x) for _ in range(6)] == [0, 1, 2, 3, None, None]
 
 
 def test_a_prompt_that_changes_is_a_branch_of_its_own() -> None:
@@ -91,16 +117,16 @@ def test_other_shapes_and_types_are_other_branches() -> None:
 def test_a_write_into_the_conditioning_is_noticed() -> None:
     label = torch.tensor([1])
     branches = Branches()
-    assert branches.number(0, [label], None) == 0
+    assert branches.number(0, {"text": [label]}, None) == 0
     label.fill_(2)
-    assert branches.number(0, [label], None) == 1
+    assert branches.number(0, {"text": [label]}, None) == 1
     label.fill_(1)
-    assert branches.number(1, [label], None) == 0
+    assert branches.number(1, {"text": [label]}, None) == 0
     with torch.inference_mode():
         label, branches = torch.tensor([1]), Branches()
-        assert branches.number(0, [label], None) == 0
+        assert branches.number(0, {"text": [label]}, None) == 0
         label.fill_(2)
-        assert branches.number(0, [label], None) == 1
+        assert branches.number(0, {"text": [label]}, None) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.bool])
@@ -111,7 +137,7 @@ def test_all_types_have_contents(dtype: torch.dtype) -> None:
 
 def test_nothing_is_kept_alive_and_meta_tensors_have_no_contents() -> None:
     branches, x = Branches(), embedding(1)
-    branches.number(0, [x], None)
+    branches.number(0, {"text": [x]}, None)
     ref = weakref.ref(x)
     del x
     gc.collect()

@@ -152,10 +152,10 @@ def test_a_new_list_is_a_new_generation() -> None:
     assert scheduler.clock.num_steps == 3
 
 
-def test_a_list_settles_what_the_latents_leave_open() -> None:
+def test_a_list_does_not_tell_two_first_calls_from_two_generations() -> None:
     scheduler = Announcer([9, 6, 3])
-    ticks = [scheduler.clock.tick(t, torch.zeros(1, 2)) for t in (9, 9, 6, 6)]
-    assert [tick.vouched for tick in ticks] == [False, True, True, True]
+    ticks = [scheduler.clock.tick(t, torch.zeros(1, 2)) for t in (9, 9, 6, 6, 3)]
+    assert [tick.vouched for tick in ticks] == [False, True, False, False, True]
 
 
 def test_starting_in_the_middle_of_the_list() -> None:
@@ -183,11 +183,19 @@ def test_what_comes_after_the_last_step_is_not_of_its_generation() -> None:
     for solver.position, t in enumerate([9.0, 6.0, 3.0]):
         clock.tick(t, None)
     solver.position = 3
-    assert [(x.step, x.starts) for x in (clock.tick(8.0, None), clock.tick(4.0, None))] == [
-        (0, True),
-        (1, False),
-    ]
+    assert [clock.tick(t, None).inside for t in (8.0, 4.0)] == [False, False]
     assert clock.num_steps is None
+    solver.timesteps, solver.position = torch.tensor([9.0, 6.0, 3.0]), 0
+    assert clock.tick(9.0, None).starts
+
+
+def test_what_is_not_in_the_list_is_not_of_its_generation() -> None:
+    scheduler = Announcer([900.0, 600.0, 300.0])
+    places(scheduler.clock, [900.0, 600.0])
+    assert not scheduler.clock.tick(450.0, None).inside
+    places(scheduler.clock, [900.0, 600.0, 300.0])
+    assert not scheduler.clock.tick(50.0, None).inside
+    assert places(scheduler.clock, [900.0, 600.0]) == [(0, 0, True), (1, 0, False)]
 
 
 @pytest.mark.parametrize(("lone", "times"), [(600, [1000, 750, 500]), (0.5, [0.0, 0.4, 0.8])])
@@ -290,8 +298,9 @@ def test_what_a_call_is_conditioned_on() -> None:
     )
     call = signature.sort((x, 5, 4, sound, {"text": [text], "scale": 2.0, "none": None}), {})
     assert call.latents is x and call.timestep == 5
-    assert len(call.conditioning) == 2
-    assert call.conditioning[0] is text and call.conditioning[1] == 2.0
+    assert list(call.conditioning) == ["c"]
+    assert call.conditioning["c"][0] is text and call.conditioning["c"][1] == 2.0
+    assert not signature.sort((x, 5, 4, sound, x.clone()), {}).conditioning
 
 
 class CountingSolver:

@@ -19,6 +19,7 @@ from .denoisers import (
     find_denoisers,
     noise_scheduler,
     solver_position,
+    solver_stages,
 )
 from .errors import AlreadyCachedError, ScheduleMismatchError, SmoothCacheError
 
@@ -27,8 +28,10 @@ class Listener(Protocol):
     """Is told of every call of a denoiser."""
 
     def before(
-        self, denoiser: str, tick: Tick, branch: int, args: tuple[Any, ...], kwargs: Any
+        self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
     ) -> None: ...
+
+    def outside(self) -> None: ...
 
     def after(self, denoiser: str, tick: Tick) -> None: ...
 
@@ -67,6 +70,7 @@ class Attachment:
             expected,
             lambda: solver_position(noise_scheduler(model)),
             planned,
+            lambda: solver_stages(noise_scheduler(model)),
         )
         self.listener = listener
         self.branches = {name: Branches() for name in denoisers}
@@ -142,6 +146,8 @@ class _Placed:
         with attachment.turn.call():
             try:
                 tick = self._place(args, kwargs)
+                if not tick.inside:
+                    return forward(*args, **kwargs)
                 output = self._handler(forward, args, kwargs)
                 attachment.listener.after(self._name, tick)
             except BaseException:
@@ -159,12 +165,21 @@ class _Placed:
             )
         attachment = self._attachment
         tick = attachment.clock.tick(call.timestep, call.latents)
+        if not tick.inside:
+            attachment.listener.outside()
+            return tick
         attachment.turn.take(tick)
         if tick.starts:
             for branches in attachment.branches.values():
                 branches.forget()
         context = _intercept.context_name(self._denoiser)
-        branch = attachment.branches[self._name].number(tick.step, call.conditioning, context)
+        branch = attachment.branches[self._name].number(
+            tick.step,
+            call.conditioning,
+            context,
+            call.latents,
+            one_stage=attachment.clock.asks_once,
+        )
         attachment.listener.before(self._name, tick, branch, args, kwargs)
         return tick
 

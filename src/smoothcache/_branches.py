@@ -9,15 +9,20 @@ of a Heun step) are taken in their order.
 
 from __future__ import annotations
 
+import re
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-# Elements of a tensor that are compared, evenly spaced, unless it is the very same object.
-_COMPARED = 65_536
+from ._content import are_equal, digest, version
+
+# What may change at every step without being another prompt.
+_NO_PROMPT = re.compile(
+    r"control|residual|ref|mask|ids|noise|scale|guidance|step|image|video|audio"
+)
+_MOST_USES = 4
 
 
 class Branches:
@@ -32,30 +37,59 @@ class Branches:
         self._groups: list[tuple[int, ...]] = []
         self._numbers: dict[tuple[Hashable, int], int] = {}
         self._uses: dict[Hashable, int] = {}
+        self._latents: dict[Hashable, tuple[weakref.ref[Tensor], int | None]] = {}
+        self._unsure: set[Hashable] = set()
         self._step = -1
 
-    def number(self, step: int, conditioning: Sequence[Any], name: str | None) -> int:
-        """The branch of a call.
+    def number(
+        self,
+        step: int,
+        conditioning: Mapping[str, Sequence[Any]],
+        name: str | None,
+        latents: Tensor | None = None,
+        *,
+        one_stage: bool = False,
+    ) -> int | None:
+        """The branch of a call; None if it cannot be told.
 
         Args:
             step: Index of the solver step.
-            conditioning: What the call is given besides timestep and latents, flattened.
+            conditioning: What the call is given besides timestep and latents, flattened, by the
+                name of the argument.
             name: What ``cache_context`` calls it; None outside of one.
+            latents: What is denoised.
+            one_stage: Whether the solver is known to ask once in a step for each branch.
         """
         if step != self._step:
             self._step, self._uses = step, {}
-        group: Hashable = self._group(step, conditioning) if name is None else name
+        group = self._group(step, conditioning) if name is None else name
+        if group is None:
+            return None
         use = self._uses[group] = self._uses.get(group, -1) + 1
+        if use and one_stage and not self._has_latents(group, latents):
+            self._unsure.add(group)  # one of them is not the solver's, and either may be
+        elif latents is not None:
+            self._latents[group] = weakref.ref(latents), version(latents)
+        if group in self._unsure or use >= _MOST_USES:
+            return None
         return self._numbers.setdefault((group, use), len(self._numbers))
 
-    def _group(self, step: int, conditioning: Sequence[Any]) -> int:
-        """Index of the earlier calls that were conditioned in the same way."""
-        missing = len(conditioning) - len(self._positions)
-        self._positions += [_Position() for _ in range(missing)]
+    def _has_latents(self, group: Hashable, latents: Tensor | None) -> bool:
+        """Whether a group's last call was given the same latents."""
+        known, count = self._latents.get(group, (lambda: None, None))
+        return latents is not None and known() is latents and count == version(latents)
+
+    def _group(self, step: int, conditioning: Mapping[str, Sequence[Any]]) -> Hashable:
+        """Index of the earlier calls that were conditioned in the same way; None if in none."""
+        leaves = [(name, leaf) for name, values in conditioning.items() for leaf in values]
+        for name, _ in leaves[len(self._positions) :]:
+            self._positions.append(_Position(may_vary=_NO_PROMPT.search(name) is not None))
         values = tuple(
             position.index(step, leaf)
-            for position, leaf in zip(self._positions, conditioning, strict=False)
+            for position, (_, leaf) in zip(self._positions, leaves, strict=False)
         )
+        if any(position.is_lost for position in self._positions[: len(leaves)]):
+            return None
         for index, group in enumerate(self._groups):
             if len(group) == len(values) and all(
                 a == b or position.varies
@@ -71,14 +105,23 @@ class _Position:
 
     Attributes:
         varies: Whether it had another value in each of three steps and never one that came back:
-            then it belongs to the step (a second latent, say) and tells nothing of the branch.
+            then it belongs to the step (a control signal, say) and tells nothing of the branch.
+
+    Args:
+        may_vary: Whether that can be, judging by its name and what is there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, may_vary: bool) -> None:
+        self._may_vary = may_vary
         self.varies = False
         self._values: list[_Value] = []
         self._new_in: set[int] = set()
         self._came_back = False
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether what tells branches apart is another at every step, as a prompt that fades."""
+        return self.varies and not self._may_vary
 
     def index(self, step: int, leaf: Any) -> int:
         """Which of the different values so far a leaf is."""
@@ -90,6 +133,8 @@ class _Position:
                 return index
         self._values.append(_Value(leaf, step))
         self._new_in.add(step)
+        is_number = not isinstance(leaf, Tensor) or leaf.ndim < 2
+        self._may_vary = self._may_vary or is_number
         self.varies = not self._came_back and len(self._new_in) >= 3
         return len(self._values) - 1
 
@@ -101,7 +146,7 @@ class _Value:
         self.step = step
         self._plain = None if isinstance(leaf, Tensor) else leaf
         self._form = _form(leaf)
-        self._digest = _digest(leaf) if isinstance(leaf, Tensor) else None
+        self._digest = digest(leaf) if isinstance(leaf, Tensor) else None
         self._remember(leaf)
 
     def is_of(self, leaf: Any) -> bool:
@@ -111,51 +156,21 @@ class _Value:
         if not isinstance(leaf, Tensor):
             return bool(self._plain == leaf)
         same_object = self._tensor is not None and self._tensor() is leaf
-        if same_object and _is_known_unwritten(leaf, self._version):
+        # Where nothing counts writes, what is free to read is read.
+        counts_writes = self._version is not None or leaf.device.type != "cpu"
+        if same_object and counts_writes and self._version == version(leaf):
             return True
-        digest = _digest(leaf)
-        if digest is None or self._digest is None:
+        if not are_equal(digest(leaf), self._digest):
             return False
-        if isinstance(digest, Tensor) and isinstance(self._digest, Tensor):
-            is_same = bool((digest == self._digest).all())
-        else:
-            is_same = bool(digest == self._digest)
-        if is_same:
-            self._remember(leaf)
-        return is_same
+        self._remember(leaf)
+        return True
 
     def _remember(self, leaf: Any) -> None:
         self._tensor = weakref.ref(leaf) if isinstance(leaf, Tensor) else None
-        self._version = _version(leaf) if isinstance(leaf, Tensor) else None
+        self._version = version(leaf) if isinstance(leaf, Tensor) else None
 
 
 def _form(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.device
     return type(leaf)
-
-
-def _version(tensor: Tensor) -> int | None:
-    """Counts writes; nothing does in inference mode."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def _is_known_unwritten(tensor: Tensor, version: int | None) -> bool:
-    """Whether an object is as it was; where nothing counts writes, what is free to read is read."""
-    counts_writes = version is not None or tensor.device.type != "cpu"
-    return counts_writes and version == _version(tensor)
-
-
-def _digest(tensor: Tensor) -> Tensor | int | None:
-    """A number or a few over a tensor's content, where it lies; None where there is nothing."""
-    if tensor.device.type == "meta" or tensor.layout is not torch.strided:
-        return None
-    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    values = values.detach().reshape(-1)
-    values = values[:: max(1, values.numel() // _COMPARED)].contiguous()
-    if values.device.type == "cpu":
-        return hash(values.view(torch.uint8).numpy().tobytes())
-    values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
-    values = values.nan_to_num()
-    ramp = torch.arange(1, len(values) + 1, device=values.device, dtype=values.dtype)
-    return torch.stack([values.sum(), values.square().sum(), values @ ramp / max(1, len(values))])

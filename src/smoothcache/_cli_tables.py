@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._resample import CARRIED_OVER, NOT_MEASURED
 from .calibration import Calibration
 from .costs import human_macs
 from .layers import CacheLayer
@@ -92,7 +93,8 @@ def schedule_line(schedule: Schedule) -> str:
     """What the schedule is for and what it leaves of the cost."""
     model = schedule.model.class_name if schedule.model else "a model yet to be bound"
     cost = "" if schedule.compute is None else f": {_percent(schedule.compute)} of the MACs"
-    return f"{schedule.num_steps} steps of {model}{cost}"
+    note = f" ({NOT_MEASURED})" if CARRIED_OVER in schedule.provenance else ""
+    return f"{schedule.num_steps} steps of {model}{cost}{note}"
 
 
 def schedule_table(schedule: Schedule) -> Table:

@@ -144,12 +144,15 @@ class _StepCounter:
         self.steps = self.calls = 0
 
     def before(
-        self, denoiser: str, tick: Tick, branch: int, args: tuple[Any, ...], kwargs: Any
+        self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
     ) -> None:
         self.steps += tick.call == 0
         self.calls += 1
 
     def after(self, denoiser: str, tick: Tick) -> None:
+        pass
+
+    def outside(self) -> None:
         pass
 
     def failed(self) -> None:

@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 from .errors import ScheduleMismatchError
 from .predictors import PREDICTORS, extrapolation_weights, last_uses
 
+Place = tuple[int | None, int]
+"""Branch, and use in the call."""
 OTHER_SHAPES = "the shape of the inputs had changed"
 NOT_FINITE = "what had been computed was not finite"
 
@@ -98,10 +100,11 @@ class ReusedLayer:
         self._tally = tally
         self._residual = residual
         self._check_finite = check_finite
-        self._kept: dict[tuple[int, int], list[_Kept]] = {}
-        self._not_finite: set[tuple[int, int]] = set()
+        self._kept: dict[Place, list[_Kept]] = {}
+        self._not_finite: set[Place] = set()
         self._active = False
-        self._step = self._branch = self._use = 0
+        self._step = self._use = 0
+        self._branch: int | None = 0
         self.ran = False
 
     def expire(self, step: int) -> None:
@@ -109,8 +112,8 @@ class ReusedLayer:
         if self._kept:
             self._drop(lambda place, kept: kept.last_use < step)
 
-    def begin(self, step: int, branch: int) -> None:
-        """Prepares for a call of the denoiser."""
+    def begin(self, step: int, branch: int | None) -> None:
+        """Prepares for a call of the denoiser; one of no known branch neither keeps nor reuses."""
         self._step, self._branch, self._use = step, branch, 0
         self._active = True
 
@@ -137,13 +140,11 @@ class ReusedLayer:
         else:
             self._tally.reused += 1
             return self._reuse(place, args, kwargs)
-        if self._last_uses[self._step] is None:
+        if self._branch is None or self._last_uses[self._step] is None:
             return forward(*args, **kwargs)
         return self._compute(place, forward, args, kwargs)
 
-    def _obstacle(
-        self, place: tuple[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> str:
+    def _obstacle(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Why a planned reuse is not possible; nothing if it is."""
         history = self._kept.get(place)
         if not history or history[-1].step < self._due[self._step]:
@@ -152,7 +153,7 @@ class ReusedLayer:
 
     def _compute(
         self,
-        place: tuple[int, int],
+        place: Place,
         forward: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -180,7 +181,7 @@ class ReusedLayer:
         self._keep(place, _Kept(self._step, last_use, values, rebuild, swapped, shape))
         return output
 
-    def _keep(self, place: tuple[int, int], kept: _Kept) -> None:
+    def _keep(self, place: Place, kept: _Kept) -> None:
         history = self._kept.setdefault(place, [])
         if history and history[-1].shape != kept.shape:  # no polynomial goes through both
             self._tally.hold(-sum(old.nbytes for old in history))
@@ -190,7 +191,7 @@ class ReusedLayer:
         if len(history) > self._order + 1:
             self._tally.hold(-history.pop(0).nbytes)
 
-    def _reuse(self, place: tuple[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _reuse(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         history = self._kept[place]
         newest = history[-1]
         weights = extrapolation_weights([kept.step for kept in history], self._step)
@@ -206,7 +207,7 @@ class ReusedLayer:
         self._drop(lambda at, kept: at == place and kept.last_use <= self._step)
         return newest.rebuild(values)
 
-    def _drop(self, is_spent: Callable[[tuple[int, int], _Kept], bool]) -> None:
+    def _drop(self, is_spent: Callable[[Place, _Kept], bool]) -> None:
         for place, history in list(self._kept.items()):
             spent = [kept for kept in history if is_spent(place, kept)]
             self._tally.hold(-sum(kept.nbytes for kept in spent))

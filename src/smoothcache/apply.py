@@ -27,6 +27,7 @@ from .summary import Summary
 
 _NEVER_SEEN = "no value had been computed for this call"
 _NOT_VOUCHED = "it could have been another generation's value"
+_NOT_TOLD = "the calls of a step could not be told apart"
 
 
 @contextmanager
@@ -106,7 +107,7 @@ class Run:
             for layer in layers
         }
         self._shapes: dict[tuple[str, int], Any] = {}
-        self._finished = self._broken_off = self._reused_before = 0
+        self._finished = self._broken_off = self._reused_before = self._outside = 0
         self._steps_seen = 0
         self._open = self._warned = False
         self._model = model
@@ -149,6 +150,7 @@ class Run:
             steps_under_way=self._steps_seen if self._open and not is_complete else 0,
             computed=self._tally.computed,
             reused=self._tally.reused,
+            outside=self._outside,
             recomputed=dict(self._tally.recomputed),
             peak_bytes=self._tally.peak_bytes,
             held_bytes=self._tally.held_bytes,
@@ -158,7 +160,7 @@ class Run:
     # ------------------------------------------------------------- what the attachment reports
 
     def before(
-        self, denoiser: str, tick: Tick, branch: int, args: tuple[Any, ...], kwargs: Any
+        self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
     ) -> None:
         """Prepares the layers for a call of a denoiser."""
         if tick.starts:
@@ -183,6 +185,10 @@ class Run:
         if tick.step == self.schedule.num_steps - 1:
             self._warn_of_what_did_nothing()
 
+    def outside(self) -> None:
+        """Counts a call that is no part of a generation; it runs in full."""
+        self._outside += 1
+
     def failed(self) -> None:
         """Forgets a generation that an exception broke off."""
         for layer in self._layers.values():
@@ -194,9 +200,11 @@ class Run:
     # ---------------------------------------------------------------------------- generations
 
     def _refresh(
-        self, denoiser: str, tick: Tick, branch: int, args: tuple[Any, ...], kwargs: Any
+        self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
     ) -> str:
         """Drops values that this call must not reuse; says why some may be missing."""
+        if branch is None:
+            return _NOT_TOLD
         shapes = _shapes((args, kwargs))
         known = self._shapes.get((denoiser, branch), shapes)
         self._shapes[denoiser, branch] = shapes

@@ -189,7 +189,7 @@ class _Session:
     # ------------------------------------------------------------- what the attachment reports
 
     def before(
-        self, denoiser: str, tick: Tick, branch: int, args: tuple[Any, ...], kwargs: Any
+        self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
     ) -> None:
         """Prepares the observers for a call of a denoiser, and counts MACs in its first step."""
         self._generations += tick.starts
@@ -203,7 +203,7 @@ class _Session:
         if self._sample == 0 and tick.step == self._counted_at.setdefault(denoiser, tick.step):
             counter = self._counting.enter_context(MacCounter())
         for observer in self._observers.values():
-            observer.begin(tick.step, branch, counter)
+            observer.begin(tick.step, tick.call if branch is None else branch, counter)
         for watcher in self._blocks.values():
             watcher.counter = counter
         self._counter = counter
@@ -213,6 +213,9 @@ class _Session:
         if self._counter is not None:
             self._macs[denoiser] = self._macs.get(denoiser, 0) + self._counter.total
         self._end_call()
+
+    def outside(self) -> None:
+        """Lets a call that is no part of a generation pass."""
 
     def failed(self) -> None:
         """Ends a call that raised."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -14,13 +14,14 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from . import _files
+from . import _files, _resample
 from ._checks import check_count, check_number, check_texts, listed
 from ._files import Value
 from .errors import InvalidArgumentError
 from .layers import CacheLayer, ModelIdentity
 
 FORMAT, VERSION = "smoothcache.calibration", 1
+TIMESTEPS, INTERPOLATED = "timesteps", "interpolated"  # in the provenance: no solver gave them
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -161,6 +162,94 @@ class Calibration:
             half_width = student_t_95(self.num_samples - 1) * standard_error
         return Curve(mean=mean, low=mean - half_width, high=mean + half_width)
 
+    def resample(self, num_steps: int, *, timesteps: Iterable[float] | None = None) -> Calibration:
+        """The error curves read off at another number of steps, by position in the noise level.
+
+        A gap of one new step spans more old steps if there are fewer steps now, or a part of one;
+        the error is linear between what was measured, and 0 at a gap of 0. So the curves reach
+        fewer gaps if there are fewer steps. This assumes that a sampler with other steps passes
+        through much the same states; it was not measured. With the same number of steps, and no
+        or the same timesteps, this is the calibration itself.
+
+        Source: ours.
+
+        >>> layer = CacheLayer("blocks.0.attn", kind="self_attn", block="blocks.0", macs=50)
+        >>> errors = np.array([[[[np.nan, 0.2, 0.2, 0.4, 0.4]]]])
+        >>> calibration = Calibration((layer,), errors, total_macs=50, timesteps=(9, 7, 5, 3, 1))
+        >>> calibration.resample(9).curve(gap=1).mean
+        array([ nan, 0.1 , 0.1 , 0.1 , 0.1 , 0.15, 0.2 , 0.2 , 0.2 ])
+
+        Args:
+            num_steps: Solver steps of the generations to plan for.
+            timesteps: The model's own t at each of them, in running order [num_steps]. By default
+                the steps divide the same noise levels alike, and the timesteps are interpolated.
+
+        Returns:
+            A calibration of num_steps steps. Its max_gap is the largest, up to the present one, at
+            which no gap spans more than was measured.
+
+        Raises:
+            InvalidArgumentError: If num_steps is not an integer of at least 1; if the timesteps
+                are not as many finite numbers, do not only fall or only rise, run against those of
+                the calibration, or are of another unit; if the new steps are farther apart than
+                the largest gap that was measured; or if fewer than two are left for a layer that
+                runs in a part of the generation.
+        """
+        num_steps = check_count("num_steps", num_steps, least=1)
+        given = None if timesteps is None else _resample.as_timesteps(timesteps, num_steps)
+        if num_steps == self.num_steps and given in (None, self.timesteps):
+            return self
+        found = _resample.positions(self.timesteps, given, num_old=self.num_steps)
+        if found is None:
+            found = np.linspace(0, self.num_steps - 1, num_steps)
+        max_gap = self._gap_within_reach(found)
+        runs = self._runs_at(found)
+        provenance = _resample.told(self.provenance, self.num_steps, num_steps)
+        provenance.pop(TIMESTEPS, None)
+        if given is None:
+            given = tuple(np.interp(found, np.arange(self.num_steps), self.timesteps).tolist())
+            provenance[TIMESTEPS] = INTERPOLATED
+        outside = self.total_macs - _macs_a_step(self.layers, self.steps_run, self.num_steps)
+        inside = _macs_a_step(self.layers, runs, num_steps)
+        return replace(
+            self,
+            errors=_resample.resample_errors(
+                self.errors, list(zip(self.steps_run, runs, strict=True)), found, max_gap
+            ),
+            total_macs=outside + inside if self.total_macs else 0,
+            timesteps=given,
+            provenance=provenance,
+        )
+
+    def _gap_within_reach(self, found: FloatArray) -> int:
+        """The largest gap, in steps at these positions, of which the error is known."""
+        if len(found) > 1 and self.num_steps == 1:
+            raise InvalidArgumentError(
+                f"a calibration of one step has no errors to carry over; calibrate at about "
+                f"{len(found)} steps."
+            )
+        reach = min(self.max_gap, self.num_steps - 1)
+        if not (max_gap := _resample.largest_gap(found, self.max_gap, reach)):
+            apart = np.diff(found).max()
+            raise InvalidArgumentError(
+                f"the error curves reach only so far as {reach} of {self.num_steps} steps, "
+                f"but {len(found)} steps lie up to {apart:.1f} of these apart; calibrate at about "
+                f"{len(found)} steps, or with a max_gap of at least {int(np.ceil(apart))}."
+            )
+        return max_gap
+
+    def _runs_at(self, found: FloatArray) -> list[range]:
+        """The steps, of those at these positions, at which each layer runs."""
+        runs = [_resample.steps_within(found, run, self.num_steps) for run in self.steps_run]
+        for layer, run in zip(self.layers, runs, strict=True):
+            if len(run) < min(2, len(found)):
+                raise InvalidArgumentError(
+                    f"'{layer.path}' runs in a part of the generation in which {len(run)} of the "
+                    f"{len(found)} steps lie, too few for an error curve; calibrate at "
+                    f"{len(found)} steps, or take more steps."
+                )
+        return runs
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file that ``load`` reads back exactly.
 
@@ -218,6 +307,8 @@ class Calibration:
             f"Calibration of {model}: {self.num_samples} samples, {self.num_steps} steps, "
             f"gaps up to {self.max_gap}"
         ]
+        if _resample.CARRIED_OVER in self.provenance:
+            lines.append(f"  {_resample.NOT_MEASURED}")
         for kind in self.kinds:
             macs = [layer.macs for layer in self.layers if layer.kind == kind]
             line = f"  {kind}: {len(macs)} layers"
@@ -327,12 +418,17 @@ def _check_layers(
     if len(set(paths)) < len(paths):
         twice = {path for path in paths if paths.count(path) > 1}
         raise InvalidArgumentError(f"the layers {listed(sorted(twice))} come twice.")
-    of_run = sum((x.macs or 0) * len(run) for x, run in zip(layers, steps_run, strict=True))
-    in_layers = of_run // num_steps
+    in_layers = _macs_a_step(layers, steps_run, num_steps)
     if 0 < total_macs < in_layers:
         raise InvalidArgumentError(
             f"the layers have {in_layers} MACs together, more than total_macs = {total_macs}."
         )
+
+
+def _macs_a_step(layers: Sequence[CacheLayer], steps_run: Sequence[range], num_steps: int) -> int:
+    """MACs of the layers in a step, the mean over the steps."""
+    of_run = sum((x.macs or 0) * len(run) for x, run in zip(layers, steps_run, strict=True))
+    return of_run // num_steps
 
 
 def _read(path: Path) -> tuple[FloatArray, Value]:

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import _cli_tables as tables
 from . import _files
+from ._resample import CARRIED_OVER
 from .apply import cached
 from .calibrate import calibrate as run_calibration
 from .calibration import Calibration
@@ -369,6 +370,14 @@ def plan(
     predictor: Annotated[
         str, typer.Option(help="How reused values are made: hold, taylor or taylor2.")
     ] = "hold",
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Plan for N solver steps, with errors carried over. Default: those measured.",
+        ),
+    ] = None,
     picture: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Also draw the schedule, as png, svg or pdf."),
@@ -382,6 +391,8 @@ def plan(
     [bold]Example:[/bold] smoothcache plan dit.safetensors --alpha 0.18 -o dit.json
     """
     measured = Calibration.load(calibration)
+    if steps is not None:
+        measured = measured.resample(steps)
     schedule = plan_threshold(
         measured, alpha=alpha, per=per.value, max_gap=max_gap, predictor=predictor
     )
@@ -401,6 +412,7 @@ def plan(
                 "alpha": alpha,
                 "compute": schedule.compute,
                 "layer_steps_reused": schedule.reused,
+                "carried_over": schedule.provenance.get(CARRIED_OVER),
                 "kinds": tables.computed_by_kind(schedule),
             }
         )

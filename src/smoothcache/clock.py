@@ -20,16 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._content import Digest, are_equal, digest, version
 from .errors import ScheduleMismatchError
-
-# Denoisers get the scheduler's timesteps as they are, or in [0, 1], or from the other end.
-_UNITS: tuple[Callable[[float], float], ...] = (
-    lambda t: t,
-    lambda t: 1000 * t,
-    lambda t: 1000 * (1 - t),
-    lambda t: 1000 - t,
-    lambda t: 1 - t,
-)
 
 
 @dataclass(frozen=True)
@@ -41,12 +33,15 @@ class Tick:
         call: Index of the call within its step, from 0.
         starts: Whether a new generation begins with this call.
         vouched: Whether what earlier calls kept belongs to this generation for certain.
+        inside: Whether it belongs to a generation at all; not so if a noise scheduler announced
+            one, and this call is none of its.
     """
 
     step: int
     call: int
     starts: bool
     vouched: bool
+    inside: bool = True
 
 
 class Clock:
@@ -59,6 +54,7 @@ class Clock:
         planned: Steps that a generation should have. One that starts in the middle of the
             announced list counts its steps from there if that many are left, or if this is None;
             otherwise it counts from the beginning of the list.
+        stages: Returns how many calls the solver makes in a step, if it says.
     """
 
     def __init__(
@@ -67,13 +63,16 @@ class Clock:
         expected: Sequence[float] | None = None,
         position: Callable[[], int | None] = lambda: None,
         planned: int | None = None,
+        stages: Callable[[], int | None] = lambda: None,
     ) -> None:
         self._announced = announced
         self._position = position
+        self._stages = stages
         self._expected = expected
         self._planned = planned
         self._list: Any = None
-        self._listed = _Timesteps([])
+        self._listed = _Timesteps([], merges=True)
+        self._list_is_used = False
         self.step = -1
         self._given: list[Any] = []  # timesteps: numbers, and tensors that nobody has read yet
         self.forget()
@@ -82,6 +81,11 @@ class Clock:
     def num_steps(self) -> int | None:
         """Steps of this generation as its noise scheduler announced them, if it did."""
         return len(self._listed) - self._offset if self._follows_list else None
+
+    @property
+    def asks_once(self) -> bool:
+        """Whether the solver is known to ask once in a step, for each branch."""
+        return self._follows_list and self._stages() == 1 and not self._listed.merged
 
     @property
     def timesteps(self) -> list[float]:
@@ -99,6 +103,8 @@ class Clock:
         self._call = 0
         self._latents: weakref.ref[Tensor] | None = None
         self._version: int | None = None
+        self._digest: Digest | None = None
+        self._first_step = 0
         self._undecided = False
         self._distrusted = False
         self._follows_plan = self._expected is not None
@@ -115,22 +121,17 @@ class Clock:
         Raises:
             ScheduleMismatchError: If the samples of a batch are at different timesteps.
         """
-        announced = self._announced()
-        if announced is not None and announced is not self._list:
-            self._list = announced
-            self._listed = _Timesteps.of(announced)
-            self.forget()
         position = self._position()
-        if self._follows_list and self._listed.are_over_at(position):
-            self.forget()  # what follows is not of the scheduler's generation
+        self._listen(position)
         if isinstance(timestep, Tensor) and timestep.device.type not in ("cpu", "meta"):
             moved = self._moved(position)
             if moved == 0:
                 return self._same_step(latents)
             if moved == 1:
                 return self._next_step(timestep.detach().clone(), latents, position)
-        batch = None if latents is None else len(latents)
-        value = timestep_value(timestep, batch)
+        value = timestep_value(timestep, None if latents is None else len(latents))
+        if self._follows_list and not self._listed.has(value, self._next_index(position)):
+            self.forget()  # not what the scheduler would give
         if not self._given or self._turned_back(value) or self._begins_anew(value):
             return self._start(value, latents, position)
         if value == self._last and not self._moved(position):
@@ -141,11 +142,30 @@ class Clock:
 
     # ------------------------------------------------------------------------------- decisions
 
+    def _listen(self, position: int | None) -> None:
+        """Forgets what was, if the scheduler has announced a new generation or ended this one."""
+        announced = self._announced()
+        if announced is not None and announced is not self._list:
+            self._list = announced
+            # Where equal neighbours cannot be told apart they are two stages of one step.
+            self._listed = _Timesteps.of(announced, merges=position is None or self._stages() != 1)
+            self._list_is_used = False
+            self.forget()
+        if self._follows_list and self._listed.are_over_at(position):
+            self.forget()
+
     @property
     def _last(self) -> float:
         """The timestep of the last call."""
         self._given[-1] = timestep_value(self._given[-1], batch=0)
         return float(self._given[-1])
+
+    def _next_index(self, position: int | None) -> Sequence[int]:
+        """The steps of the list that this call may belong to."""
+        here = self.step + self._offset
+        if position is not None and self._last_position is not None:
+            return (here if position == self._last_position else self._listed.step_at(position),)
+        return (here, here + 1) if here + 1 < len(self._listed) else (here,)
 
     def _moved(self, position: int | None) -> int | None:
         """Steps by which the scheduler has moved on since the last call; None if it cannot tell.
@@ -167,9 +187,10 @@ class Clock:
             return _are_close(timestep, self._expected[0])
         if self.step > 0 or (self._planned or 0) < 3:
             return False
-        # The second of three or more timesteps is not yet near the end of its range.
-        full = 1.0 if max(timestep, self._last) <= 1 else 1000.0
-        return timestep > full / 2 if timestep > self._last else 0 <= timestep <= full / 100
+        # No second step of so many is this near to where falling or rising timesteps begin.
+        full, steps = 1.0 if max(timestep, self._last) <= 1 else 1000.0, self._planned or 1
+        begins_falling = timestep > full * (1 - 1 / steps - steps / 1000)
+        return begins_falling if timestep > self._last else timestep == 0
 
     # ------------------------------------------------------------------------------- movements
 
@@ -179,9 +200,11 @@ class Clock:
         index = self._listed.find(timestep, position)
         if index is not None:
             left = len(self._listed) - index
-            self._follows_list = True
+            self._follows_list = self._list_is_used = True
             self._offset = index if self._planned in (None, left) else 0
             self.step = index - self._offset
+        elif self._list_is_used:
+            return Tick(0, 0, starts=False, vouched=False, inside=False)
         self._given = [timestep]
         self._arrive(timestep, latents, position)
         return Tick(self.step, 0, starts=True, vouched=False)
@@ -189,26 +212,31 @@ class Clock:
     def _same_step(self, latents: Tensor | None) -> Tick:
         self._call += 1
         # A generation broken off in its first step, and begun again, looks like guidance in two
-        # calls. The same latents settle it, and so does a scheduler that announces generations.
-        if self.step == 0 and not self._follows_list and not self._are_the_same(latents):
-            self._undecided = True
+        # calls. The same latents settle it.
+        if self.step == self._first_step and not self._are_the_same(latents):
+            self._undecided = self._stages() in (None, 1)
         return Tick(self.step, self._call, starts=False, vouched=not self._distrusted)
 
     def _next_step(self, timestep: Any, latents: Tensor | None, position: int | None) -> Tick:
         self.step += 1
         self._call = 0
         self._given.append(timestep)
-        self._undecided = self._undecided and self.step == 1
+        self._undecided = self._undecided and self.step == self._first_step + 1
+        rises_at_once = self._planned == 2 and self._direction > 0 and self._expected is None
         followed = self._follows_plan
         self._arrive(timestep, latents, position)
         left_the_plan = followed and not self._follows_plan and not self._follows_list
-        self._distrusted = self._undecided or left_the_plan
+        could_be_a_start = rises_at_once and not self._follows_list
+        self._distrusted = self._undecided or left_the_plan or could_be_a_start
         return Tick(self.step, 0, starts=False, vouched=not self._distrusted)
 
     def _arrive(self, timestep: Any, latents: Tensor | None, position: int | None) -> None:
+        if len(self._given) == 1:
+            self._first_step = self.step
         self._last_position = position
         self._latents = None if latents is None else weakref.ref(latents)
-        self._version = _version(latents)
+        self._version = version(latents)
+        self._digest = None if self._version is not None or latents is None else digest(latents)
         self._distrusted = False
         if self._follows_plan and self._expected is not None and not self._follows_list:
             here = self._expected[self.step] if self.step < len(self._expected) else math.nan
@@ -216,24 +244,49 @@ class Clock:
 
     def _are_the_same(self, latents: Tensor | None) -> bool:
         known = None if self._latents is None else self._latents()
-        return known is not None and known is latents and self._version == _version(latents)
+        if known is None or known is not latents or self._version != version(latents):
+            return False
+        return self._version is not None or are_equal(self._digest, digest(latents))
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """How a denoiser's timestep is read as a listed one: in [0, 1], or from the other end."""
+
+    factor: float
+    offset: float
+
+    def listed(self, timestep: float) -> float:
+        """The listed timestep that a denoiser's own stands for."""
+        return self.offset + self.factor * timestep
+
+    def has(self, timestep: float, listed: float) -> bool:
+        """Whether the two are the same, but for rounding to a short dtype or to an integer."""
+        wanted = (listed - self.offset) / self.factor
+        is_whole = abs(self.factor) == 1 and self.offset in (0, 1000) and timestep == int(timestep)
+        return _are_close(timestep, wanted) or (is_whole and abs(timestep - wanted) < 1 < listed)
 
 
 class _Timesteps:
     """The timesteps that a noise scheduler announced.
 
-    Two-stage solvers list a timestep twice in a row: those are two calls of one step.
+    Args:
+        values: As they are listed.
+        merges: Whether two equal neighbours are two calls of one step.
     """
 
-    def __init__(self, values: Sequence[float]) -> None:
-        self._values = values
-        starts = [i == 0 or t != values[i - 1] for i, t in enumerate(values)]
+    def __init__(self, values: Sequence[float], merges: bool) -> None:
+        starts = [i == 0 or not merges or t != values[i - 1] for i, t in enumerate(values)]
         self._steps = list(itertools.accumulate(starts, initial=-1))[1:]
         self._distinct = [t for t, begins in zip(values, starts, strict=True) if begins]
+        self.merged = len(self._distinct) < len(values)
+        self._full = 1.0 if max(values, default=0.0) <= 1 else 1000.0
+        self._units: list[_Unit] = []
 
     @classmethod
-    def of(cls, announced: Any) -> _Timesteps:
-        return cls(torch.as_tensor(announced).detach().to("cpu", torch.float64).tolist())
+    def of(cls, announced: Any, merges: bool) -> _Timesteps:
+        values = torch.as_tensor(announced).detach().to("cpu", torch.float64).tolist()
+        return cls(values, merges)
 
     def __len__(self) -> int:
         """How many steps there are."""
@@ -256,17 +309,31 @@ class _Timesteps:
         """
         if not self._distinct or self.are_over_at(position):
             return None
+        units = [_Unit(1.0, 0.0), _Unit(-1.0, self._full)]
+        if timestep <= 1 < self._full:
+            units = [_Unit(1000.0, 0.0), _Unit(-1000.0, 1000.0), *units]
+        found = {unit: self._index(unit, timestep) for unit in units}
+        steps = [step for step in found.values() if step is not None]
         if position:
-            return self.step_at(position)
-        found = [self._index(unit(timestep)) for unit in _UNITS]
-        known = [index for index in found if index is not None]
-        if not known:
-            return None if position is None else 0
-        return 0 if timestep <= 1 and 0 in known else known[0]
+            step: int | None = self.step_at(position)
+        else:  # most generations begin at the beginning
+            step = 0 if 0 in steps else steps[0] if steps else None if position is None else 0
+        self._units = [unit for unit in units if found[unit] is not None and found[unit] == step]
+        return step
 
-    def _index(self, timestep: float) -> int | None:
-        nearest = min(range(len(self)), key=lambda i: abs(self._distinct[i] - timestep))
-        return nearest if _are_close(timestep, self._distinct[nearest]) else None
+    def has(self, timestep: float, steps: Sequence[int]) -> bool:
+        """Whether a timestep is that of one of these steps, in a unit that all before were in."""
+        if not self._units:
+            return True  # in a unit that is not known, so all that tells is the position
+        units = [u for u in self._units if any(u.has(timestep, self._distinct[s]) for s in steps)]
+        self._units = units or self._units
+        return bool(units)
+
+    def _index(self, unit: _Unit, timestep: float) -> int | None:
+        nearest = min(
+            range(len(self)), key=lambda i: abs(self._distinct[i] - unit.listed(timestep))
+        )
+        return nearest if unit.has(timestep, self._distinct[nearest]) else None
 
 
 def timestep_value(timestep: Any, batch: int | None = None) -> float:
@@ -305,8 +372,4 @@ def timestep_value(timestep: Any, batch: int | None = None) -> float:
 
 def _are_close(a: float, b: float) -> bool:
     """Whether two timesteps are the same but for the rounding of a short dtype."""
-    return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6)
-
-
-def _version(latents: Tensor | None) -> int | None:
-    return None if latents is None or latents.is_inference() else latents._version
+    return math.isclose(a, b, rel_tol=4e-3, abs_tol=1e-6)  # bfloat16 has 8 bits

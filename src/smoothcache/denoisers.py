@@ -96,6 +96,12 @@ def solver_position(scheduler: Any | None) -> int | None:
     return int(scheduler._step_index)
 
 
+def solver_stages(scheduler: Any | None) -> int | None:
+    """Calls of the denoiser that a noise scheduler makes in a step, if it says, for each branch."""
+    order = getattr(scheduler, "order", None)
+    return order if isinstance(order, int) else None
+
+
 @dataclass(frozen=True)
 class Call:
     """The arguments of one call of a denoiser, sorted by what they are.
@@ -103,12 +109,13 @@ class Call:
     Attributes:
         timestep: The model's own t, a number or a tensor; None if the call has none.
         latents: The first tensor of what is to be denoised; None if no tensor looks like it.
-        conditioning: All other tensors, numbers and strings, flattened.
+        conditioning: All other tensors, numbers and strings, flattened, by the argument's name.
+            What has the shape of the latents is taken for latents, too.
     """
 
     timestep: Any
     latents: Tensor | None
-    conditioning: tuple[Any, ...]
+    conditioning: Mapping[str, tuple[Any, ...]]
 
 
 class Signature:
@@ -138,12 +145,21 @@ class Signature:
         named = [n for n in given if n != name and _tensors(given[n])]
         latents = [n for n in named if _LATENTS_NAME.fullmatch(n)][:1] or named[:1]
         latents += [n for n in named if n not in latents and _MORE_LATENTS_NAME.fullmatch(n)]
-        rest = [given[n] for n in given if n not in {name, *latents, *self._timesteps}]
         tensors = [tensor for n in latents for tensor in _tensors(given[n])]
+        shape = tensors[0].shape if tensors else None
+        conditioning = {
+            n: tuple(
+                leaf
+                for leaf in pytree.tree_leaves(value)
+                if isinstance(leaf, _COMPARABLE) and getattr(leaf, "shape", ()) != shape
+            )
+            for n, value in given.items()
+            if n not in {name, *latents, *self._timesteps}
+        }
         return Call(
             timestep=None if name is None else given[name],
             latents=tensors[0] if tensors else None,
-            conditioning=tuple(x for x in pytree.tree_leaves(rest) if isinstance(x, _COMPARABLE)),
+            conditioning={n: leaves for n, leaves in conditioning.items() if leaves},
         )
 
 

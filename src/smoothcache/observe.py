@@ -107,7 +107,7 @@ class _FirstStep:
         self._is_over = False
 
     def before(
-        self, denoiser: str, tick: Tick, branch: int, args: tuple[Any, ...], kwargs: Any
+        self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
     ) -> None:
         self._is_over = self._is_over or not (tick.step == 0 or tick.starts)
         counter = None if self._is_over else self._counting.enter_context(MacCounter())
@@ -116,6 +116,9 @@ class _FirstStep:
 
     def after(self, denoiser: str, tick: Tick) -> None:
         self._counting.close()
+
+    def outside(self) -> None:
+        pass
 
     def failed(self) -> None:
         self._counting.close()

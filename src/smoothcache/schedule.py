@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from types import MappingProxyType
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from . import _resample
 from ._checks import check_count, check_number, check_texts, listed
 from ._published import map_names
 from .errors import InvalidArgumentError, ScheduleMismatchError
@@ -224,6 +225,67 @@ class Schedule:
             layers = [x if x.macs is not None else replace(x, macs=macs[x.path]) for x in layers]
         return replace(self, rows=rows, layers=tuple(layers), model=model or self.model)
 
+    def resample(self, num_steps: int, *, timesteps: Iterable[float] | None = None) -> Schedule:
+        """The same schedule for another number of steps, by position in the noise level.
+
+        At every noise level as large a share of the steps is computed as before; what is left of
+        a step by rounding counts for the steps after it. The quality of the result is not known:
+        it was not measured. With the same number of steps, and no or the same timesteps, this is
+        the schedule itself.
+
+        Source: ours.
+
+        >>> print(Schedule(8, {"attn": Row.uniform(8, 2)}).resample(4))
+        Schedule of 4 steps for a model yet to be bound
+          carried over, not measured
+          attn         x1   hold     #.#.
+
+        Args:
+            num_steps: Solver steps of the generations that it will be for.
+            timesteps: The model's own t at each of them, in running order [num_steps]. By default,
+                and where the schedule does not know its own, both divide the noise levels alike.
+
+        Returns:
+            A schedule with these timesteps, without quality; its expected compute is known if it
+            was before and the layers have their MACs.
+
+        Raises:
+            InvalidArgumentError: If num_steps is not an integer of at least 1; or if the timesteps
+                are not as many finite numbers, do not only fall or only rise, run against those of
+                the schedule, or are of another unit.
+        """
+        num_steps = check_count("num_steps", num_steps, least=1)
+        given = None if timesteps is None else _resample.as_timesteps(timesteps, num_steps)
+        if num_steps == self.num_steps and given in (None, self.timesteps):
+            return self
+        found = _resample.positions(self.timesteps, given, num_old=self.num_steps)
+        begins = _resample.edges(found, self.num_steps, num_steps)
+        rows = {
+            name: replace(row, computed=_resample.resample_row(row.computed, begins))
+            for name, row in self.rows.items()
+        }
+        return replace(
+            self,
+            num_steps=num_steps,
+            rows=rows,
+            timesteps=given,
+            compute=self._compute_with(rows),
+            quality={},
+            provenance=_resample.told(self.provenance, self.num_steps, num_steps),
+        )
+
+    def _compute_with(self, rows: Mapping[str, Row]) -> float | None:
+        """The expected compute of other rows; None if it does not follow from that of these."""
+        before, after = (_saved_a_step(x, self.layers or ()) for x in (self.rows, rows))
+        if self.compute is None or before is None or after is None:
+            return None
+        if before == after:
+            return self.compute
+        if before == 0 or self.compute == 1:
+            return None
+        compute = 1 - (1 - self.compute) * after / before
+        return compute if 0 < compute <= 1 else None
+
     def table(self) -> npt.NDArray[np.bool_]:
         """True where a layer is computed; [layers, steps], or [names, steps] if unbound."""
         return np.array([row.computed for row in self.rows.values()], dtype=np.bool_)
@@ -248,6 +310,8 @@ class Schedule:
         cost = "" if self.compute is None else f", {self.compute:.1%} of the uncached MACs"
         made_for = self.model.class_name if self.model else "a model yet to be bound"
         lines = [f"Schedule of {self.num_steps} steps for {made_for}{cost}"]
+        if _resample.CARRIED_OVER in self.provenance:
+            lines.append(f"  {_resample.NOT_MEASURED}")
         for (name, row), count in groups.items():
             steps = "".join("#" if computed else "." for computed in row.computed)
             lines.append(f"  {name:12} x{count:<3} {row.predictor:8} {steps}")
@@ -287,6 +351,17 @@ def compute_fraction(
         steps = len(rows[layer.path].computed)
         saved += layer.macs * rows[layer.path].computed.count(False)
     return 1 - saved / (total_macs * steps)
+
+
+def _saved_a_step(rows: Mapping[str, Row], layers: Sequence[CacheLayer]) -> float | None:
+    """MACs that reuse saves in a step, on average; None if not known."""
+    saved = 0.0
+    for layer in layers:
+        if layer.macs is None:
+            return None
+        computed = rows[layer.path].computed
+        saved += layer.macs * computed.count(False) / len(computed)
+    return saved if layers else None
 
 
 def _check_rows(

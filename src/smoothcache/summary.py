@@ -18,6 +18,7 @@ class Summary:
         steps_under_way: Steps of the generation that is under way; 0 if none is.
         computed: Layer calls that ran the layer, as planned.
         reused: Layer calls answered from kept values.
+        outside: Calls of the model that belonged to no generation of the pipeline; run in full.
         recomputed: Layer calls that were to reuse but had to compute, by the reason.
         peak_bytes: The most bytes of kept values at any moment.
         held_bytes: Bytes of kept values at this moment.
@@ -30,6 +31,7 @@ class Summary:
     steps_under_way: int
     computed: int
     reused: int
+    outside: int
     recomputed: dict[str, int]
     peak_bytes: int
     held_bytes: int
@@ -57,6 +59,8 @@ class Summary:
             total = sum(self.recomputed.values())
             lines.append(f"computed although planned for reuse: {total}")
             lines += [f"  {count} because {why}" for why, count in self.recomputed.items()]
+        if self.outside:
+            lines.append(f"calls outside of any generation, run in full: {self.outside}")
         if self.never_ran:
             shown = ", ".join(self.never_ran[:3]) + (", ..." if len(self.never_ran) > 3 else "")
             lines.append(f"layers that never ran: {len(self.never_ran)} ({shown})")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..calibration import Calibration
+from .._resample import CARRIED_OVER
+from ..calibration import INTERPOLATED, TIMESTEPS, Calibration
 from ..schedule import Row, Schedule, compute_fraction
 
 
@@ -16,6 +17,7 @@ def assemble(
 
     A layer is computed at the first step at which it runs; what is planned for steps at which it
     does not run, because another denoiser has its turn, means nothing and is written as computed.
+    Timesteps that no solver gave are left out: a run would wait for them in vain.
 
     Args:
         calibration: What the rows were planned from.
@@ -26,14 +28,18 @@ def assemble(
         layer.path: _from_first_run(rows[layer.path], run)
         for layer, run in zip(calibration.layers, calibration.steps_run, strict=True)
     }
-    made_from = {f"calibration {name}": text for name, text in calibration.provenance.items()}
+    made_from = {
+        name if name == CARRIED_OVER else f"calibration {name}": text
+        for name, text in calibration.provenance.items()
+    }
+    are_known = calibration.provenance.get(TIMESTEPS) != INTERPOLATED
     return Schedule(
         num_steps=calibration.num_steps,
         rows=rows,
         layers=calibration.layers,
         model=calibration.model,
         solver=calibration.solver,
-        timesteps=calibration.timesteps,
+        timesteps=calibration.timesteps if are_known else None,
         compute=compute_fraction(rows, calibration.layers, calibration.total_macs),
         provenance={**made_from, **{name: str(value) for name, value in settings.items()}},
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
 
 from .._checks import check_count, check_number
+from .._resample import CARRIED_OVER, as_timesteps
 from ..calibration import Calibration, FloatArray
 from ..errors import InvalidArgumentError
 from ..schedule import Row, Schedule
@@ -20,6 +22,8 @@ def plan(
     per: Literal["kind", "block"] = "kind",
     max_gap: int | None = None,
     predictor: str = "hold",
+    num_steps: int | None = None,
+    timesteps: Iterable[float] | None = None,
 ) -> Schedule:
     """Plan with one threshold for the whole model, as the paper does.
 
@@ -41,19 +45,31 @@ def plan(
         per: "kind" decides for all layers of a kind together, "block" for each layer alone.
         max_gap: Most reuses in a row (k_max in the paper); by default all that were measured.
         predictor: How reused values are made, a name in ``PREDICTORS``.
+        num_steps: Plan for so many steps instead, with the curves that ``Calibration.resample``
+            reads off: carried over, not measured.
+        timesteps: The model's own t at each of these steps, in running order [num_steps]; by
+            default they divide the noise levels of the calibration alike.
 
     Raises:
-        InvalidArgumentError: If an argument is not as described.
+        InvalidArgumentError: If an argument is not as described, or the curves do not reach from
+            one to the next of so few steps.
     """
     alpha = check_number("alpha", alpha)
     if alpha < 0:
         raise InvalidArgumentError(f"alpha must not be negative, got {alpha}.")
     if per not in ("kind", "block"):
         raise InvalidArgumentError(f"per must be 'kind' or 'block', got {per!r}.")
+    if timesteps is not None:
+        timesteps = as_timesteps(timesteps)
+        num_steps = len(timesteps) if num_steps is None else num_steps
+    if num_steps is not None:
+        calibration = calibration.resample(num_steps, timesteps=timesteps)
     max_gap = calibration.max_gap if max_gap is None else check_count("max_gap", max_gap, least=1)
     if max_gap > calibration.max_gap:
+        is_carried_over = CARRIED_OVER in calibration.provenance
+        of = f" of {calibration.num_steps} steps" if is_carried_over else ""
         raise InvalidArgumentError(
-            f"max_gap is {max_gap}, but only gaps up to {calibration.max_gap} were measured. "
+            f"max_gap is {max_gap}, but only gaps up to {calibration.max_gap}{of} were measured. "
             f"Calibrate again with a larger max_gap, or plan with a smaller one."
         )
 
