@@ -119,7 +119,7 @@ def edges(found: FloatArray | None, num_old: int, num_new: int) -> FloatArray:
 
 
 def resample_row(computed: Sequence[bool], begins: FloatArray) -> tuple[bool, ...]:
-    """A row of a schedule with as large a share of computed steps at every noise level.
+    """A row of a schedule that computes as often, per step, at every noise level.
 
     Args:
         computed: True where an old step is computed; [old steps].
@@ -128,32 +128,30 @@ def resample_row(computed: Sequence[bool], begins: FloatArray) -> tuple[bool, ..
     Returns:
         True where a new step is computed; the first always is, and the last if it was. [new steps]
     """
-    row = np.asarray(computed, dtype=np.float64)
-    mass = np.concatenate([[0.0], np.cumsum(row)])
-    inside = np.diff(np.interp(begins, np.arange(len(mass)), mass))
+    steps = len(computed)
+    at = [step for step, is_computed in enumerate(computed) if is_computed]
+    gaps = np.diff([*at, steps])
+    rate = np.repeat(1 / gaps, gaps)  # one computed step for each gap, spread over it
+    mass = np.concatenate([[0.0], np.cumsum(rate)])
+    inside = np.diff(np.interp(begins, np.arange(steps + 1), mass))
     width = np.diff(begins)
     is_point = width <= _ROUNDING
-    at_point = row[np.minimum(begins[:-1].astype(np.intp), len(row) - 1)]
-    density = np.where(is_point, at_point, inside / np.where(is_point, 1.0, width))
-    *earlier, last = diffuse(np.clip(density, 0, 1))
+    at_point = rate[np.minimum(begins[:-1].astype(np.intp), steps - 1)]
+    *earlier, last = diffuse(np.where(is_point, at_point, inside / np.where(is_point, 1.0, width)))
     return (*earlier, last or bool(computed[-1]))
 
 
-def diffuse(density: FloatArray) -> list[bool]:
-    """Yes or no at every step, so that the share of yes follows a density; the first is yes.
-
-    What rounding adds or takes at a step is carried to the next, beginning with a half.
+def diffuse(rate: FloatArray) -> list[bool]:
+    """Yes or no at every step, so that the share of yes follows a rate; the first is yes.
 
     Args:
-        density: In [0, 1]; [steps].
+        rate: Yes for each step, in [0, 1]; [steps].
     """
-    due = 0.5
+    due = 1.0
     chosen: list[bool] = []
-    for step, share in enumerate(density):
-        due += float(share)
-        chosen.append(step == 0 or due >= 1 - _ROUNDING)
-        if chosen[-1]:
-            due = max(due - 1, 0.0)
+    for share in rate:
+        chosen.append(due >= 1 - _ROUNDING)
+        due += float(share) - chosen[-1]
     return chosen
 
 
