@@ -21,7 +21,7 @@ from smoothcache.cli import app
 from smoothcache.compare import Comparison
 from smoothcache.report import Report, ReportRow
 
-COMMANDS = ("demo", "inspect", "calibrate", "plan", "generate", "compare")
+COMMANDS = ("demo", "inspect", "calibrate", "plan", "search", "generate", "compare")
 STEPS = 6
 
 
@@ -91,6 +91,31 @@ def test_without_a_command_the_help_is_shown() -> None:
 
 def test_the_version() -> None:
     assert succeed("--version").stdout.strip() == __import__("smoothcache").__version__
+
+
+def test_search_finds_a_schedule_and_says_whether_it_pays(model: Path, calibration: Path) -> None:
+    file = model.parent / "searched.json"
+    options = ("--calibration", calibration, "--steps", STEPS, "--class-label", 1, "--max-cost", 30)
+    shown = succeed("search", model, "-o", file, "--speedup", 2, *options).stdout
+    assert "way of sampling" in shown and "rollouts" in shown and "3 steps" in shown
+    schedule = Schedule.load(file)
+    assert schedule.compute is not None and schedule.compute <= 0.5
+    assert set(schedule.quality) == {"error", "error to the converged sample"}
+    told = json.loads(
+        succeed("search", model, "-o", file, "--compute", 0.5, *options, "--json").stdout
+    )
+    assert told["best"]["compute"] <= 0.5 and told["verdict"] and told["honest"] and told["front"]
+    assert Schedule.load(file).rows == schedule.rows
+
+
+def test_search_refuses_what_makes_no_sense(model: Path, calibration: Path) -> None:
+    file = model.parent / "never.json"
+    base = ("search", model, "-o", file, "--class-label", 1, "--steps", STEPS)
+    assert "exactly one" in refused(*base)
+    assert "exactly one" in refused(*base, "--speedup", 2, "--compute", 0.5)
+    assert "at least 1" in refused(*base, "--speedup", 0.5)
+    assert "finite" in refused(*base, "--speedup", "nan")
+    assert not file.exists()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

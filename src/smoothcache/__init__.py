@@ -25,5 +25,8 @@ from .planners import plan as plan
 from .predictors import PREDICTORS as PREDICTORS
 from .schedule import Row as Row
 from .schedule import Schedule as Schedule
+from .search import SearchedSchedule as SearchedSchedule
+from .search import SearchResult as SearchResult
+from .search import search as search
 from .summary import Summary as Summary
 from .version import __version__ as __version__

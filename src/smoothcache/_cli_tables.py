@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from .report import Report
+    from .search import Measured, SearchResult
 
 _WIDEST_MAP = 60  # steps of a schedule that fit on a line beside the other columns
 
@@ -145,3 +146,27 @@ def _macs(value: int | None) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def measured(row: Measured) -> dict[str, Any]:
+    """A way of sampling and its errors, for JSON."""
+    return {
+        "name": row.name,
+        "compute": row.compute,
+        "error": row.error,
+        "converged_error": row.converged_error,
+        "num_steps": row.num_steps,
+        "solver": row.solver,
+    }
+
+
+def search_table(result: SearchResult) -> Table:
+    """The winner of a search and the ways without a cache."""
+    knows_converged = result.best.converged_error is not None
+    table = _table(["way of sampling", "compute", "error", *["to converged"] * knows_converged])
+    for row in (result.best, *(x for x in result.honest if x != result.best)):
+        cells = [row.name, f"{row.compute:.1%}", f"{row.error:.4f}"]
+        if row.converged_error is not None:
+            cells.append(f"{row.converged_error:.4f}")
+        _add(table, *cells)
+    return table

@@ -77,6 +77,50 @@ def silence_libraries() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
+def multistep_solvers(scheduler: Any) -> dict[str, Any]:
+    """Solvers that need fewer steps than most, set up for the same model as a noise scheduler.
+
+    Args:
+        scheduler: One of diffusers; its noise levels and what its model predicts are taken over.
+
+    Returns:
+        Name -> a scheduler of its own; empty if none is known to suit.
+    """
+    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+    config = dict(scheduler.config)
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        if config.get("use_dynamic_shifting"):
+            return {}
+        flow = {
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": config.get("shift", 1.0),
+        }
+        return {
+            "DPM-Solver++ 2M": DPMSolverMultistepScheduler(**flow),
+            "UniPC": UniPCMultistepScheduler(**flow),
+        }
+    if not hasattr(scheduler, "alphas_cumprod"):
+        return {}
+
+    def dpm_solver(order: int, *, log_snr: bool) -> Any:
+        return DPMSolverMultistepScheduler.from_config(
+            config,
+            algorithm_type="dpmsolver++",
+            solver_order=order,
+            use_lu_lambdas=log_snr,
+            use_karras_sigmas=False,
+        )
+
+    return {
+        "DPM-Solver++ 2M": dpm_solver(2, log_snr=False),
+        "DPM-Solver++ 2M, log-SNR": dpm_solver(2, log_snr=True),
+        "DPM-Solver++ 3M, log-SNR": dpm_solver(3, log_snr=True),
+        "UniPC": UniPCMultistepScheduler.from_config(config),
+    }
+
+
 @dataclass(frozen=True)
 class PipelineSampler:
     """Runs one generation of a pipeline after the other: number i has its own input and seed.
@@ -151,6 +195,23 @@ class PipelineSampler:
         output = self.pipeline(**arguments)
         result = output[0]
         return result if isinstance(result, Tensor) else torch.stack(list(result))
+
+    def sample(
+        self, i: int, num_inference_steps: int | None = None, scheduler: Any = None
+    ) -> Tensor:
+        """Runs generation number i as ``search`` asks for it.
+
+        Args:
+            i: From 0.
+            num_inference_steps: None for ``steps``.
+            scheduler: A noise scheduler to take for this generation; None for the pipeline's own.
+        """
+        own = self.pipeline.scheduler
+        self.pipeline.scheduler = own if scheduler is None else scheduler
+        try:
+            return self(i, num_inference_steps)
+        finally:
+            self.pipeline.scheduler = own
 
     def _arguments(self, i: int, num_steps: int) -> dict[str, Any]:
         takes = _parameters(self.pipeline)

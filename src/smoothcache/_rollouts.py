@@ -1,0 +1,273 @@
+"""Runs candidates for real, and keeps the books: what came out, what it cost, what is known.
+
+A candidate is a way of sampling: under a schedule or without one, with the sampler's own solver and
+number of steps or with others. The processes of a distributed run share the candidates out and
+know all results; a journal on disk makes them known to a search that is taken up again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .apply import cached
+from .errors import InvalidArgumentError, SmoothCacheWarning
+from .schedule import Schedule
+
+Objective = Callable[[Any, Any], float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of sampling.
+
+    Attributes:
+        name: How it was made, for people.
+        compute: MACs over those of the uncached run.
+        schedule: What to run under; None for plain sampling.
+        num_steps: Solver steps to ask the sampler for; None for its own number.
+        solver: Name of another noise scheduler to ask for; None for its own.
+    """
+
+    name: str
+    compute: float
+    schedule: Schedule | None = None
+    num_steps: int | None = None
+    solver: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The same for candidates that do the same."""
+        rows = self.schedule.rows if self.schedule else {}
+        does = [
+            [path, row.predictor, "".join("01"[x] for x in row.computed)]
+            for path, row in rows.items()
+        ]
+        told = json.dumps([does, self.num_steps, self.solver])
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+class Rollouts:
+    """Samples as candidates say, and measures how far they end from a reference.
+
+    Args:
+        model: What the schedules are for.
+        sample: ``sample(i, **options)`` runs generation number i.
+        objective: Takes an output and its reference; smaller is better.
+        solvers: Noise schedulers that candidates may name.
+        journal: Where results are written as they come; None for nowhere.
+        settings: What the results depend on; a journal of other settings is refused.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sample: Callable[..., Any],
+        objective: Objective,
+        solvers: Mapping[str, Any],
+        journal: str | os.PathLike[str] | None,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self._model = model
+        self._sample = sample
+        self._objective = objective
+        self._solvers = solvers
+        self._references: dict[tuple[str, int], Any] = {}
+        self._journal = _Journal(journal, settings)
+        self._counted: set[tuple[str, str, int]] = set()  # also if the journal knew it
+        self.rollouts = 0
+        self.cost = 0.0
+
+    def set_reference(self, name: str, i: int, candidate: Candidate) -> Any:
+        """Samples what outputs of generation i are to be compared with, under a name."""
+        self._references[name, i] = output = self._run(candidate, i)
+        self.cost += candidate.compute
+        return output
+
+    def distance(self, name: str, i: int, candidate: Candidate) -> float:
+        """How far a candidate ends from a reference."""
+        return self.distances(name, [(candidate, i)])[0]
+
+    def distances(self, name: str, runs: Sequence[tuple[Candidate, int]]) -> list[float]:
+        """How far candidates end from a reference, each in one generation; the ranks share them."""
+        wanted = dict.fromkeys((candidate.key, i) for candidate, i in runs)
+        ways = {candidate.key: candidate for candidate, _ in runs}
+        seen = {(key, i): (name, key, i) in self._counted for key, i in wanted}
+        new = [at for at in wanted if (name, *at) not in self._journal.known]
+        rank, size = _rank_and_size()
+        mine: dict[tuple[str, str, int], float] = {}
+        failure: Exception | None = None
+        try:
+            for key, i in new[rank::size]:
+                output = self._run(ways[key], i)
+                for told, reference in self._references_of(i).items():
+                    mine[told, key, i] = float(self._objective(output, reference))
+                    if size == 1:
+                        self._journal.put((told, key, i), mine[told, key, i])
+        except Exception as error:
+            if size == 1:
+                raise
+            failure = error  # the other processes wait for this one
+        for results, reason in _gathered((mine, failure)):
+            if reason is not None:
+                raise reason
+            for at, value in results.items():
+                self._journal.put(at, value)
+        for key, i in (at for at, was_seen in seen.items() if not was_seen):
+            self.rollouts += 1
+            self.cost += ways[key].compute
+            self._counted |= {(told, key, i) for told in self._references_of(i)}
+        return [self._journal.known[name, candidate.key, i] for candidate, i in runs]
+
+    def _references_of(self, i: int) -> dict[str, Any]:
+        return {name: value for (name, at), value in self._references.items() if at == i}
+
+    def _run(self, candidate: Candidate, i: int) -> Any:
+        options: dict[str, Any] = {}
+        if candidate.num_steps is not None:
+            options["num_inference_steps"] = candidate.num_steps
+        if candidate.solver is not None:
+            options["scheduler"] = self._solvers[candidate.solver]
+        schedule = candidate.schedule
+        with cached(self._model, schedule) if schedule else nullcontext() as run:
+            output = self._sample(i, **options)
+        if run is not None and (reasons := run.summary().recomputed):
+            raise InvalidArgumentError(
+                f"under {candidate.name!r}, sample({i}) had to compute what was planned for reuse "
+                f"({', '.join(reasons)}), so its cost cannot be promised; see run.summary()"
+            )
+        return taken(output, f"sample({i})")
+
+
+def taken(output: Any, call: str) -> Any:
+    """The tensors of an output, on the CPU.
+
+    Raises:
+        InvalidArgumentError: If there is none, or one is not finite.
+    """
+    tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+    if not tensors:
+        raise InvalidArgumentError(
+            f"{call} returned {type(output).__name__}; it must return the final tensor (latents or "
+            "what is made of them), which is what schedules are judged by"
+        )
+    if not all(bool(torch.isfinite(x).all()) for x in tensors if x.is_floating_point()):
+        raise InvalidArgumentError(f"{call} returned NaN or infinity")
+    tensors = [x.detach().cpu() for x in tensors]
+    return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+def latent_l2(output: Any, reference: Any) -> float:
+    """``||output - reference||_2 / ||reference||_2`` over all tensors, dimensionless.
+
+    >>> latent_l2(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0]))
+    0.1
+
+    Raises:
+        InvalidArgumentError: If the two have other shapes.
+    """
+    outputs, references = pytree.tree_leaves(output), pytree.tree_leaves(reference)
+    if [x.shape for x in outputs] != [x.shape for x in references]:
+        raise InvalidArgumentError(
+            f"sample(i) returned the shapes {[list(x.shape) for x in outputs]}, where "
+            f"{[list(x.shape) for x in references]} came before; they must be the same"
+        )
+    pairs = list(zip(outputs, references, strict=True))
+    distance = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    norm = sum(float(b.double().square().sum()) for _, b in pairs)
+    return math.sqrt(distance / norm) if norm else math.sqrt(distance)
+
+
+class _Journal:
+    """Results by (reference, candidate, generation), and the file that they are written to."""
+
+    def __init__(self, path: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
+        self.known: dict[tuple[str, str, int], float] = {}
+        self._path = None if path is None else Path(path)
+        self._head = json.dumps({"format": "smoothcache search", "version": 1, **settings})
+        if self._path is None:
+            return
+        if self._path.is_file():
+            self._read(self._path)
+        elif _rank_and_size()[0] == 0:
+            if not self._path.parent.is_dir():
+                raise FileNotFoundError(f"the folder of the journal '{path}' is missing.")
+            self._append(self._head)
+
+    def put(self, at: tuple[str, str, int], value: float) -> None:
+        is_new = at not in self.known
+        self.known[at] = value
+        if is_new and _rank_and_size()[0] == 0:
+            self._append(json.dumps([*at, value]))
+
+    def _read(self, path: Path) -> None:
+        text = path.read_text(encoding="utf-8")
+        lines = text.splitlines()
+        if not lines or lines[0] != self._head:
+            raise InvalidArgumentError(
+                f"the journal '{path}' is of another search (another model, sampler, number of "
+                "steps or objective); remove it, or name another file"
+            )
+        for line in lines[1:]:
+            try:
+                name, key, i, value = json.loads(line)
+            except ValueError:  # the line that an interruption cut short
+                continue
+            self.known[name, key, i] = float(value)
+        if not text.endswith("\n"):
+            self._append("")
+
+    def _append(self, line: str) -> None:
+        if self._path is None:
+            return
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+                file.flush()
+        except OSError as error:
+            warnings.warn(
+                f"the journal '{self._path}' cannot be written ({error}); the search goes on, but "
+                "cannot be taken up again",
+                SmoothCacheWarning,
+                stacklevel=2,
+            )
+            self._path = None
+
+
+def join_processes() -> None:
+    """Makes the processes of ``accelerate launch`` or ``torchrun`` one group, if there are more."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group()
+
+
+def _rank_and_size() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _gathered(mine: Any) -> list[Any]:
+    size = _rank_and_size()[1]
+    if size == 1:
+        return [mine]
+    everyone: list[Any] = [None] * size
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def agreed(value: bool) -> bool:
+    """The first process's answer, in every process."""
+    return bool(_gathered(value)[0])

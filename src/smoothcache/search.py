@@ -1,0 +1,801 @@
+"""Finds the best schedule for a budget by trying: every family, measured in real runs."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ._checks import check_count, check_number
+from ._proposals import Mask, affordable, every, least_error, neighbours, spaced
+from ._rollouts import Candidate, Objective, Rollouts, agreed, join_processes, latent_l2
+from .calibrate import calibrate
+from .calibration import Calibration
+from .denoisers import find_denoisers, noise_scheduler
+from .errors import CalibrationError, InvalidArgumentError, ScheduleMismatchError
+from .layers import CacheLayer, find_layers, identify
+from .planners import plan
+from .planners._assemble import assemble
+from .predictors import PREDICTORS
+from .schedule import Row, Schedule, compute_fraction
+
+UNCACHED, CONVERGED = "uncached", "converged"
+CONVERGED_FACTOR = 10  # times as many steps as the uncached run
+BATCH = 4  # candidates that are tried before the next choice, whatever the number of processes
+PROBES = 5  # steps at which the effect of an error is measured
+POWERS = (0.8, 1.25, 1.6)
+FEWEST_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way of sampling and what came of it.
+
+    Attributes:
+        name: How it was made.
+        compute: MACs over those of the uncached run.
+        error: Objective against the uncached run, mean over the samples it was measured on.
+        converged_error: The same against the converged sample, with ten times the steps; None if
+            that was not sampled.
+        schedule: What it ran under; None for plain sampling.
+        num_steps: Solver steps, if other than the uncached run's.
+        solver: Class name of the noise scheduler, if another.
+    """
+
+    name: str
+    compute: float
+    error: float
+    converged_error: float | None = None
+    schedule: Schedule | None = field(default=None, repr=False)
+    num_steps: int | None = None
+    solver: str | None = None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found. Printed, it is a short text.
+
+    Attributes:
+        best: The winner, measured on samples that the search did not see.
+        honest: Ways without a cache at no more cost, measured on the same samples.
+        front: The best that was found at every cost, on the samples of the search.
+        rollouts: Generations that were run to compare candidates.
+        cost: All that was run, in uncached generations.
+        verdict: Whether the cache pays, in a sentence.
+        scheduler: The noise scheduler to sample with; None for the sampler's own.
+        num_steps: Solver steps to sample with.
+    """
+
+    best: Measured
+    honest: tuple[Measured, ...]
+    front: tuple[Measured, ...]
+    rollouts: int
+    cost: float
+    verdict: str
+    scheduler: Any = field(default=None, repr=False)
+    num_steps: int = 0
+
+    def __str__(self) -> str:
+        lines = [f"{'':32} compute   error" + "   to converged" * self._knows_converged]
+        for row in (self.best, *self.honest):
+            told = f"{row.name[:32]:32} {row.compute:7.1%} {row.error:7.4f}"
+            if row.converged_error is not None:
+                told += f"   {row.converged_error:.4f}"
+            lines.append(told)
+        lines.append(f"{self.rollouts} rollouts, as much as {self.cost:.1f} uncached generations")
+        lines.append(self.verdict)
+        return "\n".join(lines)
+
+    @property
+    def _knows_converged(self) -> bool:
+        return self.best.converged_error is not None
+
+
+@dataclass(frozen=True, eq=False)
+class SearchedSchedule(Schedule):
+    """A schedule that a search found, with all that it measured.
+
+    Attributes:
+        result: The search's result; not written to the schedule's file, which keeps the quality.
+    """
+
+    result: SearchResult | None = field(default=None, repr=False)
+
+
+def search(
+    model: Any,
+    sample: Callable[..., Any],
+    calibration: Calibration | None = None,
+    *,
+    speedup: float | None = None,
+    compute: float | None = None,
+    max_error: float | None = None,
+    seconds: float | None = None,
+    objective: str | Objective = "latent_l2",
+    joint: bool = False,
+    num_samples: int | None = None,
+    num_validation: int | None = None,
+    max_cost: float = 60.0,
+    seed: int = 0,
+    journal: str | os.PathLike[str] | None = None,
+    solvers: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> SearchedSchedule:
+    """Finds the schedule that ends closest to the uncached run within a budget, by measuring.
+
+    Schedules of every family (even and uneven spacings, thresholds, weighted dynamic programming)
+    with every predictor, of the layers and of the whole denoiser's output, are run for real and
+    compared with the uncached outputs; the best are improved by moving computed steps; and the
+    winner is measured again on samples that the search has not seen, beside what needs no cache:
+    plain fewer steps and, where ``sample`` takes a ``scheduler``, better solvers.
+
+    Args:
+        model: A diffusers pipeline or any module.
+        sample: ``sample(i)`` runs generation number i and returns its final tensor (or tensors).
+            If it also takes ``num_inference_steps`` (and ``scheduler``), the alternatives without
+            a cache are measured, and quality is also told against the converged sample.
+        calibration: What ``calibrate`` measured; measured here on the samples if None.
+        speedup: The budget: at most 1 / speedup of the uncached multiply-accumulates.
+        compute: The same budget as a fraction, in (0, 1].
+        max_error: Instead of a budget: the cheapest schedule whose error on unseen samples is at
+            most this.
+        seconds: Stop improving after so long.
+        objective: "latent_l2", the relative L2 distance of the outputs, or a function of an output
+            and its reference that gives a number, smaller for better.
+        joint: Look for solver, number of steps and schedule together, by the distance to the
+            converged sample.
+        num_samples: Generations that candidates are compared on: sample(0), sample(1), ...; None
+            for 2, or for 1 in a joint search, where each also needs its converged sample.
+        num_validation: Further ones that only the winners are measured on; None for as many.
+        max_cost: Stop improving when all that was run costs as much as so many uncached
+            generations.
+        seed: Of the order in which moves are tried. The same seed gives the same schedule.
+        journal: A file for the results; a search that was interrupted goes on from it.
+        solvers: Noise schedulers by name, for the alternatives; None for those that suit the
+            pipeline's own (multistep ones of diffusers), if ``sample`` takes a ``scheduler``.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The schedule, with its measured quality, and with everything else in ``result``.
+
+    Raises:
+        InvalidArgumentError: If not exactly one target is given or it makes no sense, no schedule
+            meets it, ``sample`` returns nothing or something else each time, or the journal is of
+            another search.
+        CalibrationError: If the model cannot be calibrated.
+        ScheduleMismatchError: If the calibration is of another model.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(
+        ...     num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2,
+        ...     sample_size=8,
+        ... ).eval().requires_grad_(False)
+        >>> def sample(i, num_inference_steps=8):
+        ...     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i))
+        ...     for step in range(num_inference_steps):
+        ...         t = torch.tensor([1000 - 1000 * step // num_inference_steps])
+        ...         x = x - model(x, t, torch.tensor([0])).sample / num_inference_steps
+        ...     return x
+        >>> schedule = search(model, sample, speedup=2.0, max_cost=20, progress=False)
+        >>> schedule.compute <= 0.5
+        True
+    """
+    if sum(x is not None for x in (speedup, compute, max_error)) != 1:
+        raise InvalidArgumentError("give exactly one of speedup, compute and max_error.")
+    budget = _budget(speedup, compute)
+    if max_error is not None and check_number("max_error", max_error) < 0:
+        raise InvalidArgumentError(f"max_error must not be negative, got {max_error}.")
+    if seconds is not None and check_number("seconds", seconds) <= 0:
+        raise InvalidArgumentError(f"seconds must be positive, got {seconds}.")
+    if not callable(sample):
+        raise InvalidArgumentError(f"sample must be a function, got {type(sample).__name__}.")
+    if objective != "latent_l2" and not callable(objective):
+        raise InvalidArgumentError(
+            f"objective must be 'latent_l2' or a function, got {objective!r}."
+        )
+    num_samples = check_count("num_samples", num_samples or 2 - joint, least=1)
+    num_validation = check_count("num_validation", num_validation or num_samples, least=1)
+    check_count("seed", seed, least=0)
+    if check_number("max_cost", max_cost) <= 0:
+        raise InvalidArgumentError(f"max_cost must be positive, got {max_cost}.")
+    takes = _keywords(sample)
+    if joint and not {"num_inference_steps", "scheduler"} <= takes:
+        raise InvalidArgumentError(
+            "a joint search asks the sampler for other solvers and numbers of steps: sample must "
+            "take the keywords num_inference_steps and scheduler"
+        )
+    join_processes()
+    if calibration is None:
+        calibration = _calibrated(model, sample, num_samples, progress)
+    elif calibration.model not in (None, identify(model)):
+        raise ScheduleMismatchError(
+            "the calibration is of another model; calibrate this one, or leave it out"
+        )
+    if calibration.num_steps < FEWEST_STEPS:
+        raise InvalidArgumentError(
+            f"a generation of {calibration.num_steps} steps leaves nothing to plan; "
+            f"{FEWEST_STEPS} are the fewest"
+        )
+    if solvers is None:
+        solvers = _suitable_solvers(model) if "scheduler" in takes else {}
+    measure = latent_l2 if objective == "latent_l2" else objective
+    settings = {
+        "model": identify(model).fingerprint,
+        "steps": calibration.num_steps,
+        "objective": objective if isinstance(objective, str) else _name(objective),
+        "solvers": sorted(solvers),
+    }
+    rollouts = Rollouts(model, sample, measure, solvers, journal, settings)  # type: ignore[arg-type]
+    with tqdm(desc="searching", unit="rollout", disable=not progress) as bar:
+        hunt = _Hunt(
+            _Space(model, calibration),
+            rollouts,
+            bar,
+            takes=takes,
+            solvers=solvers,
+            joint=joint,
+            train=range(num_samples),
+            unseen=range(num_samples, num_samples + num_validation),
+            max_cost=max_cost,
+            deadline=math.inf if seconds is None else time.monotonic() + seconds,
+            rng=random.Random(seed),
+        )
+        return hunt.cheapest(max_error) if max_error is not None else hunt.best_within(budget)
+
+
+def _budget(speedup: float | None, compute: float | None) -> float:
+    if speedup is not None:
+        if check_number("speedup", speedup) < 1:
+            raise InvalidArgumentError(f"speedup must be at least 1, got {speedup}.")
+        return 1 / speedup
+    if compute is not None:
+        if not 0 < check_number("compute", compute) <= 1:
+            raise InvalidArgumentError(f"compute must be in (0, 1], got {compute}.")
+        return compute
+    return 1.0
+
+
+def _keywords(sample: Callable[..., Any]) -> set[str]:
+    """Which of the options that a search may ask for ``sample`` takes by name."""
+    try:
+        parameters = inspect.signature(sample).parameters
+    except (TypeError, ValueError):
+        return set()
+    return {"num_inference_steps", "scheduler"} & set(parameters)
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", type(function).__name__))
+
+
+def _calibrated(
+    model: Any, sample: Callable[..., Any], num_samples: int, progress: bool
+) -> Calibration:
+    return calibrate(model, sample, num_samples, max_gap=3, progress=progress)
+
+
+def _suitable_solvers(model: Any) -> Mapping[str, Any]:
+    scheduler = noise_scheduler(model)
+    if scheduler is None or not hasattr(scheduler, "config"):
+        return {}
+    from .diffusers_io import multistep_solvers  # imports diffusers
+
+    solvers: Mapping[str, Any] = multistep_solvers(scheduler)
+    return solvers
+
+
+class _Space:
+    """The schedules of a model: layers at both granularities, and what they cost."""
+
+    def __init__(self, model: Any, calibration: Calibration) -> None:
+        self.calibration = calibration
+        self.num_steps = calibration.num_steps
+        self._total = calibration.total_macs
+        self._layers: dict[str, tuple[CacheLayer, ...]] = {"layers": calibration.layers}
+        if len(find_denoisers(model)) == 1 and calibration.layers[0].kind != "model":
+            (whole,) = find_layers(model, granularity="model")
+            self._layers["model"] = (replace(whole, macs=self._total),)
+
+    @property
+    def grains(self) -> tuple[str, ...]:
+        return tuple(self._layers)
+
+    def count(self, grain: str, budget: float, num_steps: int | None = None) -> int:
+        """Computed steps within a budget, as a fraction of the uncached run."""
+        steps = num_steps or self.num_steps
+        run = sum((x.macs or 0) for x in self._layers[grain])
+        share = run / self._total if self._total else 1.0
+        return affordable(steps, min(share, 1.0), budget * self.num_steps / steps)
+
+    def candidate(
+        self,
+        name: str,
+        grain: str,
+        mask: Mask,
+        predictor: str,
+        num_steps: int | None = None,
+        solver: str | None = None,
+    ) -> Candidate:
+        """One mask for all layers of a granularity."""
+        layers = self._layers[grain]
+        row = Row(mask, predictor)
+        return self.of_rows(
+            f"{name}, {predictor}, {grain}",
+            layers,
+            {x.path: row for x in layers},
+            num_steps,
+            solver,
+        )
+
+    def of_rows(
+        self,
+        name: str,
+        layers: tuple[CacheLayer, ...],
+        rows: Mapping[str, Row],
+        num_steps: int | None = None,
+        solver: str | None = None,
+    ) -> Candidate:
+        """Rows as a candidate, with its cost over that of the uncached run."""
+        calibration = self.calibration
+        if num_steps is None and layers is calibration.layers:
+            schedule = assemble(calibration, rows, {"planner": "search", "family": name})
+        else:
+            own = num_steps is None
+            schedule = Schedule(
+                num_steps=num_steps or self.num_steps,
+                rows=rows,
+                layers=layers,
+                model=calibration.model,
+                solver=calibration.solver if solver is None else solver,
+                timesteps=calibration.timesteps if own else None,
+                compute=compute_fraction(rows, layers, self._total),
+                provenance={"planner": "search", "family": name},
+            )
+        fraction = 1.0 if schedule.compute is None else schedule.compute
+        steps = (num_steps or self.num_steps) / self.num_steps
+        return Candidate(name, fraction * steps, schedule, num_steps, solver)
+
+
+class _Hunt:
+    """One search: what it looks for, what it may spend, and how it decides."""
+
+    def __init__(
+        self,
+        space: _Space,
+        rollouts: Rollouts,
+        bar: Any,
+        *,
+        takes: set[str],
+        solvers: Mapping[str, Any],
+        joint: bool,
+        train: range,
+        unseen: range,
+        max_cost: float,
+        deadline: float,
+        rng: random.Random,
+    ) -> None:
+        self._space = space
+        self._rollouts = rollouts
+        self._bar = bar
+        self._takes = takes
+        self._solvers = solvers
+        self._joint = joint
+        self._train = train
+        self._unseen = unseen
+        self._max_cost = max_cost
+        self._deadline = deadline
+        self._rng = rng
+        self._errors: dict[str, tuple[Candidate, list[float]]] = {}
+        self._target = CONVERGED if joint else UNCACHED
+        self._plain = Candidate(UNCACHED, 1.0)
+        self._refer()
+
+    def _refer(self) -> None:
+        """Samples the references, and makes sure that sampling twice gives the same."""
+        steps = self._space.num_steps
+        converged = Candidate(CONVERGED, CONVERGED_FACTOR, num_steps=CONVERGED_FACTOR * steps)
+        for i in (*self._train, *self._unseen):
+            self._rollouts.set_reference(UNCACHED, i, self._plain)
+            if self._joint or ("num_inference_steps" in self._takes and i in self._unseen):
+                self._rollouts.set_reference(CONVERGED, i, converged)
+        again = Candidate("uncached, once more", 1.0, num_steps=None)
+        noise = self._rollouts.distance(UNCACHED, self._train[0], again)
+        if noise > 1e-4:
+            raise InvalidArgumentError(
+                f"sample({self._train[0]}) run twice gave two results ({noise:.2g} apart); "
+                "make it draw its noise from a generator seeded with i, and put the model in "
+                "evaluation mode"
+            )
+
+    # ---------------------------------------------------------------------------------- targets
+
+    def best_within(self, budget: float) -> SearchedSchedule:
+        """The best schedule whose compute is at most the budget."""
+        proposals = self._proposals(budget)
+        if not proposals:
+            least = min(self._least(grain) for grain in self._space.grains)
+            raise InvalidArgumentError(
+                f"no schedule is as cheap as {budget:.3f} of the uncached run; with one computed "
+                f"step it is {least:.3f}. Ask for less, or sample with fewer steps"
+            )
+        self._screen(proposals)
+        self._improve(budget)
+        return self._result(self._best(budget), budget)
+
+    def cheapest(self, max_error: float) -> SearchedSchedule:
+        """The cheapest schedule that keeps an error, on unseen samples too."""
+        steps = self._space.num_steps
+        counts = sorted({max(2, round(steps * f)) for f in np.geomspace(2 / steps, 1, 12)})
+        low, high = 0, len(counts) - 1  # the last one computes everything
+        while low < high:
+            middle = (low + high) // 2
+            self._screen(self._proposals(counts[middle] / steps))
+            if self._error(self._best(counts[middle] / steps)) <= max_error:
+                high = middle
+            else:
+                low = middle + 1
+        for count in counts[high:]:
+            budget = count / steps
+            if not self._screen(self._proposals(budget)):
+                continue
+            self._improve(budget, until=max_error)
+            fitting = [c for c, _ in self._errors.values() if self._is_fit(c, budget, max_error)]
+            for candidate in sorted(fitting, key=lambda c: (c.compute, self._error(c))):
+                if self._mean(UNCACHED, candidate, self._unseen) <= max_error:
+                    return self._result(candidate, candidate.compute)
+        raise InvalidArgumentError(
+            f"no schedule keeps an error of {max_error:g} on samples that the search has not seen; "
+            "sample without a cache, or allow more"
+        )
+
+    def _is_fit(self, candidate: Candidate, budget: float, max_error: float) -> bool:
+        is_whole = candidate.schedule is not None
+        return is_whole and candidate.compute <= budget and self._error(candidate) <= max_error
+
+    def _least(self, grain: str) -> float:
+        first = spaced(self._space.num_steps, 1)
+        return self._space.candidate("one step", grain, first, "hold").compute
+
+    # -------------------------------------------------------------------------------- proposals
+
+    def _proposals(self, budget: float) -> list[Candidate]:
+        """Even spacings with every predictor and granularity, and thresholds."""
+        found = [
+            self._space.candidate(f"{count} even steps", grain, spaced(steps, count), predictor)
+            for grain in self._space.grains
+            for predictor in PREDICTORS
+            for steps in [self._space.num_steps]
+            if (count := self._space.count(grain, budget)) >= 1
+        ]
+        found += self._thresholds(budget)
+        found += self._other_samplers(budget)
+        return [x for x in found if x.compute <= budget + 1e-9]
+
+    def _thresholds(self, budget: float) -> list[Candidate]:
+        """The paper's plans, each with the alpha that spends most of the budget."""
+        calibration = self._space.calibration
+        known = calibration.errors[np.isfinite(calibration.errors) & (calibration.errors > 0)]
+        if not known.size or calibration.layers[0].kind == "model":
+            return []
+        alphas = np.geomspace(known.min(), 1.01 * known.max(), 40)
+        found = []
+        for predictor in ("hold", "taylor"):
+            plans = [plan(calibration, alpha=float(a), predictor=predictor) for a in alphas]
+            costs = [1.0 if x.compute is None else x.compute for x in plans]
+            fitting = [i for i, cost in enumerate(costs) if cost <= budget]
+            if fitting:
+                best = max(fitting, key=lambda i: (costs[i], -i))
+                name = f"threshold {alphas[best]:.3g}, {predictor}"
+                found.append(self._space.of_rows(name, calibration.layers, plans[best].rows))
+        return found
+
+    def _other_samplers(self, budget: float) -> list[Candidate]:
+        """Other solvers and numbers of steps, with a cache over them and without."""
+        if not self._joint:
+            return []
+        steps = self._space.num_steps
+        affordable_steps = int(steps * budget + 1e-9)
+        found = [
+            Candidate(f"{n} steps" + f" of {solver}" * bool(solver), n / steps, None, n, solver)
+            for solver in (None, *self._solvers)
+            for n in (affordable_steps, affordable_steps - 1)
+            if n >= 2
+        ]
+        if "model" not in self._space.grains:
+            return found
+        for solver in (None, *self._solvers):
+            for factor in (1.5, 2.0, 3.0):
+                n = min(steps, round(affordable_steps * factor))
+                count = self._space.count("model", budget, n)
+                if affordable_steps >= 2 and n > count >= 2:
+                    of = f"{count} of {n} steps" + f" of {solver}" * bool(solver)
+                    found += [
+                        self._space.candidate(of, "model", spaced(n, count), x, n, solver)
+                        for x in ("taylor", "taylor2")
+                    ]
+        return found
+
+    def _refined(self, budget: float) -> list[Candidate]:
+        """Uneven spacings, with the predictors and granularities that did best so far."""
+        steps = self._space.num_steps
+        ways = []
+        for candidate in self._ranked(budget):
+            parts = candidate.name.split(", ")
+            if candidate.num_steps is None and len(parts) == 3 and "even" in parts[0]:
+                ways.append((parts[1], parts[2]))
+        weights = self._sensitivity()
+        found = []
+        for predictor, grain in ways[:3]:
+            count = self._space.count(grain, budget)
+            masks = {f"{count} steps, power {p:g}": spaced(steps, count, p) for p in POWERS}
+            if (interval := math.ceil(steps / count)) * count >= steps:
+                masks[f"every {interval}"] = every(steps, interval)
+            table = self._table()
+            for name, weight in weights.items():
+                masks[f"{count} steps by {name}"] = least_error(table, weight, count)
+            found += [
+                self._space.candidate(name, grain, mask, predictor)
+                for name, mask in masks.items()
+                if sum(mask) <= count
+            ]
+        return found
+
+    def _table(self) -> Any:
+        """Error of a reuse by gap and step, over layers in proportion to their cost."""
+        calibration = self._space.calibration
+        macs = np.array([float(x.macs or 1) for x in calibration.layers])
+        errors = np.nan_to_num(calibration.errors.mean(axis=0))
+        return np.tensordot(macs / macs.sum(), errors, axes=1)
+
+    def _sensitivity(self) -> dict[str, Any]:
+        """What an error at each step counts: alike, and as measured at a few steps."""
+        steps = self._space.num_steps
+        alike = np.ones(steps)
+        grain = self._space.grains[0]
+        probes = sorted({round(x) for x in np.linspace(1, steps - 1, PROBES)})
+        runs = []
+        for probe in probes:
+            mask = tuple(step != probe for step in range(steps))
+            name = f"reuse at step {probe} alone"
+            runs.append((self._space.candidate(name, grain, mask, "hold"), self._train[0]))
+        table = self._table()[0]
+        effects = self._rollouts.distances(UNCACHED, runs)
+        ratios = [e / max(table[p], 1e-12) for e, p in zip(effects, probes, strict=True)]
+        return {
+            "error": alike,
+            "sensitivity": np.interp(np.arange(steps), probes, ratios),
+        }
+
+    # ----------------------------------------------------------------------------- measurements
+
+    def _screen(self, candidates: Sequence[Candidate]) -> bool:
+        """Tries candidates on one sample, and the better half on the others; False if none."""
+        if not candidates:
+            return False
+        first, rest = self._train[0], self._train[1:]
+        errors = self._rollouts.distances(self._target, [(c, first) for c in candidates])
+        order = sorted(range(len(candidates)), key=lambda i: (errors[i], i))
+        kept = order[: max(3, len(order) // 2)]
+        runs = [(candidates[i], j) for i in kept for j in rest]
+        others = self._rollouts.distances(self._target, runs)
+        for position, i in enumerate(kept):
+            own = others[position * len(rest) : (position + 1) * len(rest)]
+            self._note(candidates[i], [errors[i], *own])
+        return True
+
+    def _price(self, candidates: Sequence[Candidate]) -> float:
+        """What screening candidates costs at most, in uncached generations."""
+        rest = len(self._train) - 1
+        dearest = sorted((c.compute for c in candidates), reverse=True)
+        return sum(dearest) + rest * sum(dearest[: max(3, len(dearest) // 2)])
+
+    def _note(self, candidate: Candidate, errors: list[float]) -> None:
+        self._errors.setdefault(candidate.key, (candidate, errors))
+        self._bar.update(self._rollouts.rollouts - self._bar.n)
+        best = min(float(np.mean(e)) for _, e in self._errors.values())
+        self._bar.set_postfix_str(f"best error {best:.4g}")
+
+    def _error(self, candidate: Candidate) -> float:
+        return float(np.mean(self._errors[candidate.key][1]))
+
+    def _mean(self, reference: str, candidate: Candidate, samples: Sequence[int]) -> float:
+        runs = [(candidate, i) for i in samples]
+        return float(np.mean(self._rollouts.distances(reference, runs)))
+
+    def _ranked(self, budget: float) -> list[Candidate]:
+        fitting = [c for c, _ in self._errors.values() if c.compute <= budget + 1e-9]
+        return sorted(fitting, key=lambda c: (self._error(c), c.key))
+
+    def _best(self, budget: float) -> Candidate:
+        return self._ranked(budget)[0]
+
+    def _may_go_on(self, needed: float) -> bool:
+        has_time = agreed(time.monotonic() < self._deadline)
+        return has_time and self._rollouts.cost + needed <= self._max_cost
+
+    # ------------------------------------------------------------------------------ improvement
+
+    def _improve(self, budget: float, until: float = 0.0) -> None:
+        """Uneven spacings, then moves of single computed steps of the best two, while it pays."""
+        solvers = len(self._solvers) if "scheduler" in self._takes else 0
+        final = budget * len(self._unseen) * (2 + solvers)
+        if self._may_go_on(PROBES + final):
+            refined = [c for c in self._refined(budget) if c.compute <= budget + 1e-9]
+            while refined and not self._may_go_on(self._price(refined) + final):
+                refined.pop()
+            self._screen(refined)
+        stuck: set[str] = set()
+        while self._may_go_on(BATCH * len(self._train) * budget + final):
+            ranked = [c for c in self._ranked(budget)[:2] if c.key not in stuck]
+            uniform = [c for c in ranked if self._mask(c) is not None]
+            if not uniform or self._error(ranked[0]) <= until:
+                return
+            if not self._climb(uniform[0], budget, final):
+                stuck.add(uniform[0].key)
+
+    def _climb(self, candidate: Candidate, budget: float, final: float) -> bool:
+        """Tries moves of a candidate, a batch at a time; whether one is better."""
+        mask, row = self._mask(candidate), next(iter(candidate.schedule.rows.values()))  # type: ignore[union-attr]
+        assert_mask = mask or ()
+        moves = neighbours(assert_mask, self._rng)
+        before = self._error(candidate)
+        while True:
+            batch = [
+                self._moved(candidate, m, row.predictor)
+                for m, _ in zip(moves, range(BATCH), strict=False)
+            ]
+            batch = [c for c in batch if c.key not in self._errors and c.compute <= budget + 1e-9]
+            if not batch or not self._may_go_on(len(batch) * len(self._train) * budget + final):
+                return False
+            first = self._train[0]
+            own = self._errors[candidate.key][1][0]
+            errors = self._rollouts.distances(self._target, [(c, first) for c in batch])
+            for trial, error in zip(batch, errors, strict=True):
+                if error >= own:  # worse already on the first sample
+                    continue
+                rest = self._rollouts.distances(self._target, [(trial, i) for i in self._train[1:]])
+                self._note(trial, [error, *rest])
+            if self._error(self._best(budget)) < before:
+                return True
+
+    def _mask(self, candidate: Candidate) -> Mask | None:
+        """The mask that all rows share; None if they differ or there is no schedule."""
+        rows = set(candidate.schedule.rows.values()) if candidate.schedule else set()
+        return next(iter(rows)).computed if len(rows) == 1 else None
+
+    def _moved(self, candidate: Candidate, mask: Mask, predictor: str) -> Candidate:
+        schedule = candidate.schedule
+        if schedule is None or schedule.layers is None:
+            return candidate
+        rows = {path: Row(mask, predictor) for path in schedule.rows}
+        name = candidate.name.removesuffix(", moved") + ", moved"
+        layers = schedule.layers
+        if candidate.num_steps is None and len(layers) == len(self._space.calibration.layers):
+            layers = self._space.calibration.layers
+        return self._space.of_rows(name, layers, rows, candidate.num_steps, candidate.solver)
+
+    # ----------------------------------------------------------------------------------- result
+
+    def _result(self, best: Candidate, budget: float) -> SearchedSchedule:
+        plain = self._without_cache(budget)
+        winner, *judged = map(self._judged, (best, *plain))
+        honest = tuple(judged)
+        if self._joint:  # whatever does best is what was asked for
+            rows = list(zip((best, *plain), (winner, *honest), strict=True))
+            best, winner = min(rows, key=lambda row: _joint_error(row[1]))
+        schedule = best.schedule or self._computing_everything(best)
+        result = SearchResult(
+            best=winner,
+            honest=honest,
+            front=self._front(),
+            rollouts=self._rollouts.rollouts,
+            cost=self._rollouts.cost,
+            verdict=_verdict(winner, honest, self._joint),
+            scheduler=self._solvers.get(best.solver or ""),
+            num_steps=best.num_steps or self._space.num_steps,
+        )
+        quality = {"error": winner.error}
+        if winner.converged_error is not None:
+            quality["error to the converged sample"] = winner.converged_error
+        values = {item: getattr(schedule, item) for item in Schedule.__dataclass_fields__}
+        told = {"rollouts": str(result.rollouts), "search cost": f"{result.cost:.1f} generations"}
+        values["quality"] = quality
+        values["provenance"] = {**schedule.provenance, **told, "verdict": result.verdict}
+        return SearchedSchedule(**values, result=result)
+
+    def _computing_everything(self, candidate: Candidate) -> Schedule:
+        """The schedule of plain sampling, for when that is best."""
+        steps = candidate.num_steps or self._space.num_steps
+        everything = self._space.candidate(
+            candidate.name, "layers", (True,) * steps, "hold", candidate.num_steps, candidate.solver
+        )
+        if everything.schedule is None:
+            raise CalibrationError("a schedule without rows cannot be made")
+        return everything.schedule
+
+    def _without_cache(self, budget: float) -> list[Candidate]:
+        """Plain sampling that costs no more than the budget."""
+        steps = self._space.num_steps
+        fewer = int(steps * budget + 1e-9)
+        if "num_inference_steps" not in self._takes or fewer < 1:
+            return []
+        solvers = [None, *self._solvers] if "scheduler" in self._takes else [None]
+        return [
+            Candidate(f"{fewer} steps" + f" of {s}" * bool(s), fewer / steps, None, fewer, s)
+            for s in solvers
+        ]
+
+    def _judged(self, candidate: Candidate) -> Measured:
+        """A candidate on the unseen samples."""
+        knows_converged = self._joint or "num_inference_steps" in self._takes
+        return Measured(
+            name=candidate.name,
+            compute=candidate.compute,
+            error=self._mean(UNCACHED, candidate, self._unseen),
+            converged_error=(
+                self._mean(CONVERGED, candidate, self._unseen) if knows_converged else None
+            ),
+            schedule=candidate.schedule,
+            num_steps=candidate.num_steps,
+            solver=candidate.solver,
+        )
+
+    def _front(self) -> tuple[Measured, ...]:
+        """The candidates that none is both cheaper and better than, cheapest first."""
+        front: list[Measured] = []
+        order = sorted(self._errors.values(), key=lambda x: (x[0].compute, float(np.mean(x[1]))))
+        for candidate, errors in order:
+            error = float(np.mean(errors))
+            if not front or error < front[-1].error:
+                front.append(
+                    Measured(
+                        candidate.name,
+                        candidate.compute,
+                        error,
+                        schedule=candidate.schedule,
+                        num_steps=candidate.num_steps,
+                        solver=candidate.solver,
+                    )
+                )
+        return tuple(front)
+
+
+def _joint_error(row: Measured) -> float:
+    """What a joint search goes by: the distance to the converged sample."""
+    return row.error if row.converged_error is None else row.converged_error
+
+
+def _verdict(best: Measured, honest: Sequence[Measured], joint: bool) -> str:
+    """Whether the cache pays, in a sentence."""
+
+    def quality(row: Measured) -> float:
+        return _joint_error(row) if joint else row.error
+
+    if best.schedule is None:
+        return f"no cache is needed: {best.name} came out best of all that was tried"
+    if not honest:
+        return (
+            "not compared with fewer steps: sample takes no num_inference_steps, so whether the "
+            "cache pays is not known"
+        )
+    rival = min(honest, key=quality)
+    target = "converged sample" if joint else "uncached run"
+    if quality(rival) < quality(best):
+        return (
+            f"NO CACHE IS BETTER: {rival.name} costs {rival.compute:.1%} and ends closer to the "
+            f"{target} ({quality(rival):.4f} against {quality(best):.4f})"
+        )
+    return (
+        f"the schedule pays: it ends closer to the {target} than {rival.name} at no less cost "
+        f"({quality(best):.4f} against {quality(rival):.4f})"
+    )
