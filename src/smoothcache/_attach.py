@@ -11,6 +11,7 @@ from torch import nn
 
 from . import _intercept
 from ._branches import Branches
+from ._eager import between_graphs, eagerly
 from ._intercept import Handler
 from .clock import Clock, Tick
 from .denoisers import (
@@ -64,7 +65,7 @@ class Attachment:
     ) -> None:
         denoisers = find_denoisers(model)
         _refuse_if_taken({**denoisers, **modules})
-        self.denoisers = list(denoisers)
+        self.denoisers = denoisers
         self.clock = Clock(
             lambda: announced_timesteps(noise_scheduler(model)),
             expected,
@@ -139,6 +140,7 @@ class _Placed:
         self._handler = handler
         self._signature = Signature(denoiser)
 
+    @between_graphs
     def __call__(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -149,13 +151,18 @@ class _Placed:
                 if not tick.inside:
                     return forward(*args, **kwargs)
                 output = self._handler(forward, args, kwargs)
-                attachment.listener.after(self._name, tick)
+                self._tell(tick)
             except BaseException:
                 attachment.clock.forget()
                 attachment.listener.failed()
                 raise
         return output
 
+    @eagerly
+    def _tell(self, tick: Tick) -> None:
+        self._attachment.listener.after(self._name, tick)
+
+    @eagerly
     def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tick:
         call = self._signature.sort(args, kwargs)
         if call.timestep is None:

@@ -2,15 +2,17 @@
 
 ``intercept(module, handler)`` makes every forward of the module, whoever calls it, go through
 ``handler(forward, args, kwargs)``. The class of the module becomes a generated subclass of the
-same name; nothing else changes, so state-dict keys, ``isinstance``, hooks and an instance-level
-``forward`` stay what they were, and ``release`` has nothing to repair. Copies and pickles of an
-intercepted module are plain modules of the original class.
+same name; state-dict keys, ``isinstance`` and hooks stay what they were. The handler stands
+before everything: a forward that is put on the instance, earlier or later, runs behind it, and
+taking such a forward away again, in any order, never leads past the handler. Copies and pickles
+of an intercepted module are plain modules of the original class.
 """
 
 from __future__ import annotations
 
 import copyreg
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -18,6 +20,8 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import nn
+
+from .errors import AlreadyCachedError
 
 _SLOT = "_smoothcache_slot"
 _generated: WeakKeyDictionary[type, type] = WeakKeyDictionary()
@@ -33,53 +37,119 @@ class Handler(Protocol):
 
 
 class _Slot:
-    """What an intercepted module carries: its handler and the forward that it had."""
+    """What an intercepted module carries: its handler and the forward behind it."""
 
     def __init__(self, module: nn.Module, base: type, handler: Handler) -> None:
+        self.module = weakref.ref(module)
         self.base = base
         self.handler: Handler | None = handler
         self.context: str | None = None
-        # What an earlier interception left behind, because a later hook still leads to it.
-        self.below: _Slot | None = module.__dict__.get(_SLOT)
-        self._class_forward: Callable[..., Any] = (
-            MethodType(base.forward, module)  # type: ignore[attr-defined]
-            if self.below is None
-            else self.below.forward
-        )
-        # Some constructors, and most hooks, put a forward on the instance; it outranks the class.
-        self.instance_forward = module.__dict__.pop("forward", None)
-        self._inside_instance_forward = False
+        self.inside = False
+        self.of_class = _Forward(self, MethodType(_class_forward(base), module))
+        own = module.__dict__.pop("forward", None)
+        self.forward = self.of_class if own is None else _Forward(self, own)
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the module's forward returns."""
-        if self._inside_instance_forward:  # a hook that came later than an earlier interception
-            return self._class_forward(*args, **kwargs)
-        if self.handler is None:
-            return self.forward(*args, **kwargs)
-        return self.handler(self.forward, args, kwargs)
+    @property
+    def instance_forward(self) -> Any:
+        """The forward that the module has on its instance, if not for the interception."""
+        return None if self.forward is self.of_class else self.forward.plain
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward that the module had."""
-        if self.instance_forward is None:
-            return self._class_forward(*args, **kwargs)
-        self._inside_instance_forward = True
+    def put(self, value: Any) -> None:
+        is_ours = isinstance(value, _Forward) and value.slot is self
+        self.forward = value if is_ours else _Forward(self, value)
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copy of a module is not intercepted
+
+
+class _Forward:
+    """What the forward of an intercepted module reads as; whoever wraps it may keep it."""
+
+    def __init__(self, slot: _Slot, plain: Callable[..., Any]) -> None:
+        self.slot = slot
+        self.plain = plain
+        self.__wrapped__ = plain  # for inspect.signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        slot = self.slot
+        if slot.handler is None or slot.inside:  # released, or wrapped by a later forward
+            return self.plain(*args, **kwargs)
+        if self is slot.of_class:
+            return slot.handler(self.plain, args, kwargs)
+        return slot.handler(self._behind, args, kwargs)
+
+    def _behind(self, *args: Any, **kwargs: Any) -> Any:
+        slot = self.slot
+        slot.inside = True
         try:
-            return self.instance_forward(*args, **kwargs)
+            return self.plain(*args, **kwargs)
         finally:
-            self._inside_instance_forward = False
+            slot.inside = False
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """As of a bound method, for those who wrap the function and bind it again."""
+
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if module is self.slot.module():
+                return self(*args, **kwargs)
+            return _class_forward(self.slot.base)(module, *args, **kwargs)
+
+        forward.__wrapped__ = getattr(self.plain, "__func__", self.plain)  # type: ignore[attr-defined]
+        return forward
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.plain,)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+class _ForwardOfInstance:
+    """Data descriptor in a generated class; on the class itself it is the function below."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        if module is None:
+            return self.function
+        slot = module.__dict__.get(_SLOT)
+        if slot is None:
+            own = module.__dict__.get("forward")
+            return MethodType(self.function, module) if own is None else own
+        return slot.forward
+
+    def __set__(self, module: Any, value: Any) -> None:
+        slot = module.__dict__.get(_SLOT)
+        if slot is None:
+            module.__dict__["forward"] = value
+        else:
+            slot.put(value)
+
+    def __delete__(self, module: Any) -> None:
+        slot = module.__dict__.get(_SLOT)
+        if slot is None and "forward" in module.__dict__:
+            del module.__dict__["forward"]
+        elif slot is not None and slot.forward is not slot.of_class:
+            slot.forward = slot.of_class
+        else:
+            raise AttributeError("forward")
 
 
 def intercept(module: nn.Module, handler: Handler) -> None:
     """Sends every forward of ``module`` through ``handler`` until ``release``."""
     base = type(module)
+    if _is_generated(base):  # made by the class of an intercepted module
+        base = base.__bases__[0]
     module.__class__ = _subclass(base)  # first, because it alone can fail
     object.__setattr__(module, _SLOT, _Slot(module, base, handler))
 
 
 def is_intercepted(module: nn.Module) -> bool:
     """Whether a handler stands before the module's forward."""
-    slot: _Slot | None = module.__dict__.get(_SLOT)
-    return slot is not None and slot.handler is not None
+    return module.__dict__.get(_SLOT) is not None
 
 
 def context_name(module: nn.Module) -> str | None:
@@ -90,18 +160,24 @@ def context_name(module: nn.Module) -> str | None:
 
 def release(module: nn.Module) -> None:
     """Takes the handler away and leaves the module as ``intercept`` found it."""
-    slot: _Slot = module.__dict__[_SLOT]
+    slot: _Slot = module.__dict__.pop(_SLOT)
+    slot.handler = None
     if type(module) is _generated.get(slot.base):
         module.__class__ = slot.base
-    if slot.instance_forward is not None and "forward" in module.__dict__:
-        slot.handler = None  # A hook that came later calls through to the forward kept here.
-        return
-    if slot.below is None:
-        del module.__dict__[_SLOT]
-    else:
-        module.__dict__[_SLOT] = slot.below
     if slot.instance_forward is not None:
         module.__dict__["forward"] = slot.instance_forward
+
+
+def _is_generated(cls: type) -> bool:
+    return isinstance(cls.__dict__.get("forward"), _ForwardOfInstance)
+
+
+def _class_forward(base: type) -> Any:
+    """The forward that a class gives its instances, interceptions aside."""
+    for cls in base.__mro__:
+        if "forward" in cls.__dict__ and not _is_generated(cls):
+            return cls.__dict__["forward"]
+    return base.forward  # type: ignore[attr-defined]
 
 
 def _subclass(base: type) -> type:
@@ -113,19 +189,27 @@ def _subclass(base: type) -> type:
 
 
 def _generate(base: type) -> type:
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        slot = self.__dict__.get(_SLOT)
-        if slot is None:
-            return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-        return slot(args, kwargs)
-
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        state = {name: value for name, value in self.__dict__.items() if name != _SLOT}
-        slot = self.__dict__.get(_SLOT)
-        if slot is not None and slot.instance_forward is not None:
-            state.setdefault("forward", slot.instance_forward)
-        # Not __newobj__, with which pickle insists on the class that the module has now.
-        return copyreg._reconstructor, (base, object, None), state  # type: ignore[attr-defined]
+        parts: Any = base.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
+        function, args, *rest = parts
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            # Not that one, with which pickle insists on the present class.
+            function, args = copyreg._reconstructor, (base, object, None)  # type: ignore[attr-defined]
+        if rest and isinstance(rest[0], dict):
+            state = {name: value for name, value in rest[0].items() if name != _SLOT}
+            slot = self.__dict__.get(_SLOT)
+            if slot is not None and slot.instance_forward is not None:
+                state["forward"] = slot.instance_forward
+            rest[0] = state
+        return function, args, *rest
+
+    def enable_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.__dict__.get(_SLOT) is None:
+            return base.enable_cache(self, *args, **kwargs)  # type: ignore[attr-defined]
+        raise AlreadyCachedError(
+            f"{type(self).__name__} already runs under smoothcache; disable that first, or leave "
+            "its block"
+        )
 
     @contextmanager
     def cache_context(self: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -140,9 +224,8 @@ def _generate(base: type) -> type:
             finally:
                 slot.context = outer
 
-    forward.__wrapped__ = base.forward  # type: ignore[attr-defined]  # keeps inspect.signature
     names: dict[str, Any] = {
-        "forward": forward,
+        "forward": _ForwardOfInstance(_class_forward(base)),
         "__reduce_ex__": __reduce_ex__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -150,4 +233,6 @@ def _generate(base: type) -> type:
     }
     if hasattr(base, "cache_context"):  # by which diffusers names the calls of a step
         names["cache_context"] = cache_context
+    if hasattr(base, "enable_cache"):
+        names["enable_cache"] = enable_cache
     return type(base.__name__, (base,), names)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._eager import between_graphs, eagerly
 from .errors import ScheduleMismatchError
 from .predictors import PREDICTORS, extrapolation_weights, last_uses
 
@@ -57,6 +58,7 @@ class _Kept:
     leaves: list[Any]
     rebuild: Callable[[list[Any]], Any]
     swapped: Tensor | None
+    dtypes: list[torch.dtype | None]
     shape: torch.Size | None
 
     @property
@@ -105,7 +107,11 @@ class ReusedLayer:
         self._active = False
         self._step = self._use = 0
         self._branch: int | None = 0
-        self.ran = False
+        self.ran = self.ran_before = False  # in this generation; in an earlier one
+
+    @property
+    def ever_ran(self) -> bool:
+        return self.ran or self.ran_before
 
     def expire(self, step: int) -> None:
         """Drops what is of no use from a step on."""
@@ -125,6 +131,7 @@ class ReusedLayer:
         """Drops all kept values, or those of one call of the step."""
         self._drop(lambda place, kept: branch is None or place[0] == branch)
 
+    @between_graphs
     def __call__(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -144,6 +151,7 @@ class ReusedLayer:
             return forward(*args, **kwargs)
         return self._compute(place, forward, args, kwargs)
 
+    @eagerly
     def _obstacle(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Why a planned reuse is not possible; nothing if it is."""
         history = self._kept.get(place)
@@ -151,6 +159,7 @@ class ReusedLayer:
             return NOT_FINITE if place in self._not_finite else self._tally.reason
         return "" if history[-1].shape == _shape_among(args, kwargs) else OTHER_SHAPES
 
+    @between_graphs
     def _compute(
         self,
         place: Place,
@@ -162,7 +171,12 @@ class ReusedLayer:
         if self._residual:  # copies, because the block may write into its input
             inputs = [x.detach().clone() for x in _float_tensors((args, kwargs))]
         shape = _shape_among(args, kwargs)
-        output = forward(*args, **kwargs)
+        return self._taken(place, forward(*args, **kwargs), inputs, shape)
+
+    @eagerly
+    def _taken(
+        self, place: Place, output: Any, inputs: list[Tensor], shape: torch.Size | None
+    ) -> Any:
         leaves, rebuild = taken_apart(output)
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
             raise ScheduleMismatchError(
@@ -178,7 +192,8 @@ class ReusedLayer:
         self._not_finite.discard(place)
         last_use = self._last_uses[self._step]
         last_use = -1 if last_use is None else last_use
-        self._keep(place, _Kept(self._step, last_use, values, rebuild, swapped, shape))
+        dtypes = [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves]
+        self._keep(place, _Kept(self._step, last_use, values, rebuild, swapped, dtypes, shape))
         return output
 
     def _keep(self, place: Place, kept: _Kept) -> None:
@@ -191,6 +206,7 @@ class ReusedLayer:
         if len(history) > self._order + 1:
             self._tally.hold(-history.pop(0).nbytes)
 
+    @eagerly
     def _reuse(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         history = self._kept[place]
         newest = history[-1]
@@ -203,7 +219,10 @@ class ReusedLayer:
         if self._residual:
             inputs = _float_tensors((args, kwargs))
             bases = _bases(values, inputs, newest.swapped)
-            values = [_plus(value, base) for value, base in zip(values, bases, strict=True)]
+            values = [
+                _plus(value, base, dtype)
+                for value, base, dtype in zip(values, bases, newest.dtypes, strict=True)
+            ]
         self._drop(lambda at, kept: at == place and kept.last_use <= self._step)
         return newest.rebuild(values)
 
@@ -223,7 +242,8 @@ def _combined(values: list[Any], weights: list[float], *, consume: bool) -> Any:
     if not isinstance(newest, Tensor):
         return newest
     if len(values) == 1 or not newest.is_floating_point():
-        return newest if consume else newest.clone()
+        is_foreign = newest.is_inference() and not torch.is_inference_mode_enabled()
+        return newest.clone() if is_foreign or not consume else newest
     # The weights sum to 1, so only differences need them: equal values give that value exactly.
     total: Tensor = torch.lerp(newest, values[0], weights[0])
     for value, weight in zip(values[1:-1], weights[1:-1], strict=True):
@@ -297,8 +317,9 @@ def _bases(outputs: list[Any], inputs: list[Tensor], swapped: Tensor | None) -> 
     free = list(inputs)
     bases: list[Tensor | None] = []
     for output in outputs:
-        fits = (i for i, x in enumerate(free) if isinstance(output, Tensor) and _alike(x, output))
-        index = next(fits, None)
+        fits = [i for i, x in enumerate(free) if isinstance(output, Tensor) and _alike(x, output)]
+        fits.sort(key=lambda i: free[i].dtype != output.dtype)  # autocast may change it in a block
+        index = next(iter(fits), None)
         bases.append(None if index is None else free.pop(index))
     if swapped is not None:
         first, second = (i for i, output in enumerate(outputs) if isinstance(output, Tensor))
@@ -309,7 +330,7 @@ def _bases(outputs: list[Any], inputs: list[Tensor], swapped: Tensor | None) -> 
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    return a.shape == b.shape and a.device == b.device and b.is_floating_point()
 
 
 def _minus(leaf: Any, base: Tensor | None) -> Any:
@@ -319,5 +340,5 @@ def _minus(leaf: Any, base: Tensor | None) -> Any:
     return leaf.detach().clone() if base is None else leaf.detach() - base
 
 
-def _plus(value: Any, base: Tensor | None) -> Any:
-    return value if base is None else value + base
+def _plus(value: Any, base: Tensor | None, dtype: torch.dtype | None) -> Any:
+    return value if base is None else (value + base).to(dtype)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -118,7 +119,8 @@ class Run:
             model, modules, self._layers, self, schedule.timesteps, schedule.num_steps
         )
         self._clock = attachment.clock
-        self._by_denoiser = _by_denoiser(self._layers, attachment.denoisers)
+        self._denoisers = attachment.denoisers
+        self._by_denoiser = _by_denoiser(self._layers, list(attachment.denoisers))
 
     # ------------------------------------------------------------------------------- the user
 
@@ -154,7 +156,7 @@ class Run:
             recomputed=dict(self._tally.recomputed),
             peak_bytes=self._tally.peak_bytes,
             held_bytes=self._tally.held_bytes,
-            never_ran=tuple(path for path, layer in self._layers.items() if not layer.ran),
+            never_ran=tuple(path for path, layer in self._layers.items() if not layer.ever_ran),
         )
 
     # ------------------------------------------------------------- what the attachment reports
@@ -163,7 +165,11 @@ class Run:
         self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
     ) -> None:
         """Prepares the layers for a call of a denoiser."""
+        self._refuse_checkpointing(denoiser)
         if tick.starts:
+            for layer in self._layers.values():
+                layer.ran_before |= layer.ran
+                layer.ran = False
             self._close_generation()
             self._forget()
             self._refuse_announced_steps()
@@ -234,6 +240,14 @@ class Run:
             self._forget()
 
     # -------------------------------------------------------------------------------- refusals
+
+    def _refuse_checkpointing(self, denoiser: str) -> None:
+        module = self._denoisers[denoiser]
+        if torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
+            raise SmoothCacheError(
+                "gradient checkpointing runs layers again in the backward pass, where nothing is "
+                "reused; call disable_gradient_checkpointing() or sample under torch.no_grad()"
+            )
 
     def _refuse_announced_steps(self) -> None:
         announced = self._clock.num_steps

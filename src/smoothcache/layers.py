@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ._checks import listed
 from .denoisers import find_denoisers
@@ -43,6 +44,7 @@ _CROSS_NAME = re.compile(r"cross|(^|_)(text|context|prompt|caption)($|_)")
 _TEMPORAL_NAME = re.compile(r"(^|[._])(temp|temporal|time_attn)")
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _HOLDERS = (nn.ModuleList, nn.ModuleDict)  # lists that have no forward of their own
+_PUT_BEFORE = ("FSDP", "Parametrized")  # the names of classes
 # Parts that condition the layers instead of being one: frozen, they would freeze the timestep.
 _CONDITIONING_NAME = re.compile(
     r"^(t|time|temb)_(mlp|net|proj|fc|linear|ff)"
@@ -228,7 +230,11 @@ def identify(model: Any) -> ModelIdentity:
 
 
 def _class_name(module: nn.Module) -> str:
-    return type(module).__name__
+    """The name of a module's class, without what FSDP2 or a parametrization put before it."""
+    cls = type(module)
+    while cls.__name__ in {prefix + cls.__bases__[-1].__name__ for prefix in _PUT_BEFORE}:
+        cls = cls.__bases__[-1]
+    return cls.__name__
 
 
 def _configuration(module: nn.Module) -> dict[str, Any]:
@@ -236,7 +242,11 @@ def _configuration(module: nn.Module) -> dict[str, Any]:
     if isinstance(config, Mapping) and config:
         facts = {key: value for key, value in config.items() if not str(key).startswith("_")}
     else:
-        facts = {name: list(value.shape) for name, value in module.named_parameters()}
+        facts = {
+            _join(path, name): list(value.shape)
+            for path, part in _named_modules(module)
+            for name, value in _own_tensors(part)
+        }
     return {"class": _class_name(module), "facts": facts}
 
 
@@ -245,7 +255,7 @@ def _configuration(module: nn.Module) -> dict[str, Any]:
 
 def _blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
     """The innermost repeated modules that have an attention inside, and those beside them."""
-    modules = dict(denoiser.named_modules())
+    modules = dict(_named_modules(denoiser))
     attentions = [
         path
         for path, module in modules.items()
@@ -276,7 +286,7 @@ def _blocks_beside(blocks: Sequence[str], modules: Mapping[str, nn.Module]) -> l
         and not any(block.startswith(f"{path}.") for block in blocks)
         and not _is_in_conditioning(path)
         and _leads_back(module)
-        and [type(x) for x in modules[_parent(path)].children()].count(type(module)) > 1
+        and [type(x) for _, x in _named_children(modules[_parent(path)])].count(type(module)) > 1
     ]
 
 
@@ -284,7 +294,7 @@ def _leads_back(module: nn.Module) -> bool:
     """Whether linear projections of a module of its own lead to the width that the first takes."""
     if isinstance(module, _LISTS):
         return False
-    linear = [child for child in module.modules() if _is_linear(child)]
+    linear = [child for child in _modules(module) if _is_linear(child)]
     widths = [pair for pair in map(_widths, linear) if pair is not None]
     return len(widths) >= 2 and any(out in {w[0] for w in widths} for _, out in widths[1:])
 
@@ -348,7 +358,7 @@ def _source(cls: type) -> str:
 
 def _selected(denoiser: nn.Module, select: Select) -> list[CacheLayer]:
     """The layers that a predicate chooses."""
-    modules = dict(denoiser.named_modules())
+    modules = dict(_named_modules(denoiser))
     layers: list[CacheLayer] = []
     for path, module in modules.items():
         choice = select(path, module) if path else False
@@ -381,7 +391,7 @@ def _reusable_parts(
     if _is_attention(block_name, block) and not _does_more(block):
         yield "", (block, _attention_kind(block_name, block))
         return
-    for name, child in block.named_children():
+    for name, child in _named_children(block):
         if _is_conditioning(name):
             continue
         if _is_attention(name, child):
@@ -395,7 +405,7 @@ def _reusable_parts(
 
 def _does_more(attention: nn.Module) -> bool:
     """Whether a block that projects to queries and keys has its feed-forward in the same place."""
-    children = {name.lower(): _widths(child) for name, child in attention.named_children()}
+    children = {name.lower(): _widths(child) for name, child in _named_children(attention)}
     return any(
         widths is not None
         and ((name in _FUSED and widths[1] > 3 * widths[0]) or _FEED_FORWARD_NAME.search(name))
@@ -408,15 +418,15 @@ def _working_weights(block: nn.Module) -> int:
     if _is_linear(block):
         return _weights(block)
     own = sum(p.numel() for p in block.parameters(recurse=False) if p.ndim > 1)
-    children = (child for name, child in block.named_children() if not _is_conditioning(name))
+    children = (child for name, child in _named_children(block) if not _is_conditioning(name))
     return own + sum(map(_working_weights, children))
 
 
 def _weights(module: nn.Module) -> int:
     """Elements of the matrices in a module, as they are before any quantisation packs them."""
-    projections = [child for child in module.modules() if _is_linear(child)]
-    packed = {id(p) for child in projections for p in child.parameters()}
-    own = sum(p.numel() for p in module.parameters() if p.ndim > 1 and id(p) not in packed)
+    projections = [child for child in _modules(module) if _is_linear(child)]
+    others = [child for child in _modules(module) if not _is_linear(child)]
+    own = sum(p.numel() for m in others for _, p in _own_tensors(m) if p.ndim > 1)
     return own + sum(math.prod(_widths(child) or ()) for child in projections)
 
 
@@ -438,7 +448,7 @@ def _is_attention(path: str, module: nn.Module) -> bool:
         return True
     if isinstance(module, _LISTS) or _is_conditioning(name):
         return False
-    children = {child.lower() for child, _ in module.named_children()}
+    children = {child.lower() for child, _ in _named_children(module)}
     if children & _FUSED or (children & _QUERY and children & (_KEY | _KEY_VALUE)):
         return not _contains_attention(module) and not _contains_feed_forward(module)
     named = _ATTENTION_NAME.search(_snake(name)) is not None
@@ -454,18 +464,18 @@ def _contains_feed_forward(module: nn.Module) -> bool:
 
 
 def _descendants(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((path, child) for path, child in module.named_modules() if path)
+    return ((path, child) for path, child in _named_modules(module) if path)
 
 
 def _is_feed_forward(name: str, module: nn.Module) -> bool:
     """Whether a module's projections lead out of a width and back to it."""
     if _is_conditioning(name) or _is_attention(name, module) or _contains_attention(module):
         return False
-    widths = [_widths(child) for child in module.modules()]
+    widths = [_widths(child) for child in _modules(module)]
     projections = [pair for pair in widths if pair is not None]
     if _FEED_FORWARD_NAME.search(_snake(name)):
         return bool(projections) and not _is_linear(module)
-    if any(_weights(child) == _weights(module) for child in module.children()):
+    if any(_weights(child) == _weights(module) for _, child in _named_children(module)):
         return False  # a wrapper, perhaps with the residual connection in it
     return len(projections) >= 2 and any(out == projections[0][0] for _, out in projections[1:])
 
@@ -486,8 +496,11 @@ def _widths(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _attention_kind(name: str, module: nn.Module) -> str:
-    children = [child for child, part in module.named_children() if _widths(part)]
-    if sum(_QUERY_NAME.search(child) is not None for child in children) > 1:
+    children = [child for child, part in _named_children(module) if _widths(part)]
+    queries = [child for child in children if _QUERY_NAME.search(child)]
+    if any(child.lower() in _QUERY for child in queries):  # fused ones may stand beside them
+        queries = [child for child in queries if "qkv" not in child.lower()]
+    if len(queries) > 1:
         return "joint_attn"
     if "self" in _snake(name):
         return "self_attn"
@@ -495,7 +508,7 @@ def _attention_kind(name: str, module: nn.Module) -> str:
         return "cross_attn"
     if isinstance(module, nn.MultiheadAttention):
         return "self_attn" if module.kdim == module.embed_dim else "cross_attn"
-    widths = {child.lower(): _widths(part) for child, part in module.named_children()}
+    widths = {child.lower(): _widths(part) for child, part in _named_children(module)}
     query = next((w for child, w in widths.items() if child in _QUERY and w), None)
     key = next((w for child, w in widths.items() if child in _KEY | _KEY_VALUE and w), None)
     if query and key and query[0] != key[0]:
@@ -531,6 +544,51 @@ def _refiners_apart(layers: list[CacheLayer]) -> list[CacheLayer]:
 
 def _is_temporal(layer: CacheLayer) -> bool:
     return _TEMPORAL_NAME.search(layer.path) is not None
+
+
+# ------------------------------------------------------ what adapters and parametrizations cover
+
+
+def _behind_adapters(module: nn.Module) -> nn.Module:
+    """The module that adapters (PEFT) were put beside; or the module itself."""
+    for name in ("base_layer", "original_module"):
+        inner = getattr(module, name, None)
+        if isinstance(inner, nn.Module):
+            return _behind_adapters(inner)
+    return module
+
+
+def _named_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    hidden = {"parametrizations"} if parametrize.is_parametrized(module) else set()
+    return (
+        (name, _behind_adapters(child))
+        for name, child in module.named_children()
+        if name not in hidden
+    )
+
+
+def _named_modules(
+    module: nn.Module, path: str = "", seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """Like ``named_modules``, without adapters and parametrizations."""
+    seen = set() if seen is None else seen
+    if module not in seen:
+        seen.add(module)
+        yield path, module
+        for name, child in _named_children(module):
+            yield from _named_modules(child, _join(path, name), seen)
+
+
+def _modules(module: nn.Module) -> Iterator[nn.Module]:
+    return (child for _, child in _named_modules(module))
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that a module itself has, also those that are made from others."""
+    yield from module.named_parameters(recurse=False)
+    if parametrize.is_parametrized(module):
+        for name in module.parametrizations:  # type: ignore[union-attr]
+            yield name, getattr(module, name)
 
 
 # -------------------------------------------------------------------------------------- names
