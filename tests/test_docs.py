@@ -63,7 +63,7 @@ def test_commands_and_options_exist() -> None:
         for _, text in blocks(DOCS / "command-line.md", "console")
     ]
     assert {words[1] for words in commands} == {
-        *("demo", "inspect", "calibrate", "plan", "generate", "compare")
+        *("demo", "inspect", "calibrate", "plan", "search", "generate", "compare")
     }
     for program, command, *words in commands:
         assert program == "smoothcache"

@@ -114,7 +114,7 @@ def calibrate(
     with tqdm(total=num_samples, desc="calibrating", unit="sample", disable=not progress) as bar:
         session = _Session(model, found, max_gap, tokens)
         _run(session, sample, range(1))
-        confirmed = session.confirmed()
+        confirmed = session.confirmed(may_take_blocks=layers is None and granularity == "auto")
         if {x.path for x in confirmed} - {x.path for x in found}:  # the first sample was lost
             session = _Session(model, confirmed, max_gap, tokens)
             _run(session, sample, range(1))
@@ -180,11 +180,11 @@ class _Session:
         finally:
             attachment.remove()
 
-    def confirmed(self) -> list[CacheLayer]:
+    def confirmed(self, *, may_take_blocks: bool) -> list[CacheLayer]:
         """The layers that ran, or a block in place of layers that it bypasses."""
         macs = {path: watcher.macs for path, watcher in self._blocks.items()}
         ran = {path: o.macs if o.steps_seen else None for path, o in self._observers.items()}
-        return confirmed(self._layers, {**macs, **ran})
+        return confirmed(self._layers, {**macs, **ran}, may_take_blocks=may_take_blocks)
 
     # ------------------------------------------------------------- what the attachment reports
 

@@ -153,12 +153,15 @@ def find_layers(
     return layers if select is not None else _refiners_apart(_told_apart_in_time(layers))
 
 
-def confirmed(layers: Sequence[CacheLayer], macs: Mapping[str, int | None]) -> list[CacheLayer]:
+def confirmed(
+    layers: Sequence[CacheLayer], macs: Mapping[str, int | None], *, may_take_blocks: bool
+) -> list[CacheLayer]:
     """The layers after watching them: a block whose layers are bypassed is taken as a whole.
 
     Args:
         layers: What was found.
         macs: What each layer and each block was seen to cost, by path; None if it never ran.
+        may_take_blocks: Whether the layers were left to be chosen; otherwise they stay as given.
 
     Returns:
         The layers that ran, with their MACs, and a block in place of layers that did too little.
@@ -169,7 +172,8 @@ def confirmed(layers: Sequence[CacheLayer], macs: Mapping[str, int | None]) -> l
     result: dict[str, CacheLayer] = {}
     for layer in layers:
         whole = macs.get(layer.block)
-        if whole and covered[layer.block] < LAYER_COVERAGE * whole and layer.path != layer.block:
+        too_little = whole and covered[layer.block] < LAYER_COVERAGE * whole
+        if may_take_blocks and too_little and layer.path != layer.block:
             kind = re.sub(r"[a-z]+_attn$|ffn$", "block", layer.kind)
             layer = CacheLayer(layer.block, kind, layer.block)
         if macs[layer.path] is not None:

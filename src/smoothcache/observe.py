@@ -59,7 +59,11 @@ def observe_layers(
         sample(0)
     finally:
         attachment.remove()
-    seen = confirmed(layers, {path: watcher.macs for path, watcher in watchers.items()})
+    seen = confirmed(
+        layers,
+        {path: watcher.macs for path, watcher in watchers.items()},
+        may_take_blocks=granularity == "auto" and select is None,
+    )
     if not seen:
         raise LayersNotFoundError(
             f"sample(0) ran none of the {len(layers)} layers of {type(model).__name__}; it must "
