@@ -102,6 +102,7 @@ class _Turn:
     def __init__(self) -> None:
         self._in_call = threading.RLock()
         self._thread: int | None = None
+        self._began_at: dict[int, float] = {}
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -113,16 +114,27 @@ class _Turn:
         finally:
             self._in_call.release()
 
-    def take(self, tick: Tick) -> None:
-        """Lets the thread of a generation's first call go on with it, and no other."""
+    def may_take(self, tick: Tick, first_timestep: float) -> bool:
+        """Lets the thread of a generation's first call go on with it, and no other.
+
+        One that another thread overtook may begin anew, where it began before, but not go on.
+        """
         thread = threading.get_ident()
-        if not tick.starts and self._thread != thread:
-            raise _two_threads()
+        if thread != self._thread:
+            began_at = self._began_at.get(thread, first_timestep)
+            if not tick.starts or began_at != first_timestep:
+                return False
         self._thread = thread
+        self._began_at[thread] = first_timestep
+        return True
+
+
+class _TwoThreadsError(SmoothCacheError):
+    """Refuses a call and leaves the generation of the other thread alone."""
 
 
 def _two_threads() -> SmoothCacheError:
-    return SmoothCacheError(
+    return _TwoThreadsError(
         "two threads generate with one model at once, and their steps cannot be told apart; "
         "let them take turns (a lock around each generation), or give each its own copy"
     )
@@ -152,6 +164,8 @@ class _Placed:
                     return forward(*args, **kwargs)
                 output = self._handler(forward, args, kwargs)
                 self._tell(tick)
+            except _TwoThreadsError:
+                raise
             except BaseException:
                 attachment.clock.forget()
                 attachment.listener.failed()
@@ -171,11 +185,14 @@ class _Placed:
                 "cannot be told; run it outside of the cached block"
             )
         attachment = self._attachment
+        before = attachment.clock.snapshot()
         tick = attachment.clock.tick(call.timestep, call.latents)
         if not tick.inside:
             attachment.listener.outside()
             return tick
-        attachment.turn.take(tick)
+        if not attachment.turn.may_take(tick, attachment.clock.first_timestep):
+            attachment.clock.restore(before)
+            raise _two_threads()
         if tick.starts:
             for branches in attachment.branches.values():
                 branches.forget()

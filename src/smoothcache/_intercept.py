@@ -44,7 +44,7 @@ class _Slot:
         self.base = base
         self.handler: Handler | None = handler
         self.context: str | None = None
-        self.inside = False
+        self.inside: int | None = None  # the thread that runs what is behind the handler
         self.of_class = _Forward(self, MethodType(_class_forward(base), module))
         own = module.__dict__.pop("forward", None)
         self.forward = self.of_class if own is None else _Forward(self, own)
@@ -72,7 +72,8 @@ class _Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         slot = self.slot
-        if slot.handler is None or slot.inside:  # released, or wrapped by a later forward
+        # Released, or wrapped by a later forward, behind which the handler has been.
+        if slot.handler is None or slot.inside == threading.get_ident():
             return self.plain(*args, **kwargs)
         if self is slot.of_class:
             return slot.handler(self.plain, args, kwargs)
@@ -80,11 +81,11 @@ class _Forward:
 
     def _behind(self, *args: Any, **kwargs: Any) -> Any:
         slot = self.slot
-        slot.inside = True
+        outer, slot.inside = slot.inside, threading.get_ident()
         try:
             return self.plain(*args, **kwargs)
         finally:
-            slot.inside = False
+            slot.inside = outer
 
     @property
     def __func__(self) -> Callable[..., Any]:

@@ -88,10 +88,23 @@ class Clock:
         return self._follows_list and self._stages() == 1 and not self._listed.merged
 
     @property
+    def first_timestep(self) -> float:
+        """The timestep of this generation's first call, which is always read."""
+        return timestep_value(self._given[0], batch=0)
+
+    @property
     def timesteps(self) -> list[float]:
         """The timestep of every step of this generation so far, in the model's own unit."""
         self._given = [timestep_value(timestep, batch=0) for timestep in self._given]
         return list(self._given)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that the clock knows, for ``restore``."""
+        return {**vars(self), "_given": list(self._given)}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Takes back what calls since a snapshot did."""
+        vars(self).update(snapshot)
 
     def forget(self) -> None:
         """Makes the next call the first one of a new generation."""
