@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._content import version
 from ._eager import between_graphs, eagerly
 from .errors import ScheduleMismatchError
 from .predictors import PREDICTORS, extrapolation_weights, last_uses
@@ -59,7 +59,7 @@ class _Kept:
     rebuild: Callable[[list[Any]], Any]
     swapped: Tensor | None
     dtypes: list[torch.dtype | None]
-    shape: torch.Size | None
+    form: list[Any]
 
     @property
     def nbytes(self) -> int:
@@ -129,6 +129,7 @@ class ReusedLayer:
 
     def forget(self, branch: int | None = None) -> None:
         """Drops all kept values, or those of one call of the step."""
+        self._not_finite = {place for place in self._not_finite if branch not in (None, place[0])}
         self._drop(lambda place, kept: branch is None or place[0] == branch)
 
     @between_graphs
@@ -157,7 +158,7 @@ class ReusedLayer:
         history = self._kept.get(place)
         if not history or history[-1].step < self._due[self._step]:
             return NOT_FINITE if place in self._not_finite else self._tally.reason
-        return "" if history[-1].shape == _shape_among(args, kwargs) else OTHER_SHAPES
+        return "" if history[-1].form == _form_of(args, kwargs) else OTHER_SHAPES
 
     @between_graphs
     def _compute(
@@ -170,19 +171,33 @@ class ReusedLayer:
         inputs: list[Tensor] = []
         if self._residual:  # copies, because the block may write into its input
             inputs = [x.detach().clone() for x in _float_tensors((args, kwargs))]
-        shape = _shape_among(args, kwargs)
-        return self._taken(place, forward(*args, **kwargs), inputs, shape)
+        form = _form_of(args, kwargs)
+        given = _tensors((args, kwargs))
+        versions = [version(x) for x in given]
+        output = forward(*args, **kwargs)
+        self._refuse_side_effects(given, versions, output)
+        return self._taken(place, output, inputs, form)
 
     @eagerly
-    def _taken(
-        self, place: Place, output: Any, inputs: list[Tensor], shape: torch.Size | None
-    ) -> Any:
-        leaves, rebuild = taken_apart(output)
+    def _refuse_side_effects(
+        self, given: list[Tensor], versions: list[int | None], output: Any
+    ) -> None:
+        leaves, _ = taken_apart(output)
+        name = self._path or "the model"
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
             raise ScheduleMismatchError(
-                f"{self._path!r} returned no tensor but {type(output).__name__}, so skipping it "
-                "would lose what it does to its input; leave it out of the schedule"
+                f"{name!r} returned no tensor but {type(output).__name__}, so skipping it would "
+                "lose what it does to its input; leave it out of the schedule"
             )
+        if _writes_into(given, versions, leaves):
+            raise ScheduleMismatchError(
+                f"{name!r} writes into a tensor that it is given, which skipping it would "
+                "lose; leave it out of the schedule"
+            )
+
+    @eagerly
+    def _taken(self, place: Place, output: Any, inputs: list[Tensor], form: list[Any]) -> Any:
+        leaves, rebuild = taken_apart(output)
         swapped = _swapped(leaves, inputs)
         bases = _bases(leaves, inputs, swapped)
         values = [_minus(leaf, base) for leaf, base in zip(leaves, bases, strict=True)]
@@ -193,12 +208,12 @@ class ReusedLayer:
         last_use = self._last_uses[self._step]
         last_use = -1 if last_use is None else last_use
         dtypes = [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves]
-        self._keep(place, _Kept(self._step, last_use, values, rebuild, swapped, dtypes, shape))
+        self._keep(place, _Kept(self._step, last_use, values, rebuild, swapped, dtypes, form))
         return output
 
     def _keep(self, place: Place, kept: _Kept) -> None:
         history = self._kept.setdefault(place, [])
-        if history and history[-1].shape != kept.shape:  # no polynomial goes through both
+        if history and history[-1].form != kept.form:  # no polynomial goes through both
             self._tally.hold(-sum(old.nbytes for old in history))
             history.clear()
         history.append(kept)
@@ -254,34 +269,57 @@ def _combined(values: list[Any], weights: list[float], *, consume: bool) -> Any:
 # --------------------------------------------------------------------------- inputs and outputs
 
 
-def _shape_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | None:
-    """The shape of the first tensor that a layer is given; None if it is given none."""
+def _form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Shapes and types of the tensors that a layer is given."""
+    form: list[Any] = []
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
-            return value.shape
-    return None
+            form.append((value.shape, value.dtype))
+        elif isinstance(value, list | tuple | dict):
+            leaves = pytree.tree_leaves(value)
+            form += [(x.shape, x.dtype) for x in leaves if isinstance(x, Tensor)]
+    return form
+
+
+def _writes_into(inputs: list[Tensor], versions: list[int | None], outputs: list[Any]) -> bool:
+    """Whether a layer wrote into something that it was given and does not return."""
+    returned = {id(output) for output in outputs}
+    return any(
+        x_version is not None and version(x) != x_version and id(x) not in returned
+        for x, x_version in zip(inputs, versions, strict=True)
+    )
 
 
 def taken_apart(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The leaves of an output, and how to put others in their place."""
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        names = [item.name for item in dataclasses.fields(output)]
-        fields, spec = pytree.tree_flatten({name: getattr(output, name) for name in names})
-        if len(fields) and type(output) not in pytree.SUPPORTED_NODES:
-            like = copy.copy(output)
-            for name in names:  # its tensors are not to be kept alive
-                object.__setattr__(like, name, None)
-            return fields, partial(_refilled, like, spec)
+    """The leaves of an output, dataclasses in it included, and how to put others in their place."""
     leaves, spec = pytree.tree_flatten(output)
-    return leaves, lambda values: pytree.tree_unflatten(values, spec)
+    parts = [_fields_apart(leaf) for leaf in leaves]
+    wholes = [whole for _, whole in parts]  # without the tensors, which are not to be kept alive
+
+    def rebuild(values: list[Any]) -> Any:
+        rest = iter(values)
+        return pytree.tree_unflatten([whole(rest) for whole in wholes], spec)
+
+    return [leaf for own, _ in parts for leaf in own], rebuild
 
 
-def _refilled(like: Any, spec: pytree.TreeSpec, values: list[Any]) -> Any:
-    """A copy of a dataclass with other values in its fields."""
-    filled = copy.copy(like)
-    for name, value in pytree.tree_unflatten(values, spec).items():
-        object.__setattr__(filled, name, value)
-    return filled
+def _fields_apart(leaf: Any) -> tuple[list[Any], Callable[[Iterator[Any]], Any]]:
+    """What is in a leaf: itself, or the leaves of a dataclass; and how to refill it."""
+    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+        return [leaf], next
+    names = [item.name for item in dataclasses.fields(leaf)]
+    leaves, refill = taken_apart({name: getattr(leaf, name) for name in names})
+    like, count = copy.copy(leaf), len(leaves)
+    for name in names:
+        object.__setattr__(like, name, None)
+
+    def whole(rest: Iterator[Any]) -> Any:
+        filled = copy.copy(like)
+        for name, value in refill([next(rest) for _ in range(count)]).items():
+            object.__setattr__(filled, name, value)
+        return filled
+
+    return leaves, whole
 
 
 def _are_finite(values: list[Any]) -> bool:
@@ -291,9 +329,12 @@ def _are_finite(values: list[Any]) -> bool:
 # ------------------------------------------------------------------- residuals of whole blocks
 
 
+def _tensors(arguments: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)]
+
+
 def _float_tensors(arguments: Any) -> list[Tensor]:
-    leaves = pytree.tree_leaves(arguments)
-    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+    return [x for x in _tensors(arguments) if x.is_floating_point()]
 
 
 def _swapped(outputs: list[Any], inputs: list[Tensor]) -> Tensor | None:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from torch.utils import _pytree as pytree
 
 from .apply import cached
 from .errors import InvalidArgumentError, SmoothCacheWarning
-from .schedule import Schedule
+from .predictors import PREDICTORS
+from .schedule import Row, Schedule
 
 Objective = Callable[[Any, Any], float]
 
@@ -48,16 +50,23 @@ class Candidate:
     num_steps: int | None = None
     solver: str | None = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The same for candidates that do the same."""
         rows = self.schedule.rows if self.schedule else {}
         does = [
-            [path, row.predictor, "".join("01"[x] for x in row.computed)]
+            [path, _order(row), "".join("01"[x] for x in row.computed)]
             for path, row in rows.items()
+            if not all(row.computed)
         ]
         told = json.dumps([does, self.num_steps, self.solver])
         return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _order(row: Row) -> int:
+    """The order of a row's predictor, or as much of it as the computed steps allow."""
+    last_reuse = max(step for step, is_computed in enumerate(row.computed) if not is_computed)
+    return min(PREDICTORS[row.predictor].order, sum(row.computed[:last_reuse]) - 1)
 
 
 class Rollouts:
@@ -70,6 +79,7 @@ class Rollouts:
         solvers: Noise schedulers that candidates may name.
         journal: Where results are written as they come; None for nowhere.
         settings: What the results depend on; a journal of other settings is refused.
+        spent: What has been run before, in uncached generations.
     """
 
     def __init__(
@@ -80,6 +90,7 @@ class Rollouts:
         solvers: Mapping[str, Any],
         journal: str | os.PathLike[str] | None,
         settings: Mapping[str, Any],
+        spent: float = 0.0,
     ) -> None:
         self._model = model
         self._sample = sample
@@ -89,17 +100,26 @@ class Rollouts:
         self._journal = _Journal(journal, settings)
         self._counted: set[tuple[str, str, int]] = set()  # also if the journal knew it
         self.rollouts = 0
-        self.cost = 0.0
+        self.cost = spent
 
     def set_reference(self, name: str, i: int, candidate: Candidate) -> Any:
         """Samples what outputs of generation i are to be compared with, under a name."""
         self._references[name, i] = output = self._run(candidate, i)
         self.cost += candidate.compute
+        if not _is_finite(output):
+            steps = candidate.num_steps
+            call = f"{i}" if steps is None else f"{i}, num_inference_steps={steps}"
+            raise InvalidArgumentError(f"sample({call}) returned NaN or infinity")
+        self._journal.confirm((name, "norm", i), _norm(output))
         return output
 
-    def distance(self, name: str, i: int, candidate: Candidate) -> float:
-        """How far a candidate ends from a reference."""
-        return self.distances(name, [(candidate, i)])[0]
+    def noise(self, name: str, i: int, candidate: Candidate) -> float:
+        """How far apart two runs of a reference end, in relative L2, in the worst process."""
+        output = self._run(candidate, i)
+        self.rollouts += 1
+        self.cost += candidate.compute
+        noise = latent_l2(output, self._references[name, i])
+        return float(max(_gathered(noise)))
 
     def distances(self, name: str, runs: Sequence[tuple[Candidate, int]]) -> list[float]:
         """How far candidates end from a reference, each in one generation; the ranks share them."""
@@ -114,7 +134,7 @@ class Rollouts:
             for key, i in new[rank::size]:
                 output = self._run(ways[key], i)
                 for told, reference in self._references_of(i).items():
-                    mine[told, key, i] = float(self._objective(output, reference))
+                    mine[told, key, i] = self._judged(output, reference)
                     if size == 1:
                         self._journal.put((told, key, i), mine[told, key, i])
         except Exception as error:
@@ -131,6 +151,19 @@ class Rollouts:
             self.cost += ways[key].compute
             self._counted |= {(told, key, i) for told in self._references_of(i)}
         return [self._journal.known[name, candidate.key, i] for candidate, i in runs]
+
+    def _judged(self, output: Any, reference: Any) -> float:
+        """What the objective says; infinite if the output is not finite."""
+        if not _is_finite(output):
+            return math.inf
+        value = self._objective(output, reference)
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            number = math.nan
+        if math.isnan(number):
+            raise InvalidArgumentError(f"objective must give a number, got {value!r}")
+        return number
 
     def _references_of(self, i: int) -> dict[str, Any]:
         return {name: value for (name, at), value in self._references.items() if at == i}
@@ -156,7 +189,7 @@ def taken(output: Any, call: str) -> Any:
     """The tensors of an output, on the CPU.
 
     Raises:
-        InvalidArgumentError: If there is none, or one is not finite.
+        InvalidArgumentError: If there is none.
     """
     tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
     if not tensors:
@@ -164,10 +197,16 @@ def taken(output: Any, call: str) -> Any:
             f"{call} returned {type(output).__name__}; it must return the final tensor (latents or "
             "what is made of them), which is what schedules are judged by"
         )
-    if not all(bool(torch.isfinite(x).all()) for x in tensors if x.is_floating_point()):
-        raise InvalidArgumentError(f"{call} returned NaN or infinity")
     tensors = [x.detach().cpu() for x in tensors]
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+def _is_finite(output: Any) -> bool:
+    return all(bool(torch.isfinite(x).all()) for x in pytree.tree_leaves(output))
+
+
+def _norm(output: Any) -> float:
+    return math.sqrt(sum(float(x.double().square().sum()) for x in pytree.tree_leaves(output)))
 
 
 def latent_l2(output: Any, reference: Any) -> float:
@@ -198,14 +237,23 @@ class _Journal:
         self.known: dict[tuple[str, str, int], float] = {}
         self._path = None if path is None else Path(path)
         self._head = json.dumps({"format": "smoothcache search", "version": 1, **settings})
-        if self._path is None:
-            return
-        if self._path.is_file():
-            self._read(self._path)
-        elif _rank_and_size()[0] == 0:
-            if not self._path.parent.is_dir():
-                raise FileNotFoundError(f"the folder of the journal '{path}' is missing.")
-            self._append(self._head)
+        if self._path is not None:
+            self.known = from_first(lambda: self._read(Path(self._path or "")))
+
+    def confirm(self, at: tuple[str, str, int], value: float) -> None:
+        """Notes a value that a search which is taken up again finds as it was.
+
+        Raises:
+            InvalidArgumentError: If it does not.
+        """
+        known = self.known.get(at, value)
+        if not math.isclose(known, value, rel_tol=1e-3):
+            raise InvalidArgumentError(
+                f"the journal '{self._path}' is of another search: sample({at[2]}) ends elsewhere "
+                "now, so the weights, the prompts or the sampler are others; remove it, or name "
+                "another file"
+            )
+        self.put(at, value)
 
     def put(self, at: tuple[str, str, int], value: float) -> None:
         is_new = at not in self.known
@@ -213,22 +261,30 @@ class _Journal:
         if is_new and _rank_and_size()[0] == 0:
             self._append(json.dumps([*at, value]))
 
-    def _read(self, path: Path) -> None:
-        text = path.read_text(encoding="utf-8")
+    def _read(self, path: Path) -> dict[tuple[str, str, int], float]:
+        """What the file knows; a new one is begun if there is none."""
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"the folder of the journal '{path}' is missing.")
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if not text:
+            self._append(self._head)
+            return {}
         lines = text.splitlines()
-        if not lines or lines[0] != self._head:
+        if lines[0] != self._head:
             raise InvalidArgumentError(
                 f"the journal '{path}' is of another search (another model, sampler, number of "
                 "steps or objective); remove it, or name another file"
             )
+        known = {}
         for line in lines[1:]:
             try:
                 name, key, i, value = json.loads(line)
             except ValueError:  # the line that an interruption cut short
                 continue
-            self.known[name, key, i] = float(value)
+            known[name, key, i] = float(value)
         if not text.endswith("\n"):
             self._append("")
+        return known
 
     def _append(self, line: str) -> None:
         if self._path is None:
@@ -268,6 +324,20 @@ def _gathered(mine: Any) -> list[Any]:
     return everyone
 
 
+def from_first(make: Callable[[], Any]) -> Any:
+    """What the first process makes or raises, in every process."""
+    made, failure = None, None
+    if _rank_and_size()[0] == 0:
+        try:
+            made = make()
+        except Exception as error:
+            failure = error
+    made, failure = _gathered((made, failure))[0]
+    if failure is not None:
+        raise failure
+    return made
+
+
 def agreed(value: bool) -> bool:
     """The first process's answer, in every process."""
-    return bool(_gathered(value)[0])
+    return bool(from_first(lambda: value))

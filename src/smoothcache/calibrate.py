@@ -111,6 +111,7 @@ def calibrate(
         check_count("tokens", tokens, least=1)
     warn_of_randomness(model)
     found = find_layers(model, granularity=granularity) if layers is None else list(layers)
+    _check_layers(found)
     with tqdm(total=num_samples, desc="calibrating", unit="sample", disable=not progress) as bar:
         session = _Session(model, found, max_gap, tokens)
         _run(session, sample, range(1))
@@ -121,6 +122,18 @@ def calibrate(
         bar.update()
         _run(session, sample, range(1, num_samples), bar.update)
     return session.result(model)
+
+
+def _check_layers(layers: Sequence[CacheLayer]) -> None:
+    """Refuses layers that cannot be measured side by side."""
+    if not layers:
+        raise InvalidArgumentError("layers is empty; leave it out, or give what find_layers found")
+    for x in layers:
+        for y in layers:
+            if x is not y and f"{y.path}.".startswith(x.path and f"{x.path}."):
+                raise InvalidArgumentError(
+                    f"{y.path!r} is {x.path!r} or inside it; calibrate one of the two"
+                )
 
 
 def _run(
@@ -281,7 +294,10 @@ class _Session:
         steps = len(self._timesteps)
         runs = [self._steps_of(path) for path in self._observers]
         seen = [observer.steps_seen for observer in self._observers.values()]
-        ran = [set(run) == steps_seen for run, steps_seen in zip(runs, seen, strict=True)]
+        # A denoiser that runs at a single step of several has nothing to be reused.
+        ran = [
+            set(run) == at and len(run) >= min(steps, 2) for run, at in zip(runs, seen, strict=True)
+        ]
         if not any(ran):
             raise CalibrationError(
                 "the model ran, but none of its layers did at every step "

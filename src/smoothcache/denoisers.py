@@ -18,7 +18,6 @@ from .errors import InvalidArgumentError, LayersNotFoundError, SmoothCacheWarnin
 # A denoiser's latents, and those of a second modality; all else but the timestep conditions it.
 _LATENTS_NAME = re.compile(r"hidden_states|sample|x|x_t|z|img|latents?|latent_model_input")
 _MORE_LATENTS_NAME = re.compile(r"(audio|video|noisy|local)_(hidden_states|sample|latents?)")
-_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _COMPARABLE = (Tensor, str, int, float)
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "sigmas", "noise_level", "time", "ts")
 # Of one modality among several, or where a step is to lead.
@@ -62,7 +61,7 @@ def warn_of_randomness(model: Any) -> None:
     """Says so if a denoiser is left in training mode and drops values at random."""
     for denoiser in find_denoisers(model).values():
         for path, module in denoiser.named_modules():
-            if module.training and isinstance(module, _DROPOUT) and module.p > 0:
+            if module.training and _drops(module):
                 warnings.warn(
                     f"{type(denoiser).__name__} is in training mode, and {path!r} drops values at "
                     "random, so every call differs; call its eval() first",
@@ -70,6 +69,13 @@ def warn_of_randomness(model: Any) -> None:
                     stacklevel=4,
                 )
                 return
+
+
+def _drops(module: nn.Module) -> bool:
+    share = getattr(module, "p", 0) if "Dropout" in type(module).__name__ else 0
+    if isinstance(module, nn.MultiheadAttention):
+        share = module.dropout
+    return isinstance(share, int | float) and share > 0
 
 
 def noise_scheduler(model: Any) -> Any | None:

@@ -144,10 +144,13 @@ def find_layers(
             found = [
                 x for path, block in _blocks(denoiser) for x in _layers_of(path, block, granularity)
             ]
-        layers += [
-            replace(layer, path=_join(prefix, layer.path), block=_join(prefix, layer.block))
-            for layer in found
-        ]
+        seen: set[nn.Module] = set()  # one that two blocks share is one layer, used twice
+        for layer in found:
+            module = denoiser.get_submodule(layer.path)
+            if module not in seen:
+                seen.add(module)
+                path, block = _join(prefix, layer.path), _join(prefix, layer.block)
+                layers.append(replace(layer, path=path, block=block))
     if not layers:
         raise LayersNotFoundError(_nothing_found(model, granularity, select))
     return layers if select is not None else _refiners_apart(_told_apart_in_time(layers))
@@ -222,7 +225,15 @@ def layer_modules(model: Any, layers: Sequence[CacheLayer]) -> dict[str, nn.Modu
             f"{listed(missing)}. Load the model that it was planned for, or plan a schedule for "
             "this one."
         )
-    return {layer.path: modules[layer.path] for layer in layers}
+    found = {layer.path: modules[layer.path] for layer in layers}
+    owners: dict[nn.Module, str] = {}
+    for path, module in found.items():
+        other = owners.setdefault(module, path)
+        if other != path:
+            raise ScheduleMismatchError(
+                f"{other!r} and {path!r} are one module in two places; give it one row"
+            )
+    return found
 
 
 def identify(model: Any) -> ModelIdentity:

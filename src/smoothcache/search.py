@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -203,8 +204,10 @@ def search(
         raise InvalidArgumentError(
             f"objective must be 'latent_l2' or a function, got {objective!r}."
         )
-    num_samples = check_count("num_samples", num_samples or 2 - joint, least=1)
-    num_validation = check_count("num_validation", num_validation or num_samples, least=1)
+    num_samples = 2 - joint if num_samples is None else num_samples
+    num_samples = check_count("num_samples", num_samples, least=1)
+    num_validation = num_samples if num_validation is None else num_validation
+    num_validation = check_count("num_validation", num_validation, least=1)
     check_count("seed", seed, least=0)
     if check_number("max_cost", max_cost) <= 0:
         raise InvalidArgumentError(f"max_cost must be positive, got {max_cost}.")
@@ -214,9 +217,12 @@ def search(
             "a joint search asks the sampler for other solvers and numbers of steps: sample must "
             "take the keywords num_inference_steps and scheduler"
         )
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
     join_processes()
+    spent = 0.0
     if calibration is None:
         calibration = _calibrated(model, sample, num_samples, progress)
+        spent = float(num_samples)
     elif calibration.model not in (None, identify(model)):
         raise ScheduleMismatchError(
             "the calibration is of another model; calibrate this one, or leave it out"
@@ -228,6 +234,7 @@ def search(
         )
     if solvers is None:
         solvers = _suitable_solvers(model) if "scheduler" in takes else {}
+    solvers = dict(sorted(solvers.items()))
     measure = latent_l2 if objective == "latent_l2" else objective
     settings = {
         "model": identify(model).fingerprint,
@@ -235,10 +242,10 @@ def search(
         "objective": objective if isinstance(objective, str) else _name(objective),
         "solvers": sorted(solvers),
     }
-    rollouts = Rollouts(model, sample, measure, solvers, journal, settings)  # type: ignore[arg-type]
+    rollouts = Rollouts(model, sample, measure, solvers, journal, settings, spent)  # type: ignore[arg-type]
     with tqdm(desc="searching", unit="rollout", disable=not progress) as bar:
         hunt = _Hunt(
-            _Space(model, calibration),
+            _Space(model, calibration, solvers),
             rollouts,
             bar,
             takes=takes,
@@ -247,7 +254,7 @@ def search(
             train=range(num_samples),
             unseen=range(num_samples, num_samples + num_validation),
             max_cost=max_cost,
-            deadline=math.inf if seconds is None else time.monotonic() + seconds,
+            deadline=deadline,
             rng=random.Random(seed),
         )
         return hunt.cheapest(max_error) if max_error is not None else hunt.best_within(budget)
@@ -297,8 +304,9 @@ def _suitable_solvers(model: Any) -> Mapping[str, Any]:
 class _Space:
     """The schedules of a model: layers at both granularities, and what they cost."""
 
-    def __init__(self, model: Any, calibration: Calibration) -> None:
+    def __init__(self, model: Any, calibration: Calibration, solvers: Mapping[str, Any]) -> None:
         self.calibration = calibration
+        self._solver_classes = {name: type(x).__name__ for name, x in solvers.items()}
         self.num_steps = calibration.num_steps
         self._total = calibration.total_macs
         self._layers: dict[str, tuple[CacheLayer, ...]] = {"layers": calibration.layers}
@@ -356,7 +364,7 @@ class _Space:
                 rows=rows,
                 layers=layers,
                 model=calibration.model,
-                solver=calibration.solver if solver is None else solver,
+                solver=calibration.solver if solver is None else self._solver_classes[solver],
                 timesteps=calibration.timesteps if own else None,
                 compute=compute_fraction(rows, layers, self._total),
                 provenance={"planner": "search", "family": name},
@@ -408,8 +416,7 @@ class _Hunt:
             self._rollouts.set_reference(UNCACHED, i, self._plain)
             if self._joint or ("num_inference_steps" in self._takes and i in self._unseen):
                 self._rollouts.set_reference(CONVERGED, i, converged)
-        again = Candidate("uncached, once more", 1.0, num_steps=None)
-        noise = self._rollouts.distance(UNCACHED, self._train[0], again)
+        noise = self._rollouts.noise(UNCACHED, self._train[0], self._plain)
         if noise > 1e-4:
             raise InvalidArgumentError(
                 f"sample({self._train[0]}) run twice gave two results ({noise:.2g} apart); "
@@ -435,28 +442,44 @@ class _Hunt:
     def cheapest(self, max_error: float) -> SearchedSchedule:
         """The cheapest schedule that keeps an error, on unseen samples too."""
         steps = self._space.num_steps
-        counts = sorted({max(2, round(steps * f)) for f in np.geomspace(2 / steps, 1, 12)})
+        counts = sorted({1, *(max(2, round(steps * f)) for f in np.geomspace(2 / steps, 1, 12))})
         low, high = 0, len(counts) - 1  # the last one computes everything
         while low < high:
             middle = (low + high) // 2
-            self._screen(self._proposals(counts[middle] / steps))
-            if self._error(self._best(counts[middle] / steps)) <= max_error:
+            budget = counts[middle] / steps
+            if self._tries(budget) and self._error(self._best(budget)) <= max_error:
                 high = middle
             else:
                 low = middle + 1
+        reserve = 2 * self._final(counts[high] / steps)
+        while high and self._tries(budget := counts[high - 1] / steps):
+            self._improve(budget, until=max_error, reserve=reserve)
+            if self._error(self._best(budget)) > max_error:
+                break
+            high -= 1
         for count in counts[high:]:
             budget = count / steps
-            if not self._screen(self._proposals(budget)):
+            if not self._tries(budget):
                 continue
             self._improve(budget, until=max_error)
             fitting = [c for c, _ in self._errors.values() if self._is_fit(c, budget, max_error)]
-            for candidate in sorted(fitting, key=lambda c: (c.compute, self._error(c))):
-                if self._mean(UNCACHED, candidate, self._unseen) <= max_error:
+            for candidate in sorted(fitting, key=lambda c: (c.compute, self._error(c), c.key)):
+                if not self._can_pay(self._final(candidate.compute)):
+                    break
+                if self._mean(self._target, candidate, self._unseen) <= max_error:
                     return self._result(candidate, candidate.compute)
         raise InvalidArgumentError(
-            f"no schedule keeps an error of {max_error:g} on samples that the search has not seen; "
-            "sample without a cache, or allow more"
+            f"no schedule was found that keeps an error of {max_error:g} on samples that the "
+            f"search has not seen; {self._rollouts.cost:.1f} of the {self._max_cost:g} generations "
+            "that max_cost allows were spent. Allow more of either, or sample without a cache"
         )
+
+    def _tries(self, budget: float) -> bool:
+        """Screens what is proposed for a budget, if it can be paid; whether something fits it."""
+        proposals = self._proposals(budget)
+        if self._can_pay(self._price(proposals) + self._final(budget)):
+            self._screen(proposals)
+        return bool(self._ranked(budget))
 
     def _is_fit(self, candidate: Candidate, budget: float, max_error: float) -> bool:
         is_whole = candidate.schedule is not None
@@ -471,15 +494,25 @@ class _Hunt:
     def _proposals(self, budget: float) -> list[Candidate]:
         """Even spacings with every predictor and granularity, and thresholds."""
         found = [
-            self._space.candidate(f"{count} even steps", grain, spaced(steps, count), predictor)
+            self._space.candidate(name, grain, mask, predictor)
             for grain in self._space.grains
+            for name, mask in self._even(self._space.count(grain, budget)).items()
             for predictor in PREDICTORS
-            for steps in [self._space.num_steps]
-            if (count := self._space.count(grain, budget)) >= 1
         ]
         found += self._thresholds(budget)
         found += self._other_samplers(budget)
-        return [x for x in found if x.compute <= budget + 1e-9]
+        return _distinct(x for x in found if x.compute <= budget + 1e-9)
+
+    def _even(self, count: int) -> dict[str, Mask]:
+        """The even spacings with at most so many computed steps, with and without the last step."""
+        steps = self._space.num_steps
+        if count < 1:
+            return {}
+        interval = math.ceil(steps / count)
+        return {
+            f"{count} even steps": spaced(steps, count),
+            f"every {interval}": every(steps, interval),
+        }
 
     def _thresholds(self, budget: float) -> list[Candidate]:
         """The paper's plans, each with the alpha that spends most of the budget."""
@@ -531,15 +564,14 @@ class _Hunt:
         ways = []
         for candidate in self._ranked(budget):
             parts = candidate.name.split(", ")
-            if candidate.num_steps is None and len(parts) == 3 and "even" in parts[0]:
+            is_even = "even" in parts[0] or parts[0].startswith("every")
+            if candidate.num_steps is None and len(parts) == 3 and is_even:
                 ways.append((parts[1], parts[2]))
         weights = self._sensitivity()
         found = []
-        for predictor, grain in ways[:3]:
+        for predictor, grain in list(dict.fromkeys(ways))[:3]:
             count = self._space.count(grain, budget)
             masks = {f"{count} steps, power {p:g}": spaced(steps, count, p) for p in POWERS}
-            if (interval := math.ceil(steps / count)) * count >= steps:
-                masks[f"every {interval}"] = every(steps, interval)
             table = self._table()
             for name, weight in weights.items():
                 masks[f"{count} steps by {name}"] = least_error(table, weight, count)
@@ -570,7 +602,10 @@ class _Hunt:
             runs.append((self._space.candidate(name, grain, mask, "hold"), self._train[0]))
         table = self._table()[0]
         effects = self._rollouts.distances(UNCACHED, runs)
-        ratios = [e / max(table[p], 1e-12) for e, p in zip(effects, probes, strict=True)]
+        largest = max((x for x in effects if math.isfinite(x)), default=1.0)
+        ratios = [
+            min(e, largest) / max(table[p], 1e-12) for e, p in zip(effects, probes, strict=True)
+        ]
         return {
             "error": alike,
             "sensitivity": np.interp(np.arange(steps), probes, ratios),
@@ -616,57 +651,63 @@ class _Hunt:
         fitting = [c for c, _ in self._errors.values() if c.compute <= budget + 1e-9]
         return sorted(fitting, key=lambda c: (self._error(c), c.key))
 
+    def _final(self, budget: float) -> float:
+        """What it costs at most to measure the winner and what needs no cache."""
+        solvers = len(self._solvers) if "scheduler" in self._takes else 0
+        return budget * len(self._unseen) * (2 + solvers)
+
     def _best(self, budget: float) -> Candidate:
         return self._ranked(budget)[0]
 
     def _may_go_on(self, needed: float) -> bool:
-        has_time = agreed(time.monotonic() < self._deadline)
-        return has_time and self._rollouts.cost + needed <= self._max_cost
+        return agreed(time.monotonic() < self._deadline) and self._can_pay(needed)
+
+    def _can_pay(self, needed: float) -> bool:
+        return self._rollouts.cost + needed <= self._max_cost
 
     # ------------------------------------------------------------------------------ improvement
 
-    def _improve(self, budget: float, until: float = 0.0) -> None:
+    def _improve(self, budget: float, until: float = -math.inf, reserve: float = 0.0) -> None:
         """Uneven spacings, then moves of single computed steps of the best two, while it pays."""
-        solvers = len(self._solvers) if "scheduler" in self._takes else 0
-        final = budget * len(self._unseen) * (2 + solvers)
+        final = max(reserve, self._final(budget))
+        if self._error(self._best(budget)) <= until:
+            return
         if self._may_go_on(PROBES + final):
-            refined = [c for c in self._refined(budget) if c.compute <= budget + 1e-9]
+            refined = _distinct(c for c in self._refined(budget) if c.compute <= budget + 1e-9)
             while refined and not self._may_go_on(self._price(refined) + final):
                 refined.pop()
             self._screen(refined)
         stuck: set[str] = set()
         while self._may_go_on(BATCH * len(self._train) * budget + final):
-            ranked = [c for c in self._ranked(budget)[:2] if c.key not in stuck]
-            uniform = [c for c in ranked if self._mask(c) is not None]
-            if not uniform or self._error(ranked[0]) <= until:
+            uniform = [c for c in self._ranked(budget) if self._mask(c) is not None][:2]
+            candidate = next((c for c in uniform if c.key not in stuck), None)
+            if candidate is None or self._error(self._best(budget)) <= until:
                 return
-            if not self._climb(uniform[0], budget, final):
-                stuck.add(uniform[0].key)
+            if not self._climb(candidate, budget, final):
+                stuck.add(candidate.key)
 
     def _climb(self, candidate: Candidate, budget: float, final: float) -> bool:
         """Tries moves of a candidate, a batch at a time; whether one is better."""
-        mask, row = self._mask(candidate), next(iter(candidate.schedule.rows.values()))  # type: ignore[union-attr]
-        assert_mask = mask or ()
-        moves = neighbours(assert_mask, self._rng)
-        before = self._error(candidate)
-        while True:
-            batch = [
-                self._moved(candidate, m, row.predictor)
-                for m, _ in zip(moves, range(BATCH), strict=False)
-            ]
-            batch = [c for c in batch if c.key not in self._errors and c.compute <= budget + 1e-9]
-            if not batch or not self._may_go_on(len(batch) * len(self._train) * budget + final):
+        row = next(iter(candidate.schedule.rows.values()))  # type: ignore[union-attr]
+        before, own = self._error(candidate), self._errors[candidate.key][1][0]
+        masks = neighbours(row.computed, self._rng)
+        moved = (self._moved(candidate, mask, row.predictor) for mask in masks)
+        untried = (c for c in moved if c.key not in self._errors and c.compute <= budget + 1e-9)
+        first, others = self._train[0], self._train[1:]
+        while batch := list(itertools.islice(untried, BATCH)):
+            if not self._may_go_on(len(batch) * len(self._train) * budget + final):
                 return False
-            first = self._train[0]
-            own = self._errors[candidate.key][1][0]
             errors = self._rollouts.distances(self._target, [(c, first) for c in batch])
+            is_better = False
             for trial, error in zip(batch, errors, strict=True):
                 if error >= own:  # worse already on the first sample
                     continue
-                rest = self._rollouts.distances(self._target, [(trial, i) for i in self._train[1:]])
+                rest = self._rollouts.distances(self._target, [(trial, i) for i in others])
                 self._note(trial, [error, *rest])
-            if self._error(self._best(budget)) < before:
+                is_better |= self._error(trial) < before
+            if is_better:
                 return True
+        return False
 
     def _mask(self, candidate: Candidate) -> Mask | None:
         """The mask that all rows share; None if they differ or there is no schedule."""
@@ -680,8 +721,8 @@ class _Hunt:
         rows = {path: Row(mask, predictor) for path in schedule.rows}
         name = candidate.name.removesuffix(", moved") + ", moved"
         layers = schedule.layers
-        if candidate.num_steps is None and len(layers) == len(self._space.calibration.layers):
-            layers = self._space.calibration.layers
+        if candidate.num_steps is None and layers == self._space.calibration.layers:
+            layers = self._space.calibration.layers  # its schedules keep what the calibration knows
         return self._space.of_rows(name, layers, rows, candidate.num_steps, candidate.solver)
 
     # ----------------------------------------------------------------------------------- result
@@ -770,6 +811,14 @@ class _Hunt:
         return tuple(front)
 
 
+def _distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """The first of those that do the same."""
+    found: dict[str, Candidate] = {}
+    for candidate in candidates:
+        found.setdefault(candidate.key, candidate)
+    return list(found.values())
+
+
 def _joint_error(row: Measured) -> float:
     """What a joint search goes by: the distance to the converged sample."""
     return row.error if row.converged_error is None else row.converged_error
@@ -790,9 +839,10 @@ def _verdict(best: Measured, honest: Sequence[Measured], joint: bool) -> str:
         )
     rival = min(honest, key=quality)
     target = "converged sample" if joint else "uncached run"
-    if quality(rival) < quality(best):
+    if quality(rival) <= quality(best):
+        closer = "closer" if quality(rival) < quality(best) else "as close"
         return (
-            f"NO CACHE IS BETTER: {rival.name} costs {rival.compute:.1%} and ends closer to the "
+            f"NO CACHE IS BETTER: {rival.name} costs {rival.compute:.1%} and ends {closer} to the "
             f"{target} ({quality(rival):.4f} against {quality(best):.4f})"
         )
     told = (
