@@ -449,7 +449,6 @@ SOLVERS: dict[str, Callable[[], Any]] = {
     "unipc": lambda: diffusers.UniPCMultistepScheduler(),
     "deis": lambda: diffusers.DEISMultistepScheduler(),
     "sa-solver": lambda: diffusers.SASolverScheduler(),
-    "lms": lambda: diffusers.LMSDiscreteScheduler(),
     "ipndm": lambda: diffusers.IPNDMScheduler(),
     "euler": lambda: diffusers.EulerDiscreteScheduler(),
     "euler-ancestral": lambda: diffusers.EulerAncestralDiscreteScheduler(),
