@@ -643,7 +643,7 @@ def test_other_dropout_is_said_too(what: str) -> None:
     assert len(warnings_of(toy)) == 3
 
 
-@pytest.mark.xfail(strict=True, reason="the warning names a line of the library or of no matter")
+@pytest.mark.xfail(strict=True, reason="the warning names a line above that of the caller")
 def test_the_warning_names_the_line_of_the_caller() -> None:
     assert {one.filename for one in warnings_of(with_dropout(0.1).train())} == {__file__}
 

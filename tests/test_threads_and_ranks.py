@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -105,8 +106,11 @@ def test_a_model_and_a_handle_for_each_thread(toy_name: str, granularity: Any, o
 def test_models_of_one_class_begin_and_end_in_many_threads(often: None) -> None:
     """The class made for the class of a module comes and goes in all of them."""
 
-    class Fresh(Toy):
+    class Known(Toy):
         pass
+
+    class Unknown(Toy):
+        """No class has been made for this one before the threads begin."""
 
     def work(seed: int) -> bool:
         torch.manual_seed(0)
@@ -122,16 +126,16 @@ def test_models_of_one_class_begin_and_end_in_many_threads(often: None) -> None:
         return same(generate(toy, seed=seed), plain[seed])
 
     torch.manual_seed(0)
-    master = Fresh(depth=1).eval().requires_grad_(False)
+    master: Toy = Known(depth=1).eval().requires_grad_(False)
     plain = [generate(master, seed=seed) for seed in range(4)]
     expected = {
         (seed, interval): alone(master, uniform(master, interval), seed=seed)
         for seed in range(4)
         for interval in (2, 3, 4)
     }
-    fresh = Fresh(depth=1).eval().requires_grad_(False)
-    fresh.load_state_dict(master.state_dict())
-    master = fresh
+    weights = master.state_dict()
+    master = Unknown(depth=1).eval().requires_grad_(False)
+    master.load_state_dict(weights)
     assert at_once(*(lambda seed=seed: work(seed) for seed in range(4))) == [True] * 4  # type: ignore[misc]
 
 
@@ -163,9 +167,9 @@ class Pipe:
         self.scheduler = SimpleNamespace(timesteps=torch.arange(1000).flip(0))
         self.components = {"transformer": self.toy, "scheduler": self.scheduler}
 
-    def __call__(self, seed: int, calls: int = 2) -> list[Tensor]:
+    def __call__(self, seed: int, calls: int = 2, start: int = 0) -> list[Tensor]:
         self.scheduler.timesteps = torch.tensor(times())
-        return generate(self.toy, seed=seed, calls=calls)
+        return generate(self.toy, seed=seed, calls=calls, timesteps=times()[start:])
 
 
 def test_a_pipeline_for_each_thread(often: None) -> None:
@@ -232,6 +236,33 @@ def test_threads_that_take_turns(toy_name: str, calls: int, often: None) -> None
     summary = run.summary()
     assert (summary.finished, summary.broken_off) == (9, 0)
     assert summary.recomputed == {}
+
+
+@pytest.mark.parametrize("same_thread", [True, False], ids=["long-lived", "one for each"])
+@pytest.mark.xfail(
+    strict=True,
+    reason="a thread is held to the first timestep it began at, also when its generation is over",
+)
+def test_threads_that_take_turns_from_other_beginnings(same_thread: bool) -> None:
+    """As image to image does with another strength."""
+    pipe = Pipe(0)
+    schedule = uniform(pipe, 4)
+    starts = [0, 3, 3, 5, 0, 1]
+    fresh = []
+    for start in starts:
+        with sc.cached(pipe, schedule):
+            fresh.append(pipe(1, start=start))
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        with sc.cached(pipe, schedule) as run:
+            for i, start in enumerate(starts):
+                task = functools.partial(pipe, 1, start=start)
+                if same_thread:
+                    got = (first, second)[i % 2].submit(task).result(PATIENCE)
+                else:
+                    (got,) = at_once(task)
+                assert isinstance(got, list), got
+                assert same(got, fresh[i])
+    assert (run.summary().finished, run.summary().broken_off) == (len(starts), 0)
 
 
 @pytest.mark.parametrize("after_steps", [1, 2, 5])
