@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import nn
 
 from . import _intercept
 from ._branches import Branches
-from ._eager import between_graphs, eagerly
+from ._eager import between_graphs, eagerly, has_compiled_parts, traced, uncompiled
 from ._intercept import Handler
 from .clock import Clock, Tick
 from .denoisers import (
@@ -30,7 +29,8 @@ class Listener(Protocol):
 
     def before(
         self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
-    ) -> None: ...
+    ) -> bool:
+        """Says whether a compiled model is to run uncompiled, to see what its layers return."""
 
     def outside(self) -> None: ...
 
@@ -76,19 +76,21 @@ class Attachment:
         self.listener = listener
         self.branches = {name: Branches() for name in denoisers}
         self.turn = _Turn()
-        wanted: list[tuple[nn.Module, Handler]] = [
-            (denoiser, _Placed(self, name, denoiser, handlers.get(name, _run)))
-            for name, denoiser in denoisers.items()
-        ]
-        wanted += [(modules[path], handlers[path]) for path in modules if path not in denoisers]
+        self.is_compiled = False  # as far as is known
         self._intercepted: list[nn.Module] = []
         try:
-            for module, handler in wanted:
-                _intercept.intercept(module, handler)
-                self._intercepted.append(module)
+            for name, denoiser in denoisers.items():
+                placed = _Placed(self, name, denoiser, handlers.get(name))
+                self._intercept(denoiser, placed.call, outside=True)
+            for path in modules.keys() - denoisers.keys():
+                self._intercept(modules[path], handlers[path])
         except BaseException:
             self.remove()
             raise
+
+    def _intercept(self, module: nn.Module, handler: Handler, *, outside: bool = False) -> None:
+        _intercept.intercept(module, handler, outside=outside)
+        self._intercepted.append(module)
 
     def remove(self) -> None:
         """Leaves every module as it was found."""
@@ -104,15 +106,14 @@ class _Turn:
         self._thread: int | None = None
         self._began_at: dict[int, float] = {}
 
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """While a denoiser is called."""
+    def enter(self) -> None:
+        """Begins a call of a denoiser."""
         if not self._in_call.acquire(blocking=False):
             raise _two_threads()
-        try:
-            yield
-        finally:
-            self._in_call.release()
+
+    def leave(self) -> None:
+        """Ends it."""
+        self._in_call.release()
 
     def may_take(self, tick: Tick, first_timestep: float) -> bool:
         """Lets the thread of a generation's first call go on with it, and no other.
@@ -144,40 +145,68 @@ class _Placed:
     """A denoiser's handler: places each call in its generation and tells the listener."""
 
     def __init__(
-        self, attachment: Attachment, name: str, denoiser: nn.Module, handler: Handler
+        self, attachment: Attachment, name: str, denoiser: nn.Module, handler: Handler | None
     ) -> None:
         self._attachment = attachment
         self._name = name
         self._denoiser = denoiser
         self._handler = handler
         self._signature = Signature(denoiser)
+        # Here, and not where they are defined, because that would load the compiler at import.
+        self.call = between_graphs(self._call)
+        self._begin, self._end = eagerly(self._begun), eagerly(self._ended)
+        self._uncompiled = eagerly(uncompiled)
 
-    @between_graphs
-    def __call__(
+    def _call(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         attachment = self._attachment
-        with attachment.turn.call():
-            try:
-                tick = self._place(args, kwargs)
-                if not tick.inside:
-                    return forward(*args, **kwargs)
-                output = self._handler(forward, args, kwargs)
-                self._tell(tick)
-            except _TwoThreadsError:
-                raise
-            except BaseException:
-                attachment.clock.forget()
-                attachment.listener.failed()
-                raise
+        attachment.is_compiled = attachment.is_compiled or traced()[1]
+        tick, as_it_is = self._begin(args, kwargs)
+        try:
+            handler = self._handler if tick.inside else None
+            if as_it_is:
+                traced()
+                output = self._uncompiled(handler or _run, forward, args, kwargs)
+            elif handler is not None:
+                output = handler(forward, args, kwargs)
+            else:  # not by way of _run, so that the model's own code is where the graph begins
+                output = forward(*args, **kwargs)
+        except BaseException:
+            self._end(tick, failed=True)
+            raise
+        self._end(tick)
         return output
 
-    @eagerly
-    def _tell(self, tick: Tick) -> None:
-        self._attachment.listener.after(self._name, tick)
+    def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tick, bool]:
+        """Places a call and prepares for it; says whether it is to run uncompiled."""
+        attachment = self._attachment
+        attachment.turn.enter()
+        try:
+            return self._place(args, kwargs)
+        except BaseException as error:
+            if not isinstance(error, _TwoThreadsError):
+                self._broken_off()
+            attachment.turn.leave()
+            raise
 
-    @eagerly
-    def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tick:
+    def _ended(self, tick: Tick, *, failed: bool = False) -> None:
+        try:
+            if failed:
+                self._broken_off()
+            elif tick.inside:
+                self._attachment.listener.after(self._name, tick)
+        except BaseException:
+            self._broken_off()
+            raise
+        finally:
+            self._attachment.turn.leave()
+
+    def _broken_off(self) -> None:
+        self._attachment.clock.forget()
+        self._attachment.listener.failed()
+
+    def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tick, bool]:
         call = self._signature.sort(args, kwargs)
         if call.timestep is None:
             raise ScheduleMismatchError(
@@ -189,7 +218,7 @@ class _Placed:
         tick = attachment.clock.tick(call.timestep, call.latents)
         if not tick.inside:
             attachment.listener.outside()
-            return tick
+            return tick, False
         if not attachment.turn.may_take(tick, attachment.clock.first_timestep):
             attachment.clock.restore(before)
             raise _two_threads()
@@ -204,8 +233,10 @@ class _Placed:
             call.latents,
             one_stage=attachment.clock.asks_once,
         )
-        attachment.listener.before(self._name, tick, branch, args, kwargs)
-        return tick
+        if tick.starts and not attachment.is_compiled:
+            attachment.is_compiled = has_compiled_parts(self._denoiser)
+        as_it_is = attachment.listener.before(self._name, tick, branch, args, kwargs)
+        return tick, as_it_is and attachment.is_compiled
 
 
 def _run(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -145,9 +145,10 @@ class _StepCounter:
 
     def before(
         self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
-    ) -> None:
+    ) -> bool:
         self.steps += tick.call == 0
         self.calls += 1
+        return False
 
     def after(self, denoiser: str, tick: Tick) -> None:
         pass

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor, nn
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -18,3 +19,26 @@ def eagerly(function: F) -> F:
 def between_graphs(function: F) -> F:
     """Runs a function as it is; the model's code that it calls is compiled all the same."""
     return cast(F, torch.compiler.disable(function, recursive=False))  # type: ignore[no-untyped-call]
+
+
+def uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a function that runs as it is, with all that was compiled inside of it."""
+    with torch.compiler.set_stance("force_eager"):
+        return function(*args, **kwargs)
+
+
+def traced() -> tuple[Tensor, bool]:
+    """Whether what calls this, between graphs, is compiled; beside it, a tensor of no meaning.
+
+    The tensor makes it a graph, without which ``fullgraph=True`` refuses a call that needs none of
+    the model's.
+    """
+    return torch.empty(0), torch.compiler.is_dynamo_compiling()
+
+
+def has_compiled_parts(module: nn.Module) -> bool:
+    """Whether a module, or some part of it, was compiled in place or wrapped."""
+    return any(
+        part._compiled_call_impl is not None or "_orig_mod" in part._modules
+        for part in module.modules()
+    )

@@ -15,12 +15,15 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import MethodType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
+from ._eager import between_graphs
 from .errors import AlreadyCachedError
 
 _SLOT = "_smoothcache_slot"
@@ -39,15 +42,16 @@ class Handler(Protocol):
 class _Slot:
     """What an intercepted module carries: its handler and the forward behind it."""
 
-    def __init__(self, module: nn.Module, base: type, handler: Handler) -> None:
+    def __init__(self, module: nn.Module, base: type, handler: Handler, *, outside: bool) -> None:
         self.module = weakref.ref(module)
         self.base = base
         self.handler: Handler | None = handler
         self.context: str | None = None
         self.inside: int | None = None  # the thread that runs what is behind the handler
-        self.of_class = _Forward(self, MethodType(_class_forward(base), module))
+        self.kind = _forward_between_graphs() if outside else _Forward
+        self.of_class = self.kind(self, MethodType(_class_forward(base), module))
         own = module.__dict__.pop("forward", None)
-        self.forward = self.of_class if own is None else _Forward(self, own)
+        self.forward = self.of_class if own is None else self.kind(self, own)
 
     @property
     def instance_forward(self) -> Any:
@@ -56,7 +60,7 @@ class _Slot:
 
     def put(self, value: Any) -> None:
         is_ours = isinstance(value, _Forward) and value.slot is self
-        self.forward = value if is_ours else _Forward(self, value)
+        self.forward = value if is_ours else self.kind(self, value)
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a copy of a module is not intercepted
@@ -73,7 +77,7 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         slot = self.slot
         # Released, or wrapped by a later forward, behind which the handler has been.
-        if slot.handler is None or slot.inside == threading.get_ident():
+        if slot.handler is None or (slot.inside is not None and slot.inside == _this_thread()):
             return self.plain(*args, **kwargs)
         if self is slot.of_class:
             return slot.handler(self.plain, args, kwargs)
@@ -81,7 +85,7 @@ class _Forward:
 
     def _behind(self, *args: Any, **kwargs: Any) -> Any:
         slot = self.slot
-        outer, slot.inside = slot.inside, threading.get_ident()
+        outer, slot.inside = slot.inside, _this_thread()
         try:
             return self.plain(*args, **kwargs)
         finally:
@@ -101,6 +105,21 @@ class _Forward:
 
     def __reduce__(self) -> Any:
         return _itself, (self.plain,)
+
+
+@cache  # not before it is needed, because it loads the compiler
+def _forward_between_graphs() -> type[_Forward]:
+    """A forward that ``torch.compile`` never traces, but the code of the model that it calls."""
+
+    class Forward(_Forward):
+        __call__ = between_graphs(_Forward.__call__)
+
+    return Forward
+
+
+def _this_thread() -> int:
+    """Number of the thread; of the one that traces, if ``torch.compile`` does."""
+    return 0 if torch.compiler.is_dynamo_compiling() else threading.get_ident()
 
 
 def _itself(value: Any) -> Any:
@@ -139,13 +158,20 @@ class _ForwardOfInstance:
             raise AttributeError("forward")
 
 
-def intercept(module: nn.Module, handler: Handler) -> None:
-    """Sends every forward of ``module`` through ``handler`` until ``release``."""
+def intercept(module: nn.Module, handler: Handler, *, outside: bool = False) -> None:
+    """Sends every forward of ``module`` through ``handler`` until ``release``.
+
+    Args:
+        module: Whose forward.
+        handler: What is asked.
+        outside: Whether ``torch.compile`` leaves the handler alone, so that compiled code
+            begins behind it, instead of tracing it.
+    """
     base = type(module)
     if _is_generated(base):  # made by the class of an intercepted module
         base = base.__bases__[0]
     module.__class__ = _subclass(base)  # first, because it alone can fail
-    object.__setattr__(module, _SLOT, _Slot(module, base, handler))
+    object.__setattr__(module, _SLOT, _Slot(module, base, handler, outside=outside))
 
 
 def is_intercepted(module: nn.Module) -> bool:

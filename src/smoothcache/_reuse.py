@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ._content import version
-from ._eager import between_graphs, eagerly
+from ._outputs import (
+    are_finite,
+    are_swapped,
+    bases_of,
+    float_tensors,
+    form_of,
+    kept_of,
+    plus,
+    taken_apart,
+    tensors_in,
+    writes_into,
+)
+from ._slots import Slots
 from .errors import ScheduleMismatchError
 from .predictors import PREDICTORS, extrapolation_weights, last_uses
 
@@ -47,6 +57,10 @@ class Tally:
         """Counts bytes that are kept from now on, or no longer (negative)."""
         self.held_bytes += change
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+
+    def recompute(self, reason: str, calls: int = 1) -> None:
+        """Counts calls that were to reuse."""
+        self.recomputed[reason] = self.recomputed.get(reason, 0) + calls
 
 
 @dataclass
@@ -104,7 +118,10 @@ class ReusedLayer:
         self._check_finite = check_finite
         self._kept: dict[Place, list[_Kept]] = {}
         self._not_finite: set[Place] = set()
-        self._active = False
+        self._slots: dict[int | None, tuple[Slots, ...]] = {}
+        self._here: tuple[Slots, ...] = ()  # those of the present call
+        self._ever_reused = any(last is not None for last in self._last_uses)
+        self._active = self._passes = self._compiled = self._missed = False
         self._step = self._use = 0
         self._branch: int | None = 0
         self.ran = self.ran_before = False  # in this generation; in an earlier one
@@ -118,49 +135,137 @@ class ReusedLayer:
         if self._kept:
             self._drop(lambda place, kept: kept.last_use < step)
 
-    def begin(self, step: int, branch: int | None) -> None:
-        """Prepares for a call of the denoiser; one of no known branch neither keeps nor reuses."""
+    def begin(self, step: int, branch: int | None, *, compiled: bool = False) -> None:
+        """Prepares for a call of the denoiser; one of no known branch neither keeps nor reuses.
+
+        Args:
+            step: Index of the solver step.
+            branch: Number of the call's branch; None if it is not known.
+            compiled: Whether parts of the model are. Then values are kept in slots.
+        """
         self._step, self._branch, self._use = step, branch, 0
+        self._passes = branch is None or not self._ever_reused
+        self._compiled = compiled
+        self._here = self._slots.get(branch, ()) if compiled else ()
+        self._missed = False
+        for slots in self._here:
+            is_there = bool(slots.steps) and slots.steps[0] >= self._due[step]
+            slots.prepare(step, reuses=is_there and not self._computed[step])
         self._active = True
 
     def end(self) -> None:
         """Lets the layer run as it is until the next call of the denoiser."""
+        if not self._active:
+            return
         self._active = False
+        self.ran = self.ran or self._use > 0
+        if self._passes:
+            self._count_as_computed(self._use)
+        elif self._compiled:
+            for slots in self._here[: self._use]:
+                self._settle(slots)
+            if self._missed:
+                self._count_as_computed(self._use - len(self._here))
+            else:
+                self._move_into_slots()
 
     def forget(self, branch: int | None = None) -> None:
-        """Drops all kept values, or those of one call of the step."""
+        """Drops all kept values, or those of one call of the step. Slots stay, without values."""
         self._not_finite = {place for place in self._not_finite if branch not in (None, place[0])}
         self._drop(lambda place, kept: branch is None or place[0] == branch)
+        for number, uses in self._slots.items():
+            if branch in (None, number):
+                for slots in uses:
+                    slots.steps = []
 
-    @between_graphs
+    def release(self, branch: int | None = None) -> None:
+        """Gives up slots, all or those of one call of the step, and what is in them."""
+        for number in list(self._slots):
+            if branch in (None, number):
+                self._tally.hold(-sum(slots.nbytes for slots in self._slots.pop(number)))
+
+    @property
+    def must_be_seen(self) -> bool:
+        """Whether the last call had outputs that no slots fit, so that one must run uncompiled."""
+        return self._missed or any(slots.is_misfit for slots in self._here)
+
     def __call__(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if not self._active:
             return forward(*args, **kwargs)
-        self.ran = True
-        place = (self._branch, self._use)
-        self._use += 1
+        use = self._use
+        self._use = use + 1
+        if self._passes:
+            return forward(*args, **kwargs)
+        if use < len(self._here):
+            return self._here[use](forward, args, kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            self._missed = True
+            return forward(*args, **kwargs)
+        return self._asked((self._branch, use), forward, args, kwargs)
+
+    def _asked(
+        self,
+        place: Place,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         if self._computed[self._step]:
             self._tally.computed += 1
         elif reason := self._obstacle(place, args, kwargs):
-            self._tally.recomputed[reason] = self._tally.recomputed.get(reason, 0) + 1
+            self._tally.recompute(reason)
         else:
             self._tally.reused += 1
             return self._reuse(place, args, kwargs)
-        if self._branch is None or self._last_uses[self._step] is None:
+        if self._last_uses[self._step] is None and not self._compiled:
             return forward(*args, **kwargs)
         return self._compute(place, forward, args, kwargs)
 
-    @eagerly
     def _obstacle(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Why a planned reuse is not possible; nothing if it is."""
         history = self._kept.get(place)
         if not history or history[-1].step < self._due[self._step]:
             return NOT_FINITE if place in self._not_finite else self._tally.reason
-        return "" if history[-1].form == _form_of(args, kwargs) else OTHER_SHAPES
+        return "" if history[-1].form == form_of(args, kwargs) else OTHER_SHAPES
 
-    @between_graphs
+    # ------------------------------------------------------------------------------------ slots
+
+    def _settle(self, slots: Slots) -> None:
+        """Counts what a call did with its slots, and notes what is in them now."""
+        if slots.is_misfit:
+            slots.steps = []
+            self._count_as_computed(1, OTHER_SHAPES)
+        elif slots.reuses:
+            self._tally.reused += 1
+        else:
+            self._count_as_computed(1)
+            slots.wrote(self._step)
+            if self._check_finite and not slots.are_finite():
+                slots.steps = []
+
+    def _count_as_computed(self, calls: int, reason: str = "") -> None:
+        if self._computed[self._step]:
+            self._tally.computed += calls
+        elif calls:
+            self._tally.recompute(reason or self._tally.reason, calls)
+
+    def _move_into_slots(self) -> None:
+        """Makes slots like the values that an uncompiled call kept."""
+        found = sorted((place, h) for place, h in self._kept.items() if place[0] == self._branch)
+        for place, history in found:
+            newest = history[-1]
+            shapes = [shape for shape, _ in newest.form]
+            slots = Slots(newest, shapes, self._order, residual=self._residual)
+            slots.fill([kept.leaves for kept in reversed(history)])
+            slots.steps = [kept.step for kept in reversed(history)]
+            self._slots[self._branch] = (*self._slots.get(self._branch, ()), slots)
+            self._tally.hold(slots.nbytes)
+            self._drop(partial(_is_at, place))
+
+    # ---------------------------------------------------------------------------------- history
+
     def _compute(
         self,
         place: Place,
@@ -170,15 +275,14 @@ class ReusedLayer:
     ) -> Any:
         inputs: list[Tensor] = []
         if self._residual:  # copies, because the block may write into its input
-            inputs = [x.detach().clone() for x in _float_tensors((args, kwargs))]
-        form = _form_of(args, kwargs)
-        given = _tensors((args, kwargs))
+            inputs = [x.detach().clone() for x in float_tensors((args, kwargs))]
+        form = form_of(args, kwargs)
+        given = tensors_in((args, kwargs))
         versions = [version(x) for x in given]
         output = forward(*args, **kwargs)
         self._refuse_side_effects(given, versions, output)
         return self._taken(place, output, inputs, form)
 
-    @eagerly
     def _refuse_side_effects(
         self, given: list[Tensor], versions: list[int | None], output: Any
     ) -> None:
@@ -189,19 +293,18 @@ class ReusedLayer:
                 f"{name!r} returned no tensor but {type(output).__name__}, so skipping it would "
                 "lose what it does to its input; leave it out of the schedule"
             )
-        if _writes_into(given, versions, leaves):
+        if writes_into(given, versions, leaves):
             raise ScheduleMismatchError(
                 f"{name!r} writes into a tensor that it is given, which skipping it would "
                 "lose; leave it out of the schedule"
             )
 
-    @eagerly
     def _taken(self, place: Place, output: Any, inputs: list[Tensor], form: list[Any]) -> Any:
         leaves, rebuild = taken_apart(output)
-        swapped = _swapped(leaves, inputs)
-        bases = _bases(leaves, inputs, swapped)
-        values = [_minus(leaf, base) for leaf, base in zip(leaves, bases, strict=True)]
-        if self._check_finite and not _are_finite(values):
+        swapped = are_swapped(leaves, inputs)
+        bases = bases_of(leaves, inputs, swapped)
+        values = [kept_of(leaf, base) for leaf, base in zip(leaves, bases, strict=True)]
+        if self._check_finite and not are_finite(values):
             self._not_finite.add(place)
             return output
         self._not_finite.discard(place)
@@ -221,7 +324,6 @@ class ReusedLayer:
         if len(history) > self._order + 1:
             self._tally.hold(-history.pop(0).nbytes)
 
-    @eagerly
     def _reuse(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         history = self._kept[place]
         newest = history[-1]
@@ -232,10 +334,10 @@ class ReusedLayer:
             for i in range(len(newest.leaves))
         ]
         if self._residual:
-            inputs = _float_tensors((args, kwargs))
-            bases = _bases(values, inputs, newest.swapped)
+            inputs = float_tensors((args, kwargs))
+            bases = bases_of(values, inputs, newest.swapped)
             values = [
-                _plus(value, base, dtype)
+                plus(value, base, dtype)
                 for value, base, dtype in zip(values, bases, newest.dtypes, strict=True)
             ]
         self._drop(lambda at, kept: at == place and kept.last_use <= self._step)
@@ -251,6 +353,10 @@ class ReusedLayer:
                 self._kept[place] = [kept for kept in history if not is_spent(place, kept)]
 
 
+def _is_at(place: Place, at: Place, _: _Kept) -> bool:
+    return at == place
+
+
 def _combined(values: list[Any], weights: list[float], *, consume: bool) -> Any:
     """The weighted sum of a leaf's kept values; whoever gets it may write into it."""
     newest = values[-1]
@@ -264,122 +370,3 @@ def _combined(values: list[Any], weights: list[float], *, consume: bool) -> Any:
     for value, weight in zip(values[1:-1], weights[1:-1], strict=True):
         total.add_(value - newest, alpha=weight)
     return total
-
-
-# --------------------------------------------------------------------------- inputs and outputs
-
-
-def _form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Shapes and types of the tensors that a layer is given."""
-    form: list[Any] = []
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            form.append((value.shape, value.dtype))
-        elif isinstance(value, list | tuple | dict):
-            leaves = pytree.tree_leaves(value)
-            form += [(x.shape, x.dtype) for x in leaves if isinstance(x, Tensor)]
-    return form
-
-
-def _writes_into(inputs: list[Tensor], versions: list[int | None], outputs: list[Any]) -> bool:
-    """Whether a layer wrote into something that it was given and does not return."""
-    returned = {id(output) for output in outputs}
-    return any(
-        x_version is not None and version(x) != x_version and id(x) not in returned
-        for x, x_version in zip(inputs, versions, strict=True)
-    )
-
-
-def taken_apart(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The leaves of an output, dataclasses in it included, and how to put others in their place."""
-    leaves, spec = pytree.tree_flatten(output)
-    parts = [_fields_apart(leaf) for leaf in leaves]
-    wholes = [whole for _, whole in parts]  # without the tensors, which are not to be kept alive
-
-    def rebuild(values: list[Any]) -> Any:
-        rest = iter(values)
-        return pytree.tree_unflatten([whole(rest) for whole in wholes], spec)
-
-    return [leaf for own, _ in parts for leaf in own], rebuild
-
-
-def _fields_apart(leaf: Any) -> tuple[list[Any], Callable[[Iterator[Any]], Any]]:
-    """What is in a leaf: itself, or the leaves of a dataclass; and how to refill it."""
-    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
-        return [leaf], next
-    names = [item.name for item in dataclasses.fields(leaf)]
-    leaves, refill = taken_apart({name: getattr(leaf, name) for name in names})
-    like, count = copy.copy(leaf), len(leaves)
-    for name in names:
-        object.__setattr__(like, name, None)
-
-    def whole(rest: Iterator[Any]) -> Any:
-        filled = copy.copy(like)
-        for name, value in refill([next(rest) for _ in range(count)]).items():
-            object.__setattr__(filled, name, value)
-        return filled
-
-    return leaves, whole
-
-
-def _are_finite(values: list[Any]) -> bool:
-    return all(bool(torch.isfinite(value).all()) for value in values if isinstance(value, Tensor))
-
-
-# ------------------------------------------------------------------- residuals of whole blocks
-
-
-def _tensors(arguments: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)]
-
-
-def _float_tensors(arguments: Any) -> list[Tensor]:
-    return [x for x in _tensors(arguments) if x.is_floating_point()]
-
-
-def _swapped(outputs: list[Any], inputs: list[Tensor]) -> Tensor | None:
-    """Whether two streams of one shape come out in the other order than they went in.
-
-    Decided on the device by which order leaves the smaller residuals; None where shapes tell.
-    """
-    outs = [x for x in outputs if isinstance(x, Tensor)]
-    if len(outs) != 2 or outs[0].shape != outs[1].shape:
-        return None
-    ins = [x for x in inputs if _alike(x, outs[0])][:2]
-    if len(ins) != 2:
-        return None
-    straight = (outs[0] - ins[0]).abs().sum() + (outs[1] - ins[1]).abs().sum()
-    crossed = (outs[0] - ins[1]).abs().sum() + (outs[1] - ins[0]).abs().sum()
-    return crossed < straight
-
-
-def _bases(outputs: list[Any], inputs: list[Tensor], swapped: Tensor | None) -> list[Tensor | None]:
-    """The input that each output leaf continues: the first unused one of its shape."""
-    free = list(inputs)
-    bases: list[Tensor | None] = []
-    for output in outputs:
-        fits = [i for i, x in enumerate(free) if isinstance(output, Tensor) and _alike(x, output)]
-        fits.sort(key=lambda i: free[i].dtype != output.dtype)  # autocast may change it in a block
-        index = next(iter(fits), None)
-        bases.append(None if index is None else free.pop(index))
-    if swapped is not None:
-        first, second = (i for i, output in enumerate(outputs) if isinstance(output, Tensor))
-        a, b = bases[first], bases[second]
-        if a is not None and b is not None:
-            bases[first], bases[second] = torch.where(swapped, b, a), torch.where(swapped, a, b)
-    return bases
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.device == b.device and b.is_floating_point()
-
-
-def _minus(leaf: Any, base: Tensor | None) -> Any:
-    """A value to keep: a copy of its own, that no later in-place operation can alter."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return leaf.detach().clone() if base is None else leaf.detach() - base
-
-
-def _plus(value: Any, base: Tensor | None, dtype: torch.dtype | None) -> Any:
-    return value if base is None else (value + base).to(dtype)

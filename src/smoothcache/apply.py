@@ -107,7 +107,9 @@ class Run:
             )
             for layer in layers
         }
-        self._shapes: dict[tuple[str, int], Any] = {}
+        self._shapes: dict[tuple[str, int | None], Any] = {}  # of a branch in this generation
+        self._seen: dict[tuple[str, int | None], Any] = {}  # those that there are slots for
+        self._branch: int | None = None
         self._finished = self._broken_off = self._reused_before = self._outside = 0
         self._steps_seen = 0
         self._open = self._warned = False
@@ -163,8 +165,8 @@ class Run:
 
     def before(
         self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
-    ) -> None:
-        """Prepares the layers for a call of a denoiser."""
+    ) -> bool:
+        """Prepares the layers for a call of a denoiser; the first of each form is to be seen."""
         self._refuse_checkpointing(denoiser)
         if tick.starts:
             for layer in self._layers.values():
@@ -181,13 +183,19 @@ class Run:
             for layer in self._layers.values():
                 layer.expire(tick.step)
         self._tally.reason = self._refresh(denoiser, tick, branch, args, kwargs)
+        compiled = self._attachment is not None and self._attachment.is_compiled
+        must_be_seen = compiled and self._must_be_seen(denoiser, branch)
         for layer in self._by_denoiser[denoiser]:
-            layer.begin(tick.step, branch)
+            layer.begin(tick.step, branch, compiled=compiled)
+        self._branch = branch
+        return must_be_seen
 
     def after(self, denoiser: str, tick: Tick) -> None:
         """Lets the layers run as they are until the next call."""
         for layer in self._by_denoiser[denoiser]:
             layer.end()
+            if layer.must_be_seen:
+                self._seen.pop((denoiser, self._branch), None)
         if tick.step == self.schedule.num_steps - 1:
             self._warn_of_what_did_nothing()
 
@@ -220,6 +228,16 @@ class Run:
             layer.forget(branch)
         return OTHER_SHAPES if known != shapes else _NOT_VOUCHED
 
+    def _must_be_seen(self, denoiser: str, branch: int | None) -> bool:
+        """Whether layers may return what no slots were made for: the call runs uncompiled then."""
+        shapes = self._shapes.get((denoiser, branch))
+        if branch is None or self._seen.get((denoiser, branch)) == shapes:
+            return False
+        self._seen[denoiser, branch] = shapes
+        for layer in self._by_denoiser[denoiser]:
+            layer.release(branch)
+        return True
+
     def _forget(self) -> None:
         self._shapes.clear()
         for layer in self._layers.values():
@@ -238,6 +256,8 @@ class Run:
             self._attachment.remove()
             self._attachment = None
             self._forget()
+            for layer in self._layers.values():
+                layer.release()
 
     # -------------------------------------------------------------------------------- refusals
 

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ._attach import Attachment
 from ._checks import check_count
 from ._intercept import Handler
-from ._reuse import taken_apart
+from ._outputs import taken_apart
 from .calibration import Calibration
 from .clock import Tick
 from .costs import MacCounter
@@ -203,7 +203,7 @@ class _Session:
 
     def before(
         self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
-    ) -> None:
+    ) -> bool:
         """Prepares the observers for a call of a denoiser, and counts MACs in its first step."""
         self._generations += tick.starts
         if self._generations > 1:
@@ -220,6 +220,7 @@ class _Session:
         for watcher in self._blocks.values():
             watcher.counter = counter
         self._counter = counter
+        return True
 
     def after(self, denoiser: str, tick: Tick) -> None:
         """Ends a call of a denoiser."""

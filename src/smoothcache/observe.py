@@ -112,11 +112,12 @@ class _FirstStep:
 
     def before(
         self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
-    ) -> None:
+    ) -> bool:
         self._is_over = self._is_over or not (tick.step == 0 or tick.starts)
         counter = None if self._is_over else self._counting.enter_context(MacCounter())
         for watcher in self._watchers:
             watcher.counter = counter
+        return True
 
     def after(self, denoiser: str, tick: Tick) -> None:
         self._counting.close()
