@@ -26,6 +26,19 @@ def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     return form
 
 
+def has_form(form: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether ``form_of`` would give this form, told at once in most cases."""
+    count = 0
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            if count >= len(form) or form[count] != (value.shape, value.dtype):
+                return False
+            count += 1
+        elif isinstance(value, list | tuple | dict):
+            return form_of(args, kwargs) == form
+    return count == len(form)
+
+
 def writes_into(inputs: list[Tensor], versions: list[int | None], outputs: list[Any]) -> bool:
     """Whether a layer wrote into something that it was given and does not return."""
     returned = {id(output) for output in outputs}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ._outputs import (
     bases_of,
     float_tensors,
     form_of,
+    has_form,
     kept_of,
     plus,
     taken_apart,
@@ -74,12 +75,11 @@ class _Kept:
     swapped: Tensor | None
     dtypes: list[torch.dtype | None]
     form: list[Any]
+    is_held_tensor: bool  # one tensor, to be returned as it is
 
     @property
     def nbytes(self) -> int:
-        # Not Tensor.nbytes, which fails while torch.compile traces with symbolic shapes.
-        tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(leaf.nbytes for leaf in self.leaves if isinstance(leaf, Tensor))
 
 
 class ReusedLayer:
@@ -203,32 +203,30 @@ class ReusedLayer:
         if torch.compiler.is_dynamo_compiling():
             self._missed = True
             return forward(*args, **kwargs)
-        return self._asked((self._branch, use), forward, args, kwargs)
-
-    def _asked(
-        self,
-        place: Place,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+        place = (self._branch, use)
+        history = self._kept.get(place)
         if self._computed[self._step]:
             self._tally.computed += 1
-        elif reason := self._obstacle(place, args, kwargs):
+        elif reason := self._obstacle(place, history, args, kwargs):
             self._tally.recompute(reason)
-        else:
+        elif history is not None:
             self._tally.reused += 1
-            return self._reuse(place, args, kwargs)
+            return self._reuse(place, history, args, kwargs)
         if self._last_uses[self._step] is None and not self._compiled:
             return forward(*args, **kwargs)
         return self._compute(place, forward, args, kwargs)
 
-    def _obstacle(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def _obstacle(
+        self,
+        place: Place,
+        history: list[_Kept] | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> str:
         """Why a planned reuse is not possible; nothing if it is."""
-        history = self._kept.get(place)
-        if not history or history[-1].step < self._due[self._step]:
+        if history is None or history[-1].step < self._due[self._step]:
             return NOT_FINITE if place in self._not_finite else self._tally.reason
-        return "" if history[-1].form == form_of(args, kwargs) else OTHER_SHAPES
+        return "" if has_form(history[-1].form, args, kwargs) else OTHER_SHAPES
 
     # ------------------------------------------------------------------------------------ slots
 
@@ -311,7 +309,9 @@ class ReusedLayer:
         last_use = self._last_uses[self._step]
         last_use = -1 if last_use is None else last_use
         dtypes = [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves]
-        self._keep(place, _Kept(self._step, last_use, values, rebuild, swapped, dtypes, form))
+        is_held = self._order == 0 and isinstance(output, Tensor) and not self._residual
+        kept = _Kept(self._step, last_use, values, rebuild, swapped, dtypes, form, is_held)
+        self._keep(place, kept)
         return output
 
     def _keep(self, place: Place, kept: _Kept) -> None:
@@ -324,11 +324,18 @@ class ReusedLayer:
         if len(history) > self._order + 1:
             self._tally.hold(-history.pop(0).nbytes)
 
-    def _reuse(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        history = self._kept[place]
+    def _reuse(
+        self,
+        place: Place,
+        history: list[_Kept],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         newest = history[-1]
-        weights = extrapolation_weights([kept.step for kept in history], self._step)
         is_last = newest.last_use <= self._step
+        if newest.is_held_tensor and not is_last:  # the shortest way to the most frequent case
+            return newest.leaves[0].clone()
+        weights = _weights(tuple([kept.step for kept in history]), self._step)
         values = [
             _combined([kept.leaves[i] for kept in history], weights, consume=is_last)
             for i in range(len(newest.leaves))
@@ -340,7 +347,8 @@ class ReusedLayer:
                 plus(value, base, dtype)
                 for value, base, dtype in zip(values, bases, newest.dtypes, strict=True)
             ]
-        self._drop(lambda at, kept: at == place and kept.last_use <= self._step)
+        if is_last:
+            self._tally.hold(-sum(kept.nbytes for kept in self._kept.pop(place)))
         return newest.rebuild(values)
 
     def _drop(self, is_spent: Callable[[Place, _Kept], bool]) -> None:
@@ -351,6 +359,11 @@ class ReusedLayer:
                 del self._kept[place]
             elif spent:
                 self._kept[place] = [kept for kept in history if not is_spent(place, kept)]
+
+
+@lru_cache(maxsize=1024)
+def _weights(steps: tuple[int, ...], at: int) -> list[float]:
+    return extrapolation_weights(steps, at)
 
 
 def _is_at(place: Place, at: Place, _: _Kept) -> bool:
