@@ -149,7 +149,7 @@ class ReusedLayer:
         self._here = self._slots.get(branch, ()) if compiled else ()
         self._missed = False
         for slots in self._here:
-            is_there = bool(slots.steps) and slots.steps[0] >= self._due[step]
+            is_there = slots.newest >= self._due[step]
             slots.prepare(step, reuses=is_there and not self._computed[step])
         self._active = True
 
@@ -176,7 +176,7 @@ class ReusedLayer:
         for number, uses in self._slots.items():
             if branch in (None, number):
                 for slots in uses:
-                    slots.steps = []
+                    slots.forget()
 
     def release(self, branch: int | None = None) -> None:
         """Gives up slots, all or those of one call of the step, and what is in them."""
@@ -233,7 +233,7 @@ class ReusedLayer:
     def _settle(self, slots: Slots) -> None:
         """Counts what a call did with its slots, and notes what is in them now."""
         if slots.is_misfit:
-            slots.steps = []
+            slots.forget()
             self._count_as_computed(1, OTHER_SHAPES)
         elif slots.reuses:
             self._tally.reused += 1
@@ -241,7 +241,7 @@ class ReusedLayer:
             self._count_as_computed(1)
             slots.wrote(self._step)
             if self._check_finite and not slots.are_finite():
-                slots.steps = []
+                slots.forget()
 
     def _count_as_computed(self, calls: int, reason: str = "") -> None:
         if self._computed[self._step]:
@@ -256,8 +256,7 @@ class ReusedLayer:
             newest = history[-1]
             shapes = [shape for shape, _ in newest.form]
             slots = Slots(newest, shapes, self._order, residual=self._residual)
-            slots.fill([kept.leaves for kept in reversed(history)])
-            slots.steps = [kept.step for kept in reversed(history)]
+            slots.fill([(kept.step, kept.leaves) for kept in history])
             self._slots[self._branch] = (*self._slots.get(self._branch, ()), slots)
             self._tally.hold(slots.nbytes)
             self._drop(partial(_is_at, place))

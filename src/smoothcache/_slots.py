@@ -1,10 +1,10 @@
 """What one call of a layer keeps where ``torch.compile`` traces it: tensors at fixed places.
 
 Compiled code must not read what differs at every step, or it would be compiled anew at each. So
-all that a graph sees of a layer is one flag, compute or reuse, and tensors: it copies what it
-computes into the *slots*, newest first, and a reuse is a sum over all of them, with weights that
-are tensors too. Everything else happens between the calls of the denoiser. The slots stay where
-they are as long as shapes do, so CUDA graphs neither copy them nor overwrite them.
+all that a graph sees of a layer is one flag, compute or reuse, and tensors: it writes what it
+computes into a row of a buffer, and a reuse is a sum over all rows; which row, and how much each of
+them weighs, are tensors too. Everything else happens between the calls of the denoiser. Buffers
+stay where they are as long as shapes do, so CUDA graphs neither copy them nor overwrite them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ class Slots:
         residual: Whether what is kept is what the layer adds to its inputs.
 
     Attributes:
-        steps: The steps at which the values were computed, newest first; none if none is of use.
         reuses: Whether the next call reuses.
         is_misfit: Whether a call had tensors of other shapes, and kept nothing.
     """
@@ -57,16 +56,17 @@ class Slots:
     def __init__(
         self, example: Output, shapes: Sequence[torch.Size], order: int, *, residual: bool
     ) -> None:
-        self._leaves = [_slots_for(leaf, order) for leaf in example.leaves]
-        self._swapped = None if example.swapped is None else _slots_for(example.swapped, 0)
+        self._leaves = [_buffer_for(leaf, order + 1) for leaf in example.leaves]
+        self._swapped = _buffer_for(example.swapped, 1)
         self._rebuild = example.rebuild
         self._dtypes = example.dtypes
-        self._order = order
+        self._rows: list[int | None] = [None] * (order + 1)  # the step that each is of
+        self._row = 0  # the one to be written next
         self._residual = residual
         self._like = _first_alike(shapes, example.leaves)
+        self._index: Tensor | None = None
         self._weights: Tensor | None = None
-        self._table: dict[tuple[int, ...], Tensor] = {}
-        self.steps: list[int] = []
+        self._tensors: dict[tuple[Any, ...], Tensor] = {}
         self.reuses = self.is_misfit = False
 
     # ------------------------------------------------------------------------ inside of graphs
@@ -95,7 +95,7 @@ class Slots:
             return True
         given, leaf = self._like
         tensors = tensors_in((args, kwargs))
-        return given < len(tensors) and tensors[given].shape == self._leaves[leaf][0].shape
+        return given < len(tensors) and tensors[given].shape == self._leaves[leaf].shape[1:]
 
     def _keep(self, output: Any, inputs: list[Tensor]) -> None:
         leaves, _ = taken_apart(output)
@@ -104,18 +104,18 @@ class Slots:
             return
         swapped = are_swapped(leaves, inputs)
         bases = bases_of(leaves, inputs, swapped)
-        for slots, leaf, base in zip(self._leaves, leaves, bases, strict=True):
+        for buffer, leaf, base in zip(self._leaves, leaves, bases, strict=True):
             if isinstance(leaf, Tensor):
                 value = leaf.detach() if base is None else leaf.detach() - base
-                if not isinstance(slots, tuple) or not _fits(slots[0], value):
+                if not _fits(buffer, value):
                     self.is_misfit = True
                     return
-                _push(slots, value)
-        if swapped is not None and self._swapped is not None:
-            _push(self._swapped, swapped)
+                _write(buffer, self._index, value)
+        if swapped is not None:
+            _write(self._swapped, None, swapped)
 
     def _predicted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        values = [_combined(slots, self._weights) for slots in self._leaves]
+        values = [_combined(buffer, self._weights) for buffer in self._leaves]
         if self._residual:
             swapped = None if self._swapped is None else self._swapped[0]
             bases = bases_of(values, float_tensors((args, kwargs)), swapped)
@@ -129,67 +129,85 @@ class Slots:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots."""
-        return sum(slot.nbytes for slot in self._all())
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers())
+
+    @property
+    def newest(self) -> int:
+        """The step of the newest value; -1 if there is none."""
+        return max((step for step in self._rows if step is not None), default=-1)
+
+    def forget(self) -> None:
+        """Makes all values of no use."""
+        self._rows = [None] * len(self._rows)
 
     def prepare(self, step: int, *, reuses: bool) -> None:
         """Says what the next call does."""
         self.reuses, self.is_misfit = reuses, False
-        if reuses and self._order:
-            self._weights = self._weights_at(step)
+        if len(self._rows) == 1:
+            return
+        if reuses:
+            self._weights = self._tensor(self._weights_at(step))
+        else:
+            oldest = min(-1 if step is None else step for step in self._rows)
+            self._row = self._rows.index(None if oldest < 0 else oldest)
+            self._index = self._tensor([self._row], torch.int64)
 
     def wrote(self, step: int) -> None:
-        """Notes that the newest slots are of this step."""
-        self.steps = [step, *self.steps][: self._order + 1]
-        if len(self.steps) == 1:  # the others weigh nothing, but may hold no number at all
+        """Notes that the last call wrote the value of this step."""
+        is_first = self.newest < 0
+        self._rows[self._row] = step
+        if is_first:  # the other rows weigh nothing, but may hold what is not even a number
             self._fill()
 
-    def fill(self, values: Sequence[Sequence[Any]]) -> None:
-        """Copies the leaves of values into the slots, newest first."""
+    def fill(self, values: Sequence[tuple[int, Sequence[Any]]]) -> None:
+        """Copies the leaves of values that were computed before there were slots, by their step."""
         with torch.inference_mode(mode=False), torch.no_grad():
-            for index, slots in enumerate(self._leaves):
-                if isinstance(slots, tuple):
-                    for slot, leaves in zip(slots, values, strict=False):
-                        slot.copy_(leaves[index])
+            for row, (step, leaves) in enumerate(values):
+                self._rows[row] = step
+                for buffer, leaf in zip(self._leaves, leaves, strict=True):
+                    if isinstance(buffer, Tensor) and row < len(buffer):
+                        buffer[row] = leaf
 
     def are_finite(self) -> bool:
-        """Whether the newest values have neither NaN nor infinity; costs a wait for them."""
-        return are_finite([slots[0] for slots in self._leaves if isinstance(slots, tuple)])
+        """Whether the last value has neither NaN nor infinity; costs a wait for it."""
+        return are_finite([buffer[min(self._row, len(buffer) - 1)] for buffer in self._buffers()])
 
     def _fill(self) -> None:
         with torch.no_grad():
-            for slots in self._leaves:
-                if isinstance(slots, tuple):
-                    for older in slots[1:]:
-                        older.copy_(slots[0])
+            for buffer in self._buffers():
+                if len(buffer) > 1:
+                    buffer.copy_(buffer[self._row].clone().expand_as(buffer))
 
-    def _weights_at(self, step: int) -> Tensor:
-        """Weights of all slots but the newest, which has the rest to 1."""
-        key = (step, *self.steps)
-        if key not in self._table:
-            weights = extrapolation_weights(self.steps, step)
-            weights += [0.0] * (self._order + 1 - len(weights))
-            like = next(slot for slot in self._all() if slot.is_floating_point())
-            dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    def _weights_at(self, step: int) -> list[float]:
+        """The weights of all rows but the first, which has the rest to 1."""
+        known = [known for known in self._rows if known is not None]
+        weights = dict(zip(known, extrapolation_weights(known, step), strict=True))
+        return [0.0 if known is None else weights[known] for known in self._rows[1:]]
+
+    def _tensor(self, numbers: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
+        """Numbers as a tensor beside the buffers, the same one whenever they come again."""
+        key = (dtype, *numbers)
+        if key not in self._tensors:
+            like = next((x for x in self._buffers() if x.is_floating_point()), self._buffers()[0])
+            dtype = dtype or (like.dtype if like.dtype == torch.float64 else torch.float32)
             with torch.inference_mode(mode=False):
-                self._table[key] = torch.tensor(weights[1:], dtype=dtype, device=like.device)
-        return self._table[key]
+                self._tensors[key] = torch.tensor(numbers, dtype=dtype, device=like.device)
+        return self._tensors[key]
 
-    def _all(self) -> list[Tensor]:
-        groups = [*self._leaves, self._swapped]
-        return [slot for slots in groups if isinstance(slots, tuple) for slot in slots]
+    def _buffers(self) -> list[Tensor]:
+        return [buffer for buffer in (*self._leaves, self._swapped) if isinstance(buffer, Tensor)]
 
 
-def _slots_for(value: Any, order: int) -> Any:
-    """Copies of a tensor, one for every value that is kept of it; anything else as it is."""
+def _buffer_for(value: Any, rows: int) -> Any:
+    """Copies of a tensor in the rows of a buffer, one if it is not of floats; else the value."""
     if not isinstance(value, Tensor):
         return value
-    count = order + 1 if value.is_floating_point() else 1
+    rows = rows if value.is_floating_point() else 1
     with torch.inference_mode(mode=False), torch.no_grad():
-        slots = tuple(value.detach().clone() for _ in range(count))
-    for slot in slots:
-        torch._dynamo.mark_static_address(slot, guard=False)
-    return slots
+        buffer = torch.stack([value.detach()] * rows)
+    torch._dynamo.mark_static_address(buffer)
+    return buffer
 
 
 def _first_alike(shapes: Sequence[torch.Size], leaves: Sequence[Any]) -> tuple[int, int] | None:
@@ -204,25 +222,27 @@ def _first_alike(shapes: Sequence[torch.Size], leaves: Sequence[Any]) -> tuple[i
     return next(pairs, None)
 
 
-def _fits(slot: Tensor, value: Tensor) -> bool:
-    return slot.shape == value.shape and slot.dtype == value.dtype
+def _fits(buffer: Any, value: Tensor) -> bool:
+    if not isinstance(buffer, Tensor):
+        return False
+    return buffer.shape[1:] == value.shape and buffer.dtype == value.dtype
 
 
-def _push(slots: tuple[Tensor, ...], value: Tensor) -> None:
-    for older, newer in zip(reversed(slots[1:]), reversed(slots[:-1]), strict=True):
-        older.copy_(newer)
-    slots[0].copy_(value)
+def _write(buffer: Tensor, row: Tensor | None, value: Tensor) -> None:
+    if len(buffer) == 1 or row is None:
+        buffer.copy_(value[None])
+    else:
+        buffer.index_copy_(0, row, value[None])
 
 
-def _combined(slots: Any, weights: Tensor | None) -> Any:
+def _combined(buffer: Any, weights: Tensor | None) -> Any:
     """The weighted sum of a leaf's values; whoever gets it may write into it."""
-    if not isinstance(slots, tuple):
-        return slots
-    newest = slots[0]
-    if len(slots) == 1 or weights is None:
-        return newest.clone()
+    if not isinstance(buffer, Tensor):
+        return buffer
+    if len(buffer) == 1 or weights is None:
+        return buffer[0].clone()
     # The weights sum to 1, so only differences need them: equal values give that value exactly.
-    total = newest
-    for i, value in enumerate(slots[1:]):
-        total = total + weights[i] * (value - newest)
+    total = buffer[0]
+    for i in range(1, len(buffer)):
+        total = total + weights[i - 1] * (buffer[i] - buffer[0])
     return total
