@@ -76,12 +76,13 @@ class _Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         slot = self.slot
+        handler = slot.handler
         # Released, or wrapped by a later forward, behind which the handler has been.
-        if slot.handler is None or (slot.inside is not None and slot.inside == _this_thread()):
+        if handler is None or (slot.inside is not None and slot.inside == _this_thread()):
             return self.plain(*args, **kwargs)
         if self is slot.of_class:
-            return slot.handler(self.plain, args, kwargs)
-        return slot.handler(self._behind, args, kwargs)
+            return handler(self.plain, args, kwargs)
+        return handler(self._behind, args, kwargs)
 
     def _behind(self, *args: Any, **kwargs: Any) -> Any:
         slot = self.slot

@@ -28,15 +28,17 @@ def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
 
 def has_form(form: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether ``form_of`` would give this form, told at once in most cases."""
-    count = 0
+    count, most = 0, len(form)
     for value in (*args, *kwargs.values()) if kwargs else args:
+        if value is None:
+            continue
         if isinstance(value, Tensor):
-            if count >= len(form) or form[count] != (value.shape, value.dtype):
+            if count == most or value.shape != form[count][0] or value.dtype != form[count][1]:
                 return False
             count += 1
         elif isinstance(value, list | tuple | dict):
             return form_of(args, kwargs) == form
-    return count == len(form)
+    return count == most
 
 
 def writes_into(inputs: list[Tensor], versions: list[int | None], outputs: list[Any]) -> bool:

@@ -113,16 +113,18 @@ class ReusedLayer:
         self._last_uses = last_uses(computed, self._order)
         steps = range(len(computed))
         self._due = [max((s for s in steps[: t + 1] if computed[s]), default=0) for t in steps]
+        self._reusable_from = [len(computed) if computed[t] else self._due[t] for t in steps]
         self._tally = tally
         self._residual = residual
         self._check_finite = check_finite
         self._kept: dict[Place, list[_Kept]] = {}
+        self._spent_after = len(computed)  # no kept value is before this step
         self._not_finite: set[Place] = set()
         self._slots: dict[int | None, tuple[Slots, ...]] = {}
         self._here: tuple[Slots, ...] = ()  # those of the present call
         self._ever_reused = any(last is not None for last in self._last_uses)
         self._active = self._passes = self._compiled = self._missed = False
-        self._step = self._use = 0
+        self._step = self._use = self._reusable = 0  # of the oldest value that may be reused now
         self._branch: int | None = 0
         self.ran = self.ran_before = False  # in this generation; in an earlier one
 
@@ -132,8 +134,10 @@ class ReusedLayer:
 
     def expire(self, step: int) -> None:
         """Drops what is of no use from a step on."""
-        if self._kept:
+        if self._kept and step > self._spent_after:
             self._drop(lambda place, kept: kept.last_use < step)
+            left = [kept.last_use for history in self._kept.values() for kept in history]
+            self._spent_after = min(left, default=len(self._computed))
 
     def begin(self, step: int, branch: int | None, *, compiled: bool = False) -> None:
         """Prepares for a call of the denoiser; one of no known branch neither keeps nor reuses.
@@ -144,21 +148,25 @@ class ReusedLayer:
             compiled: Whether parts of the model are. Then values are kept in slots.
         """
         self._step, self._branch, self._use = step, branch, 0
+        self._reusable = self._reusable_from[step]
         self._passes = branch is None or not self._ever_reused
+        self._active = True
+        if compiled or self._compiled:
+            self._begin_compiled(compiled)
+
+    def _begin_compiled(self, compiled: bool) -> None:
         self._compiled = compiled
-        self._here = self._slots.get(branch, ()) if compiled else ()
+        self._here = self._slots.get(self._branch, ()) if compiled else ()
         self._missed = False
         for slots in self._here:
-            is_there = slots.newest >= self._due[step]
-            slots.prepare(step, reuses=is_there and not self._computed[step])
-        self._active = True
+            slots.prepare(self._step, reuses=slots.newest >= self._reusable)
 
     def end(self) -> None:
         """Lets the layer run as it is until the next call of the denoiser."""
-        if not self._active:
+        if not (self._active and self._use):
+            self._active = False
             return
-        self._active = False
-        self.ran = self.ran or self._use > 0
+        self._active, self.ran = False, True
         if self._passes:
             self._count_as_computed(self._use)
         elif self._compiled:
@@ -198,35 +206,42 @@ class ReusedLayer:
         self._use = use + 1
         if self._passes:
             return forward(*args, **kwargs)
-        if use < len(self._here):
+        if self._compiled and use < len(self._here):
             return self._here[use](forward, args, kwargs)
         if torch.compiler.is_dynamo_compiling():
             self._missed = True
             return forward(*args, **kwargs)
-        place = (self._branch, use)
-        history = self._kept.get(place)
+        history = self._kept.get((self._branch, use))
+        if history is not None:
+            newest = history[-1]
+            if newest.step >= self._reusable and has_form(newest.form, args, kwargs):
+                self._tally.reused += 1
+                if newest.is_held_tensor and newest.last_use > self._step:  # the shortest way
+                    return newest.leaves[0].clone()
+                return self._reuse((self._branch, use), history, args, kwargs)
+        return self._run((self._branch, use), history, forward, args, kwargs)
+
+    def _run(
+        self,
+        place: Place,
+        history: list[_Kept] | None,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         if self._computed[self._step]:
             self._tally.computed += 1
-        elif reason := self._obstacle(place, history, args, kwargs):
-            self._tally.recompute(reason)
-        elif history is not None:
-            self._tally.reused += 1
-            return self._reuse(place, history, args, kwargs)
+        else:
+            self._tally.recompute(self._obstacle(place, history))
         if self._last_uses[self._step] is None and not self._compiled:
             return forward(*args, **kwargs)
         return self._compute(place, forward, args, kwargs)
 
-    def _obstacle(
-        self,
-        place: Place,
-        history: list[_Kept] | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> str:
-        """Why a planned reuse is not possible; nothing if it is."""
-        if history is None or history[-1].step < self._due[self._step]:
-            return NOT_FINITE if place in self._not_finite else self._tally.reason
-        return "" if has_form(history[-1].form, args, kwargs) else OTHER_SHAPES
+    def _obstacle(self, place: Place, history: list[_Kept] | None) -> str:
+        """Why a planned reuse is not possible."""
+        if history is not None and history[-1].step >= self._due[self._step]:
+            return OTHER_SHAPES
+        return NOT_FINITE if place in self._not_finite else self._tally.reason
 
     # ------------------------------------------------------------------------------------ slots
 
@@ -319,6 +334,7 @@ class ReusedLayer:
             self._tally.hold(-sum(old.nbytes for old in history))
             history.clear()
         history.append(kept)
+        self._spent_after = min(self._spent_after, kept.last_use)
         self._tally.hold(kept.nbytes)
         if len(history) > self._order + 1:
             self._tally.hold(-history.pop(0).nbytes)
@@ -332,8 +348,6 @@ class ReusedLayer:
     ) -> Any:
         newest = history[-1]
         is_last = newest.last_use <= self._step
-        if newest.is_held_tensor and not is_last:  # the shortest way to the most frequent case
-            return newest.leaves[0].clone()
         weights = _weights(tuple([kept.step for kept in history]), self._step)
         values = [
             _combined([kept.leaves[i] for kept in history], weights, consume=is_last)

@@ -194,8 +194,8 @@ class Run:
         """Lets the layers run as they are until the next call."""
         for layer in self._by_denoiser[denoiser]:
             layer.end()
-            if layer.must_be_seen:
-                self._seen.pop((denoiser, self._branch), None)
+        if self._seen and any(layer.must_be_seen for layer in self._by_denoiser[denoiser]):
+            self._seen.pop((denoiser, self._branch), None)
         if tick.step == self.schedule.num_steps - 1:
             self._warn_of_what_did_nothing()
 
