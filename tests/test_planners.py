@@ -15,6 +15,7 @@ from made_up import calibration_of, calibrations, errors_of, layers_of
 from smoothcache.calibration import Calibration
 from smoothcache.errors import InvalidArgumentError
 from smoothcache.planners import PLANNERS, plan, plan_uniform
+from smoothcache.planners._patterns import with_few_patterns
 from smoothcache.planners.threshold import threshold_mask
 from smoothcache.schedule import Row
 
@@ -205,3 +206,45 @@ def test_plan_uniform_knows_its_cost() -> None:
     assert schedule.rows["blocks.0.mlp"] == Row.uniform(8, 2, predictor="taylor", last=True)
     assert schedule.compute == pytest.approx((5 * 40 + 8 * 60) / 800)
     assert schedule.provenance["interval"] == "2"
+
+
+# ------------------------------------------------------------------------------ few patterns
+
+
+@given(
+    calibration=calibrations(),
+    alpha=alphas,
+    patterns=st.integers(1, 4),
+    per=st.sampled_from(["kind", "block"]),
+)
+def test_few_patterns_compute_more_and_break_no_promise(
+    calibration: Calibration, alpha: float, patterns: int, per: Any
+) -> None:
+    free = plan(calibration, alpha=alpha, per=per)
+    few = plan(calibration, alpha=alpha, per=per, patterns=patterns)
+    assert few.patterns <= patterns
+    assert (few.table() >= free.table()).all()
+    if free.patterns <= patterns:
+        assert few.rows == free.rows
+    for layer in calibration.layers:
+        choice = {"kind": layer.kind} if per == "kind" else {"layer": layer.path}
+        last = 0
+        for step, computed in enumerate(few.rows[layer.path].computed):
+            if computed:
+                last = step
+            else:
+                assert calibration.curve(gap=step - last, **choice).mean[step] < alpha
+
+
+def test_a_shorter_gap_with_a_larger_error_is_computed() -> None:
+    computed = np.array([[1, 0, 0, 1], [1, 0, 1, 1], [1, 1, 0, 1]], dtype=np.bool_)
+    errors = [np.full((2, 4), 0.1) for _ in computed]
+    errors[1][0, 2] = errors[2][0, 2] = 9.0  # one step after the first two patterns are merged
+    few = with_few_patterns(computed, errors, 0.5, [1.0, 1.0, 1.0], 2)
+    assert few.tolist() == [[True, False, False, True]] + 2 * [[True] * 4]
+
+
+@pytest.mark.parametrize("patterns", [0, -1, 1.5, "two"])
+def test_patterns_are_at_least_one(patterns: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="patterns"):
+        plan(calibration_of(), alpha=0.1, patterns=patterns)

@@ -296,6 +296,11 @@ class Schedule:
         return sum(row.computed.count(False) for row in self.rows.values())
 
     @property
+    def patterns(self) -> int:
+        """How many different steps there are, by the layers computed: graphs to be compiled."""
+        return len(set(zip(*(row.computed for row in self.rows.values()), strict=True)))
+
+    @property
     def is_all_compute(self) -> bool:
         """Whether nothing is ever reused."""
         return self.reused == 0

@@ -11,8 +11,10 @@ from .._checks import check_count, check_number
 from .._resample import CARRIED_OVER, as_timesteps
 from ..calibration import Calibration, FloatArray
 from ..errors import InvalidArgumentError
+from ..layers import CacheLayer
 from ..schedule import Row, Schedule
 from ._assemble import assemble
+from ._patterns import with_few_patterns
 
 
 def plan(
@@ -22,6 +24,7 @@ def plan(
     per: Literal["kind", "block"] = "kind",
     max_gap: int | None = None,
     predictor: str = "hold",
+    patterns: int | None = None,
     num_steps: int | None = None,
     timesteps: Iterable[float] | None = None,
 ) -> Schedule:
@@ -45,6 +48,8 @@ def plan(
         per: "kind" decides for all layers of a kind together, "block" for each layer alone.
         max_gap: Most reuses in a row (k_max in the paper); by default all that were measured.
         predictor: How reused values are made, a name in ``PREDICTORS``.
+        patterns: Most different steps (sets of layers that are computed together), each of which
+            ``torch.compile`` makes a graph of. More is computed then, and no error rises to alpha.
         num_steps: Plan for so many steps instead, with the curves that ``Calibration.resample``
             reads off: carried over, not measured.
         timesteps: The model's own t at each of these steps, in running order [num_steps]; by
@@ -73,17 +78,35 @@ def plan(
             f"Calibrate again with a larger max_gap, or plan with a smaller one."
         )
 
-    def row(**choice: str) -> Row:
-        curves = [calibration.curve(gap=gap, **choice).mean for gap in range(1, max_gap + 1)]
-        return Row(threshold_mask(np.stack(curves), alpha), predictor)
-
-    if per == "kind":
-        of_kind = {kind: row(kind=kind) for kind in calibration.kinds}
-        rows = {layer.path: of_kind[layer.kind] for layer in calibration.layers}
-    else:
-        rows = {layer.path: row(layer=layer.path) for layer in calibration.layers}
+    units = calibration.kinds if per == "kind" else [layer.path for layer in calibration.layers]
+    errors = [
+        np.stack(
+            [calibration.curve(gap=gap, **{_BY[per]: u}).mean for gap in range(1, max_gap + 1)]
+        )
+        for u in units
+    ]
+    computed = np.array([threshold_mask(own, alpha) for own in errors])
+    if patterns is not None:
+        members = [[x.macs or 1 for x in calibration.layers if _unit(x, per) == u] for u in units]
+        costs = [sum(macs) for macs in members]
+        most = check_count("patterns", patterns, least=1)
+        computed = with_few_patterns(computed, errors, alpha, costs, most)
+    of_unit = {
+        u: Row(tuple(map(bool, mask)), predictor) for u, mask in zip(units, computed, strict=True)
+    }
+    rows = {layer.path: of_unit[_unit(layer, per)] for layer in calibration.layers}
     settings = {"alpha": alpha, "per": per, "max_gap": max_gap, "predictor": predictor}
+    if patterns is not None:
+        settings["patterns"] = patterns
     return assemble(calibration, rows, {"planner": "threshold", **settings})
+
+
+_BY = {"kind": "kind", "block": "layer"}
+
+
+def _unit(layer: CacheLayer, per: str) -> str:
+    """What decides for a layer: its kind, or itself."""
+    return layer.kind if per == "kind" else layer.path
 
 
 def threshold_mask(errors: FloatArray, alpha: float) -> tuple[bool, ...]:
