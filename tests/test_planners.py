@@ -237,11 +237,13 @@ def test_few_patterns_compute_more_and_break_no_promise(
 
 
 def test_a_shorter_gap_with_a_larger_error_is_computed() -> None:
-    computed = np.array([[1, 0, 0, 1], [1, 0, 1, 1], [1, 1, 0, 1]], dtype=np.bool_)
+    computed = np.array([[1, 0, 0, 1], [1, 1, 0, 1]], dtype=np.bool_)
     errors = [np.full((2, 4), 0.1) for _ in computed]
-    errors[1][0, 2] = errors[2][0, 2] = 9.0  # one step after the first two patterns are merged
-    few = with_few_patterns(computed, errors, 0.5, [1.0, 1.0, 1.0], 2)
-    assert few.tolist() == [[True, False, False, True]] + 2 * [[True] * 4]
+    few = with_few_patterns(computed, errors, 0.5, [1.0, 10.0], 2)
+    assert few.tolist() == [[True, True, False, True]] * 2
+    errors[0][0, 2] = 9.0  # now that step 1 is computed, this is the reuse at step 2
+    few = with_few_patterns(computed, errors, 0.5, [1.0, 10.0], 2)
+    assert few.tolist() == [[True] * 4, [True, True, False, True]]
 
 
 @pytest.mark.parametrize("patterns", [0, -1, 1.5, "two"])

@@ -82,8 +82,9 @@ class Attachment:
             for name, denoiser in denoisers.items():
                 placed = _Placed(self, name, denoiser, handlers.get(name))
                 self._intercept(denoiser, placed.call, outside=True)
-            for path in modules.keys() - denoisers.keys():
-                self._intercept(modules[path], handlers[path])
+            for path, module in modules.items():
+                if path not in denoisers:
+                    self._intercept(module, handlers[path])
         except BaseException:
             self.remove()
             raise

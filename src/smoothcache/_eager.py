@@ -8,6 +8,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from .errors import SmoothCacheError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -22,7 +24,16 @@ def between_graphs(function: F) -> F:
 
 
 def uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls a function that runs as it is, with all that was compiled inside of it."""
+    """Calls a function that runs as it is, with all that was compiled inside of it.
+
+    Raises:
+        SmoothCacheError: If this PyTorch cannot do that.
+    """
+    if not hasattr(torch.compiler, "set_stance"):
+        raise SmoothCacheError(
+            f"a compiled model needs PyTorch 2.6 or newer, this is {torch.__version__}; upgrade, "
+            "or do not compile the model"
+        )
     with torch.compiler.set_stance("force_eager"):
         return function(*args, **kwargs)
 

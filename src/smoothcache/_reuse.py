@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ._content import version
 from ._outputs import (
@@ -163,15 +164,16 @@ class ReusedLayer:
 
     def end(self) -> None:
         """Lets the layer run as it is until the next call of the denoiser."""
-        if not (self._active and self._use):
-            self._active = False
+        was_called = self._active and self._use
+        self._active = False
+        if not was_called:
             return
-        self._active, self.ran = False, True
+        self.ran = True
         if self._passes:
             self._count_as_computed(self._use)
         elif self._compiled:
-            for slots in self._here[: self._use]:
-                self._settle(slots)
+            for use, slots in enumerate(self._here[: self._use]):
+                self._settle((self._branch, use), slots)
             if self._missed:
                 self._count_as_computed(self._use - len(self._here))
             else:
@@ -200,6 +202,7 @@ class ReusedLayer:
     def __call__(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        """Of this, compiled code runs the part above the history: it reads nothing that counts."""
         if not self._active:
             return forward(*args, **kwargs)
         use = self._use
@@ -208,7 +211,7 @@ class ReusedLayer:
             return forward(*args, **kwargs)
         if self._compiled and use < len(self._here):
             return self._here[use](forward, args, kwargs)
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             self._missed = True
             return forward(*args, **kwargs)
         history = self._kept.get((self._branch, use))
@@ -245,7 +248,7 @@ class ReusedLayer:
 
     # ------------------------------------------------------------------------------------ slots
 
-    def _settle(self, slots: Slots) -> None:
+    def _settle(self, place: Place, slots: Slots) -> None:
         """Counts what a call did with its slots, and notes what is in them now."""
         if slots.is_misfit:
             slots.forget()
@@ -253,9 +256,11 @@ class ReusedLayer:
         elif slots.reuses:
             self._tally.reused += 1
         else:
-            self._count_as_computed(1)
+            self._count_as_computed(1, NOT_FINITE if place in self._not_finite else "")
             slots.wrote(self._step)
+            self._not_finite.discard(place)
             if self._check_finite and not slots.are_finite():
+                self._not_finite.add(place)
                 slots.forget()
 
     def _count_as_computed(self, calls: int, reason: str = "") -> None:
@@ -361,7 +366,9 @@ class ReusedLayer:
                 for value, base, dtype in zip(values, bases, newest.dtypes, strict=True)
             ]
         if is_last:
-            self._tally.hold(-sum(kept.nbytes for kept in self._kept.pop(place)))
+            del self._kept[place]
+        while history and history[0].last_use <= self._step:  # an older one is never of use longer
+            self._tally.hold(-history.pop(0).nbytes)
         return newest.rebuild(values)
 
     def _drop(self, is_spent: Callable[[Place, _Kept], bool]) -> None:

@@ -1,0 +1,192 @@
+"""How much of the saved arithmetic becomes saved time, uncompiled and compiled.
+
+A DiT with random weights (the time does not depend on them) samples under several schedules, as it
+is, with its repeated blocks compiled and compiled as a whole. A row says by how much a schedule
+divides the time of the same model without one, which fraction of the MACs it computes, and their
+product, the *efficiency*: 1.00 is a time that falls as the MACs do. Beside it the number of graphs,
+the seconds spent on compiling and warming up, and the most bytes that were kept.
+
+    python benchmarks/speed.py [--size small] [--device cpu] [--batch 4] [--steps 12] [--rounds 5]
+                               [--mode default] [--ways eager blocks whole] [--json FILE]
+
+``--size xl --device cuda --batch 32 --steps 50 --mode reduce-overhead`` is DiT-XL/2 with CUDA
+graphs, in bfloat16. ``--size tiny --rounds 1`` only shows that the script runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+from torch._dynamo.utils import counters
+from tqdm.auto import tqdm
+
+import smoothcache as sc
+from smoothcache.costs import MacCounter
+
+SIZES = {  # blocks, heads, width of a head, side of the latent
+    "tiny": (2, 2, 8, 8),
+    "small": (12, 6, 64, 32),
+    "xl": (28, 16, 72, 32),
+}
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "all computed": {"interval": 1},
+    "layers, every 2nd": {"interval": 2},
+    "layers, every 3rd": {"interval": 3},
+    "layers, every 3rd, taylor": {"interval": 3, "predictor": "taylor"},
+    "blocks, every 3rd": {"interval": 3, "granularity": "block"},
+    "model, every 3rd": {"interval": 3, "granularity": "model"},
+}
+
+
+def build(size: str, device: str) -> DiTTransformer2DModel:
+    blocks, heads, width, side = SIZES[size]
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_layers=blocks,
+        num_attention_heads=heads,
+        attention_head_dim=width,
+        in_channels=4,
+        sample_size=side,
+        patch_size=2,
+    )
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    return model.eval().requires_grad_(False).to(device, dtype)
+
+
+def compile_in(way: str, model: DiTTransformer2DModel, mode: str) -> None:
+    options: dict[str, Any] = {"fullgraph": True, "mode": None if mode == "default" else mode}
+    if way == "whole":
+        model.compile(**options)
+    elif way == "blocks":
+        for block in model.transformer_blocks:
+            block.compile(**options)
+
+
+class Sampler:
+    """Runs a plain sampler and takes its time."""
+
+    def __init__(self, model: DiTTransformer2DModel, steps: int, batch: int) -> None:
+        self.model, self.steps = model, steps
+        side = model.config.sample_size
+        self.x = torch.randn(batch, 4, side, side, device=model.device, dtype=model.dtype)
+        self.y = torch.arange(batch, device=model.device) % 10
+
+    def __call__(self) -> None:
+        x = self.x
+        for step in range(self.steps):
+            t = torch.full_like(self.y, 1000 * (self.steps - step) // self.steps)
+            x = x - self.model(x, t, self.y).sample / self.steps
+
+    def macs(self) -> int:
+        with MacCounter() as counter:
+            self()
+        return counter.total
+
+    def seconds(self) -> float:
+        wait: Callable[[], Any] = (
+            torch.cuda.synchronize if self.model.device.type == "cuda" else lambda: None
+        )
+        wait()
+        start = time.perf_counter()
+        self()
+        wait()
+        return time.perf_counter() - start
+
+
+def measure(way: str, options: argparse.Namespace, macs: dict[str, float]) -> list[dict[str, Any]]:
+    """A row for each schedule; the bare model is timed in turn with every one."""
+    rows = []
+    for name, settings in tqdm(SCHEDULES.items(), way):
+        torch.compiler.reset()
+        counters.clear()
+        bare, model = build(options.size, options.device), build(options.size, options.device)
+        compile_in(way, bare, options.mode)
+        samplers = [Sampler(m, options.steps, options.batch) for m in (bare, model)]
+        samplers[0]()
+        samplers[0]()
+        of_bare, start = counters["stats"]["unique_graphs"], time.perf_counter()
+        with sc.cached(model, sc.Schedule.uniform(model, options.steps, **settings)) as run:
+            compile_in(way, model, options.mode)
+            samplers[1]()
+            samplers[1]()
+            warm_up = time.perf_counter() - start
+            times = [[sampler.seconds() for sampler in samplers] for _ in range(options.rounds)]
+            ratios = [plain / ours for plain, ours in times]
+            kept = run.summary().peak_bytes
+        rows.append(
+            {
+                "way": way,
+                "schedule": name,
+                "milliseconds": 1000 * statistics.median(ours for _, ours in times) / options.steps,
+                "speedup": statistics.median(ratios),
+                "lowest": min(ratios),
+                "highest": max(ratios),
+                "macs": macs[name],
+                "efficiency": statistics.median(ratios) * macs[name],
+                "graphs": counters["stats"]["unique_graphs"] - of_bare,
+                "warm_up_seconds": warm_up,
+                "kept_bytes": kept,
+            }
+        )
+    return rows
+
+
+def mac_fractions(options: argparse.Namespace) -> dict[str, float]:
+    """MACs under each schedule over those without one, counted in a run."""
+    model = build(options.size, options.device)
+    sampler = Sampler(model, options.steps, options.batch)
+    plain, fractions = sampler.macs(), {}
+    for name, settings in SCHEDULES.items():
+        with sc.cached(model, sc.Schedule.uniform(model, options.steps, **settings)):
+            fractions[name] = sampler.macs() / plain
+    return fractions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=4, help="samples in a call, guidance included")
+    parser.add_argument("--steps", type=int, default=12, help="steps of a sample")
+    parser.add_argument("--rounds", type=int, default=5, help="timings of every row")
+    parser.add_argument("--mode", default="default", help="of torch.compile")
+    parser.add_argument("--ways", nargs="+", default=["eager", "blocks", "whole"])
+    parser.add_argument("--json", type=Path, help="write all figures and the environment here")
+    options = parser.parse_args()
+    with torch.inference_mode():
+        macs = mac_fractions(options)
+        rows = [row for way in options.ways for row in measure(way, options, macs)]
+    print(
+        "| way | schedule | ms a step | speed-up (range) | MACs | efficiency | graphs | kept MB |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['way']} | {row['schedule']} | {row['milliseconds']:.1f} "
+            f"| {row['speedup']:.2f} ({row['lowest']:.2f}-{row['highest']:.2f}) "
+            f"| {row['macs']:.3f} | {row['efficiency']:.2f} | {row['graphs']} "
+            f"| {row['kept_bytes'] / 1e6:.1f} |"
+        )
+    if options.json:
+        environment = {
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+        }
+        settings = {name: value for name, value in vars(options).items() if name != "json"}
+        report = {"environment": environment, "settings": settings, "rows": rows}
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
