@@ -59,7 +59,7 @@ def build(size: str, device: str) -> DiTTransformer2DModel:
         patch_size=2,
     )
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    return model.eval().requires_grad_(False).to(device, dtype)
+    return torch.nn.Module.to(model.eval().requires_grad_(False), device, dtype)  # without a word
 
 
 def compile_in(way: str, model: DiTTransformer2DModel, mode: str) -> None:

@@ -178,6 +178,8 @@ def test_plan_writes_what_the_library_plans(calibration: Path, schedule: Path) -
     assert Schedule.load(file) == planned
     assert document["compute"] == planned.compute
     assert picture.read_bytes().startswith(b"\x89PNG")
+    succeed("plan", calibration, "--alpha", 10, "--patterns", 1, "-o", file)
+    assert Schedule.load(file) == plan(Calibration.load(calibration), alpha=10.0, patterns=1)
     shown = succeed("plan", calibration, "--alpha", 10, "-o", file).stdout
     assert "self_attn" in shown and "#..#" in shown and "of the MACs" in shown
 

@@ -29,7 +29,8 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 
 def test_all_pages_are_seen() -> None:
     assert [page.stem for page in PAGES] == [
-        *("README", "command-line", "concepts", "file-formats", "models", "your-own-model")
+        *("README", "command-line", "concepts", "file-formats", "models", "speed"),
+        "your-own-model",
     ]
 
 

@@ -330,7 +330,7 @@ class Run:
                 f"({sum(self._tally.recomputed.values())} layer calls had to be computed: "
                 f"{', '.join(self._tally.recomputed)})"
                 if ran
-                else "(none of its layers ran: is the model compiled, or does it bypass them?)"
+                else "(none of its layers ran: does the model bypass them?)"
             )
             message = f"the schedule reused nothing in a finished generation {why}"
         elif idle:

@@ -371,6 +371,14 @@ def plan(
     predictor: Annotated[
         str, typer.Option(help="How reused values are made: hold, taylor or taylor2.")
     ] = "hold",
+    patterns: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Most different steps, so graphs of a compiled model. Default: any number.",
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -395,7 +403,12 @@ def plan(
     if steps is not None:
         measured = measured.resample(steps)
     schedule = plan_threshold(
-        measured, alpha=alpha, per=per.value, max_gap=max_gap, predictor=predictor
+        measured,
+        alpha=alpha,
+        per=per.value,
+        max_gap=max_gap,
+        predictor=predictor,
+        patterns=patterns,
     )
     _check_output_file(output)
     if picture is not None:
