@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import STEPS, ByHand, same, sample, times
+from reference import STEPS, ByHand, levels, same, sample, times
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,7 +53,7 @@ def steps(pattern: str) -> tuple[bool, ...]:
 
 
 def uniform(model: Any, interval: int = 2, **options: Any) -> sc.Schedule:
-    return sc.Schedule.uniform(model, STEPS, interval, **options)
+    return sc.Schedule.uniform(model, STEPS, interval, noise_levels=levels(), **options)
 
 
 def calibrated(model: Any, generate: Callable[[int], Any], **options: Any) -> sc.Calibration:
@@ -922,7 +922,7 @@ def test_what_is_not_finite_is_not_reused(
         missing = (step in at) if computes else missing
         expected_row.append(computes)
     rows = {**schedule.rows, spoiled: sc.Row(tuple(expected_row), predictor)}
-    by_hand = ByHand(toy, sc.Schedule(STEPS, rows, schedule.layers))
+    by_hand = ByHand(toy, sc.Schedule(STEPS, rows, schedule.layers, noise_levels=levels()))
 
     def spoil_by_hand(step: int, branch: int) -> None:
         by_hand.begin(step, branch)

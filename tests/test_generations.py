@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference import levels
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -735,7 +736,7 @@ class Witness(nn.Module):
 def witness_schedule(num_steps: int, interval: int, predictor: str = "hold") -> sc.Schedule:
     layer = sc.CacheLayer("blocks.0.attn", kind="self_attn", block="blocks.0")
     row = sc.Row.uniform(num_steps, interval, predictor=predictor)
-    return sc.Schedule(num_steps, {layer.path: row}, (layer,))
+    return sc.Schedule(num_steps, {layer.path: row}, (layer,), noise_levels=levels(num_steps))
 
 
 PROMPTS = {name: noise(1, 3, 4, seed=seed) for seed, name in enumerate("cup")}

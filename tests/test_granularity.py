@@ -19,7 +19,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers.utils import BaseOutput
-from reference import STEPS, Liveness, polynomial_weights, same, sample, times, watched_layers
+from reference import (
+    STEPS,
+    Liveness,
+    levels,
+    places_of,
+    polynomial_weights,
+    same,
+    sample,
+    times,
+    watched_layers,
+)
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,7 +60,14 @@ def toy(toy_name: str) -> Toy:
 
 
 def uniform(model: Any, granularity: Any, interval: int = 2, predictor: str = "hold") -> Any:
-    return sc.Schedule.uniform(model, STEPS, interval, predictor=predictor, granularity=granularity)
+    return sc.Schedule.uniform(
+        model,
+        STEPS,
+        interval,
+        predictor=predictor,
+        granularity=granularity,
+        noise_levels=levels(),
+    )
 
 
 def paths(layers: Sequence[sc.CacheLayer]) -> list[str]:
@@ -75,6 +92,7 @@ class Reference:
     def __init__(self, toy: Toy, schedule: sc.Schedule) -> None:
         self.toy = copy.deepcopy(toy)
         self.computed = self.reused = self.recomputed = 0
+        self._schedule = schedule
         self._held: dict[tuple[str, int, int], list[tuple[int, list[Any], Any]]] = {}
         for layer in schedule.layers or ():
             module = self.toy.get_submodule(layer.path)
@@ -92,6 +110,7 @@ class Reference:
         self, layer: sc.CacheLayer, row: sc.Row, forward: Callable[..., Any]
     ) -> Callable[..., Any]:
         order = sc.PREDICTORS[row.predictor].order
+        places = places_of(row.predictor, self._schedule)
 
         def replacement(*args: Any, **kwargs: Any) -> Any:
             use = self._uses[layer.path] = self._uses.get(layer.path, -1) + 1
@@ -108,7 +127,7 @@ class Reference:
                 return output
             self.reused += 1
             known = history[-order - 1 :]
-            weights = polynomial_weights([step for step, _, _ in known], self._step)
+            weights = polynomial_weights([places[s] for s, _, _ in known], places[self._step])
             values = [
                 sum(weight * leaf for weight, leaf in zip(weights, leaves, strict=True))
                 for leaves in zip(*(leaves for _, leaves, _ in known), strict=True)
@@ -846,7 +865,9 @@ def outputs(model: nn.Module, predictor: str, times: Sequence[float]) -> tuple[l
     layers = tuple(sc.find_layers(model, granularity="model"))
     row = sc.Row((True, True, *(False for _ in times[2:])), predictor)
     got = []
-    with sc.cached(model, sc.Schedule(len(times), {"": row}, layers)) as run:
+    with sc.cached(
+        model, sc.Schedule(len(times), {"": row}, layers, noise_levels=levels(len(times)))
+    ) as run:
         for time in times:
             got.append(model(torch.arange(1.0, 5.0).reshape(1, 4), torch.tensor([time])))
     return got, run
@@ -978,7 +999,7 @@ def mixed(toy: Toy, outer: str, predictor: str = "hold") -> sc.Schedule:
     inside = [x for x in sc.find_layers(toy, granularity="layer") if x not in outside]
     rows = {x.path: sc.Row(BLOCK, predictor) for x in outside}
     rows |= {x.path: sc.Row((INNER, LATER)[i % 2], predictor) for i, x in enumerate(inside)}
-    return sc.Schedule(STEPS, rows, tuple(outside + inside))
+    return sc.Schedule(STEPS, rows, tuple(outside + inside), noise_levels=levels())
 
 
 @every_toy

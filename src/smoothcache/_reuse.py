@@ -79,6 +79,8 @@ class ReusedLayer:
         computed: Whether the layer is computed, for every step.
         predictor: Name of the predictor.
         tally: Where to count.
+        positions: Where each step lies on the predictor's axis; None for its index.
+        gains: How much of a predicted change is taken at every step; None for all of it.
         residual: Reuse what the module adds to its input instead of its output.
         check_finite: Keep no value that has a NaN or an infinity; costs a wait for each.
     """
@@ -90,6 +92,8 @@ class ReusedLayer:
         predictor: str,
         tally: Tally,
         *,
+        positions: Sequence[float] | None = None,
+        gains: Sequence[float] | None = None,
         residual: bool = False,
         check_finite: bool = False,
     ) -> None:
@@ -100,6 +104,8 @@ class ReusedLayer:
         steps = range(len(computed))
         self._due = [max((s for s in steps[: t + 1] if computed[s]), default=0) for t in steps]
         self._tally = tally
+        self._positions = range(len(computed)) if positions is None else positions
+        self._gains = (1.0,) * len(computed) if gains is None else gains
         self._residual = residual
         self._check_finite = check_finite
         self._kept: dict[Place, list[_Kept]] = {}
@@ -225,7 +231,9 @@ class ReusedLayer:
     def _reuse(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         history = self._kept[place]
         newest = history[-1]
-        weights = extrapolation_weights([kept.step for kept in history], self._step)
+        known = [self._positions[kept.step] for kept in history]
+        at, gain = self._positions[self._step], self._gains[self._step]
+        weights = extrapolation_weights(known, at, gain)
         is_last = newest.last_use <= self._step
         values = [
             _combined([kept.leaves[i] for kept in history], weights, consume=is_last)

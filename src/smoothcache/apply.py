@@ -22,7 +22,8 @@ from .errors import (
     SmoothCacheError,
     SmoothCacheWarning,
 )
-from .layers import find_layers, identify, is_residual, layer_modules
+from .layers import CacheLayer, find_layers, identify, is_residual, layer_modules
+from .predictors import PREDICTORS, axis_positions
 from .schedule import Schedule
 from .summary import Summary
 
@@ -96,17 +97,7 @@ class Run:
         self.schedule = schedule
         self._tally = Tally()
         layers = schedule.layers or ()
-        self._layers = {
-            layer.path: ReusedLayer(
-                layer.path,
-                schedule.rows[layer.path].computed,
-                schedule.rows[layer.path].predictor,
-                self._tally,
-                residual=is_residual(layer),
-                check_finite=check_finite,
-            )
-            for layer in layers
-        }
+        self._layers = {layer.path: self._reused(layer, check_finite) for layer in layers}
         self._shapes: dict[tuple[str, int], Any] = {}
         self._finished = self._broken_off = self._reused_before = self._outside = 0
         self._steps_seen = 0
@@ -121,6 +112,21 @@ class Run:
         self._clock = attachment.clock
         self._denoisers = attachment.denoisers
         self._by_denoiser = _by_denoiser(self._layers, list(attachment.denoisers))
+
+    def _reused(self, layer: CacheLayer, check_finite: bool) -> ReusedLayer:
+        schedule = self.schedule
+        row = schedule.rows[layer.path]
+        axis = PREDICTORS[row.predictor].axis
+        return ReusedLayer(
+            layer.path,
+            row.computed,
+            row.predictor,
+            self._tally,
+            positions=axis_positions(axis, schedule.num_steps, schedule.noise_levels),
+            gains=row.gains,
+            residual=is_residual(layer),
+            check_finite=check_finite,
+        )
 
     # ------------------------------------------------------------------------------- the user
 

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ._attach import Attachment
 from ._checks import check_count
 from ._intercept import Handler
+from ._noise_levels import levels_at
 from ._reuse import taken_apart
 from .calibration import Calibration
 from .clock import Tick
@@ -177,6 +178,7 @@ class _Session:
         self._counted_at: dict[str, int] = {}
         self._denoisers_at: dict[int, set[str]] = {}
         self._timesteps: tuple[float, ...] = ()
+        self._noise_levels: tuple[float, ...] | None = None
         self._sample = 0
         self._generations = 0
 
@@ -263,6 +265,7 @@ class _Session:
                 f"{len(self._timesteps)}; every sample must run the same number of steps"
             )
         self._timesteps = self._timesteps or timesteps
+        self._noise_levels = levels_at(noise_scheduler(self._model), self._clock.entries)
         self._errors.append(self._read(len(timesteps)))
 
     def _read(self, num_steps: int) -> npt.NDArray[np.float64]:
@@ -327,6 +330,7 @@ class _Session:
             errors=errors[:, ran],
             total_macs=self._mean_macs(),
             timesteps=self._timesteps,
+            noise_levels=self._noise_levels,
             model=identify(model),
             solver=None if solver is None else type(solver).__name__,
             peak_bytes=self._memory.peak,

@@ -17,6 +17,7 @@ from safetensors.numpy import save
 from . import _files, _resample
 from ._checks import check_count, check_number, check_texts, listed
 from ._files import Value
+from ._noise_levels import check_noise_levels
 from .errors import InvalidArgumentError
 from .layers import CacheLayer, ModelIdentity
 
@@ -67,6 +68,8 @@ class Calibration:
         peak_bytes: Most bytes of kept outputs at any moment while calibrating.
         tokens: Tokens per output that were compared; None means all.
         provenance: Who made it, when and with what.
+        noise_levels: sigma / (alpha + sigma) at every step, in [0, 1], as the noise scheduler had
+            it; [steps], None if it did not say.
 
     Raises:
         InvalidArgumentError: If any of these contradicts another.
@@ -81,6 +84,7 @@ class Calibration:
     peak_bytes: int = 0
     tokens: int | None = None
     provenance: dict[str, str] = field(default_factory=dict)
+    noise_levels: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         layers = tuple(self.layers)
@@ -92,6 +96,7 @@ class Calibration:
             "timesteps": timesteps,
             "peak_bytes": check_count("peak_bytes", self.peak_bytes, least=0),
             "provenance": check_texts("provenance", self.provenance.items()),
+            "noise_levels": check_noise_levels(self.noise_levels, len(timesteps)),
         }
         if self.tokens is not None:
             checked["tokens"] = check_count("tokens", self.tokens, least=1)
@@ -218,6 +223,8 @@ class Calibration:
             ),
             total_macs=outside + inside if self.total_macs else 0,
             timesteps=given,
+            noise_levels=self.noise_levels
+            and _resample.between(self.noise_levels, found, num_steps),
             provenance=provenance,
         )
 
@@ -267,6 +274,7 @@ class Calibration:
             "peak_bytes": self.peak_bytes,
             "tokens": self.tokens,
             "provenance": self.provenance,
+            "noise_levels": self.noise_levels,
         }
         _files.write_atomically(
             path, save({"errors": self.errors}, {"smoothcache": json.dumps(document)})
@@ -285,6 +293,7 @@ class Calibration:
         fields = document.fields(
             *("format", "version", "layers", "total_macs", "timesteps", "model", "solver"),
             *("peak_bytes", "tokens", "provenance"),
+            optional=("noise_levels",),
         )
         try:
             return cls(
@@ -297,6 +306,9 @@ class Calibration:
                 peak_bytes=fields["peak_bytes"].integer(),
                 tokens=fields["tokens"].or_none(lambda value: value.integer(least=1)),
                 provenance=fields["provenance"].dict_of(Value.text),
+                noise_levels=fields["noise_levels"].or_none(
+                    lambda value: tuple(value.list_of(Value.number))
+                ),
             )
         except InvalidArgumentError as error:  # what only the whole can tell, as a wrong shape
             raise document.error(str(error).rstrip(".")) from error

@@ -98,6 +98,14 @@ class Clock:
         self._given = [timestep_value(timestep, batch=0) for timestep in self._given]
         return list(self._given)
 
+    @property
+    def entries(self) -> list[int]:
+        """Where each step so far stands in the announced list; empty if none is followed."""
+        if not self._follows_list:
+            return []
+        steps = range(self._offset, self._offset + len(self._given))
+        return [self._listed.entry_of(step) for step in steps]
+
     def snapshot(self) -> dict[str, Any]:
         """All that the clock knows, for ``restore``."""
         return {**vars(self), "_given": list(self._given)}
@@ -304,6 +312,10 @@ class _Timesteps:
     def __len__(self) -> int:
         """How many steps there are."""
         return len(self._distinct)
+
+    def entry_of(self, step: int) -> int:
+        """The first entry of a step."""
+        return self._steps.index(step)
 
     def step_at(self, position: int) -> int:
         """The step that the entry at a position belongs to."""
