@@ -236,7 +236,7 @@ class ReusedLayer:
         weights = extrapolation_weights(known, at, gain)
         is_last = newest.last_use <= self._step
         values = [
-            _combined([kept.leaves[i] for kept in history], weights, consume=is_last)
+            combined([kept.leaves[i] for kept in history], weights, consume=is_last)
             for i in range(len(newest.leaves))
         ]
         if self._residual:
@@ -259,7 +259,7 @@ class ReusedLayer:
                 self._kept[place] = [kept for kept in history if not is_spent(place, kept)]
 
 
-def _combined(values: list[Any], weights: list[float], *, consume: bool) -> Any:
+def combined(values: list[Any], weights: list[float], *, consume: bool) -> Any:
     """The weighted sum of a leaf's kept values; whoever gets it may write into it."""
     newest = values[-1]
     if not isinstance(newest, Tensor):

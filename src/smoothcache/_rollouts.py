@@ -24,7 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._gains import Recorder, Trajectory, fit_gains
 from .apply import cached
+from .denoisers import find_denoisers
 from .errors import InvalidArgumentError, SmoothCacheWarning
 from .predictors import PREDICTORS
 from .schedule import Row, Schedule
@@ -55,7 +57,7 @@ class Candidate:
         """The same for candidates that do the same."""
         rows = self.schedule.rows if self.schedule else {}
         does = [
-            [path, _order(row), "".join("01"[x] for x in row.computed)]
+            [path, *_prediction(row), "".join("01"[x] for x in row.computed)]
             for path, row in rows.items()
             if not all(row.computed)
         ]
@@ -63,10 +65,13 @@ class Candidate:
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
-def _order(row: Row) -> int:
-    """The order of a row's predictor, or as much of it as the computed steps allow."""
+def _prediction(row: Row) -> tuple[int, str, list[float]]:
+    """The order of a row's predictor, or as much of it as the computed steps allow; axis, gains."""
     last_reuse = max(step for step, is_computed in enumerate(row.computed) if not is_computed)
-    return min(PREDICTORS[row.predictor].order, sum(row.computed[:last_reuse]) - 1)
+    order = min(PREDICTORS[row.predictor].order, sum(row.computed[:last_reuse]) - 1)
+    if order == 0:
+        return 0, "step", []
+    return order, PREDICTORS[row.predictor].axis, [round(x, 6) for x in row.gains or ()]
 
 
 class Rollouts:
@@ -97,6 +102,7 @@ class Rollouts:
         self._objective = objective
         self._solvers = solvers
         self._references: dict[tuple[str, int], Any] = {}
+        self._trajectories: dict[tuple[str, int], Trajectory] = {}
         self._journal = _Journal(journal, settings)
         self._counted: set[tuple[str, str, int]] = set()  # also if the journal knew it
         self.rollouts = 0
@@ -104,7 +110,13 @@ class Rollouts:
 
     def set_reference(self, name: str, i: int, candidate: Candidate) -> Any:
         """Samples what outputs of generation i are to be compared with, under a name."""
-        self._references[name, i] = output = self._run(candidate, i)
+        if len(find_denoisers(self._model)) == 1:
+            recorder = Recorder(self._model)
+            output, trajectory = recorder.run(self._model, lambda: self._run(candidate, i))
+            self._trajectories[name, i] = trajectory
+        else:
+            output = self._run(candidate, i)
+        self._references[name, i] = output
         self.cost += candidate.compute
         if not _is_finite(output):
             steps = candidate.num_steps
@@ -112,6 +124,26 @@ class Rollouts:
             raise InvalidArgumentError(f"sample({call}) returned NaN or infinity")
         self._journal.confirm((name, "norm", i), _norm(output))
         return output
+
+    def fitted(self, name: str, candidate: Candidate, samples: Sequence[int]) -> Row:
+        """The row of a candidate for the whole denoiser, with gains fitted to a reference.
+
+        Each sample costs as much as a rollout of the candidate.
+        """
+        wanted = {
+            i: (self._trajectories[name, i], _flat(self._references[name, i])) for i in samples
+        }
+        schedule = candidate.schedule
+        if schedule is None:
+            raise InvalidArgumentError(f"{candidate.name!r} has no schedule to fit")
+        row: Row = from_first(
+            lambda: fit_gains(
+                self._model, lambda i: self._sample(i, **self._options(candidate)), schedule, wanted
+            )
+        )
+        self.rollouts += len(samples)
+        self.cost += candidate.compute * len(samples)
+        return row
 
     def noise(self, name: str, i: int, candidate: Candidate) -> float:
         """How far apart two runs of a reference end, in relative L2, in the worst process."""
@@ -168,15 +200,18 @@ class Rollouts:
     def _references_of(self, i: int) -> dict[str, Any]:
         return {name: value for (name, at), value in self._references.items() if at == i}
 
-    def _run(self, candidate: Candidate, i: int) -> Any:
+    def _options(self, candidate: Candidate) -> dict[str, Any]:
         options: dict[str, Any] = {}
         if candidate.num_steps is not None:
             options["num_inference_steps"] = candidate.num_steps
         if candidate.solver is not None:
             options["scheduler"] = self._solvers[candidate.solver]
+        return options
+
+    def _run(self, candidate: Candidate, i: int) -> Any:
         schedule = candidate.schedule
         with cached(self._model, schedule) if schedule else nullcontext() as run:
-            output = self._sample(i, **options)
+            output = self._sample(i, **self._options(candidate))
         if run is not None and (reasons := run.summary().recomputed):
             raise InvalidArgumentError(
                 f"under {candidate.name!r}, sample({i}) had to compute what was planned for reuse "
@@ -203,6 +238,10 @@ def taken(output: Any, call: str) -> Any:
 
 def _is_finite(output: Any) -> bool:
     return all(bool(torch.isfinite(x).all()) for x in pytree.tree_leaves(output))
+
+
+def _flat(output: Any) -> Tensor:
+    return torch.cat([x.float().flatten() for x in pytree.tree_leaves(output)])
 
 
 def _norm(output: Any) -> float:

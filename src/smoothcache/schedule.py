@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from numbers import Real
 from types import MappingProxyType
 from typing import Any
@@ -57,6 +58,21 @@ class Row:
             )
         object.__setattr__(self, "computed", tuple(bool(step) for step in computed))
         object.__setattr__(self, "gains", _check_gains(self.gains, self.computed))
+
+    def moved(self, computed: tuple[bool, ...]) -> Row:
+        """The same with other computed steps; the gains go along, gap by gap.
+
+        >>> row = Row((True, False, True, False), "taylor", (1, 0.5, 1, 2))
+        >>> row.moved((True, True, False, False))
+        Row(computed=(True, True, False, False), predictor='taylor', gains=(1.0, 1.0, 2.0, 2.0))
+        """
+        if self.gains is None:
+            return Row(computed, self.predictor)
+        of_gap = [1.0] * len(computed)
+        for gap, gain in zip(accumulate(self.computed), self.gains, strict=True):
+            of_gap[gap - 1] = gain  # the last of the gap, which is a reused step if there is one
+        gaps = accumulate(computed)
+        return Row(computed, self.predictor, tuple(of_gap[gap - 1] for gap in gaps))
 
     @classmethod
     def uniform(
