@@ -5,7 +5,7 @@ the MACs it spends, its relative error and PSNR against the uncached images of s
 was trained on, and what finding it cost in uncached generations. Even spacings compute all layers
 at as many steps as the budget allows; every 2nd step is FORA with n = 2.
 
-    python benchmarks/learned_cache.py [--compute 0.75 0.51] [--samples 10] [--epochs 3] [--json FILE]
+    python benchmarks/learned_cache.py [--compute 0.75 0.51] [--epochs 3] [--json FILE]
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from .errors import CalibrationError, InvalidArgumentError
 
 _LARGEST_LOGIT = 8.0  # a sigmoid hardly moves beyond
 _TINY = 1e-30
+_MEMORY = (0.9, 0.95)  # of Adam; short, because there are few generations
 
 
 class RouterTraining:
@@ -30,8 +31,7 @@ class RouterTraining:
 
     Attributes:
         interval: As given.
-        price: What computing all layers at a step costs, in squared relative error. If it is to
-            follow a budget, the first generation only measures it: what the mean gain was.
+        price: What computing all layers at a step costs, in squared relative error.
 
     Raises:
         InvalidArgumentError: If compute and penalty are not one number that makes sense.
@@ -50,7 +50,7 @@ class RouterTraining:
         if penalty is not None and check_number("penalty", penalty) < 0:
             raise InvalidArgumentError(f"penalty must not be negative, got {penalty}")
         self.interval = interval
-        self.price = penalty
+        self.price = 0.0 if penalty is None else penalty
         self._target = compute
         self._paths = {layer.path: index for index, layer in enumerate(calibration.layers)}
         self._num_steps = calibration.num_steps
@@ -58,10 +58,11 @@ class RouterTraining:
         self._least = self._least_compute(calibration)
         if compute is not None:
             self._check_target(compute)
-        self._logits = [nn.Parameter(torch.zeros(len(self._paths))) for _ in calibration.timesteps]
-        self._optimizer = torch.optim.Adam(self._logits, lr=learning_rate)
-        self._mixed = np.zeros((len(self._paths), self._num_steps), dtype=bool)
-        self._gains: list[float] = []
+        shape = (len(self._paths), calibration.num_steps)
+        self._slopes = torch.zeros(shape, dtype=torch.float64)
+        self._mixed = torch.zeros(shape, dtype=torch.bool)
+        self._logits = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+        self._optimizer = torch.optim.Adam([self._logits], lr=learning_rate, betas=_MEMORY)
         self._errors: list[float] = []
         self._calls = self._passes = self._generations = 0
         self._last_error = math.nan
@@ -71,7 +72,7 @@ class RouterTraining:
         if self._cell_costs is None:
             return None
         free = [sum(t % self.interval > 0 for t in run[1:]) for run in calibration.steps_run]
-        return 1 - float(np.dot(self._cell_costs, free))
+        return 1 - float(self._cell_costs @ torch.tensor(free, dtype=torch.float64))
 
     def _check_target(self, compute: float) -> None:
         if not 0 < check_number("compute", compute) <= 1:
@@ -91,7 +92,7 @@ class RouterTraining:
 
     def shares(self, step: int) -> Tensor:
         """What each layer computes of itself at a step, for gradients to be taken of; [layers]."""
-        return self._logits[step].detach().sigmoid().requires_grad_()
+        return self._logits[:, step].detach().float().sigmoid().requires_grad_()
 
     def index(self, path: str) -> int:
         """The position of a layer among the shares."""
@@ -102,10 +103,10 @@ class RouterTraining:
         self._calls += 1
         self._passes += passes
 
-    def move(
+    def note(
         self, step: int, mixed: Sequence[str], slope: Tensor, squares: float, norm: float
     ) -> None:
-        """One step of descent.
+        """Takes in what came of a call.
 
         Args:
             step: Of the generation.
@@ -119,48 +120,61 @@ class RouterTraining:
                 f"the denoiser's output with mixed layers, or its gradient, is not finite at step "
                 f"{step}; load the model in float32 or bfloat16"
             )
-        took_part = torch.zeros(len(self._paths), dtype=torch.bool)
-        took_part[[self._paths[path] for path in mixed]] = True
-        self._mixed[:, step] |= took_part.numpy()
-        slope = slope.double() / max(norm, _TINY)
+        self._mixed[[self._paths[path] for path in mixed], step] = True
+        self._slopes[:, step] += slope.double() / max(norm, _TINY)
         self._errors.append(squares / max(norm, _TINY))
-        if self.price is None:
-            self._gains.append(-float(slope.sum() / self._weights[took_part].sum()))
-            return
-        shares = self._logits[step].detach().double().sigmoid()
-        full = (slope + self.price * self._weights) * shares * (1 - shares) * took_part
-        self._logits[step].grad = full.to(self._logits[step].dtype)
-        self._optimizer.step()
-        self._logits[step].grad = None
-        with torch.no_grad():
-            self._logits[step].clamp_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
 
     def end_generation(self) -> None:
-        """Lets the price follow the budget."""
+        """One step of descent, from all calls of a generation."""
         self._generations += 1
-        if self._errors:
-            self._last_error = math.sqrt(sum(self._errors) / len(self._errors))
+        self._last_error = math.sqrt(sum(self._errors) / max(len(self._errors), 1))
+        logits = self._logits.detach()
+        moves = logits.sigmoid() * (1 - logits.sigmoid()) * self._mixed
+        if self._target is not None:
+            self.price = self._balance(moves)
+        self._logits.grad = (self._slopes + self.price * self._weights) * moves
+        self._optimizer.step()
+        self._slopes.zero_()
         self._errors.clear()
-        if self._target is None or self._least is None:
-            return
-        if self.price is None:
-            self.price = max(sum(self._gains) / max(len(self._gains), 1), _TINY)
-        elif self._least < 1 and (spent := self.compute) is not None:
-            self.price *= math.exp((spent - self._target) / (1 - self._least))
+        with torch.no_grad():
+            self._logits.clamp_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+            if self._target is not None and self._mixed.any():
+                self._logits.add_(self._shift(self._target))
+
+    def _balance(self, moves: Tensor) -> float:
+        """The price at which as much is to be computed more as is to be computed less."""
+        gains = (-self._slopes / self._weights).flatten()
+        order = gains.argsort()
+        weight = (self._weights * moves).flatten()[order].cumsum(0)
+        middle = int(torch.searchsorted(weight, weight[-1] / 2))
+        return max(float(gains[order[min(middle, len(order) - 1)]]), 0.0)
+
+    def _shift(self, compute: float) -> float:
+        """What to add to all logits, so that they stand for a compute; found by bisection."""
+        low, high = -2 * _LARGEST_LOGIT, 2 * _LARGEST_LOGIT
+        for _ in range(50):
+            middle = (low + high) / 2
+            is_less = (self._compute_of(self._logits.detach() + middle) or 1.0) < compute
+            low, high = (middle, high) if is_less else (low, middle)
+        return high
 
     # --------------------------------------------------------------------------------- results
 
     def values(self) -> npt.NDArray[np.float64]:
         """The shares, 1 where a layer was never free; [layers, steps]."""
-        shares = torch.stack([x.detach().double().sigmoid() for x in self._logits], dim=1)
-        return np.where(self._mixed, shares.numpy(), 1.0)
+        shares = self._logits.detach().sigmoid()
+        return torch.where(self._mixed, shares, 1.0).numpy()
 
     @property
     def compute(self) -> float | None:
         """The fraction of the MACs that the shares stand for; None if costs are not known."""
+        return self._compute_of(self._logits.detach())
+
+    def _compute_of(self, logits: Tensor) -> float | None:
         if self._cell_costs is None:
             return None
-        return 1 - float((self._cell_costs[:, None] * (1 - self.values())).sum())
+        reused = torch.where(self._mixed, 1 - logits.sigmoid(), 0.0)
+        return 1 - float((self._cell_costs[:, None] * reused).sum())
 
     @property
     def cost(self) -> float:
@@ -173,14 +187,14 @@ class RouterTraining:
         return f"error {self._last_error:.4g}{spent}"
 
 
-def _costs(calibration: Calibration) -> tuple[Tensor, npt.NDArray[np.float64] | None]:
+def _costs(calibration: Calibration) -> tuple[Tensor, Tensor | None]:
     """Each layer's part in the MACs of all layers, and in those of a run, for one step of it.
 
     Layers of unknown cost count alike, and what they are in a run is not known.
     """
     macs = [layer.macs for layer in calibration.layers]
     if None in macs or not sum(x or 0 for x in macs) or not calibration.total_macs:
-        return torch.full((len(macs),), 1 / len(macs), dtype=torch.float64), None
-    known = np.array(macs, dtype=np.float64)
+        return torch.full((len(macs), 1), 1 / len(macs), dtype=torch.float64), None
+    known = torch.tensor(macs, dtype=torch.float64)
     of_run = known / (calibration.total_macs * calibration.num_steps)
-    return torch.from_numpy(known / known.sum()), of_run
+    return (known / known.sum())[:, None], of_run

@@ -337,7 +337,7 @@ class _Session:
             )
         squares, norm = error
         (slope,) = torch.autograd.grad(squares, [shares])
-        self._training.move(step, mixed, slope, float(squares.detach()), norm)
+        self._training.note(step, mixed, slope, float(squares.detach()), norm)
 
     # --------------------------------------------------------------------------------- samples
 
