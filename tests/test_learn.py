@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from learned_cache import learned_schedule
 from reference import STEPS, times
 from test_invariants import assert_same_traces, traces
 from torch import Tensor, nn
@@ -190,6 +191,18 @@ def test_two_denoisers_that_take_turns() -> None:
         sample(0)
     assert run.summary().reused == schedule.reused
     assert not run.summary().recomputed
+
+
+@pytest.mark.parametrize(("budget", "interval"), [(0.75, 2), (0.6, 3), (0.4, 4)])
+def test_the_benchmark_finds_an_interval_that_leaves_a_choice(budget: float, interval: int) -> None:
+    toy = build("single", depth=2)
+    calibration = calibrated(toy, generate(toy))
+    schedule, cost = learned_schedule(
+        toy, generate(toy), calibration, budget, num_samples=1, epochs=1
+    )
+    assert schedule.provenance["interval"] == str(interval)
+    assert schedule.compute is not None and budget - 0.1 < schedule.compute <= budget
+    assert cost > 1
 
 
 # ------------------------------------------------------------- mixing agrees with reusing

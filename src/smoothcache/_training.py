@@ -53,7 +53,6 @@ class RouterTraining:
         self.price = 0.0 if penalty is None else penalty
         self._target = compute
         self._paths = {layer.path: index for index, layer in enumerate(calibration.layers)}
-        self._num_steps = calibration.num_steps
         self._weights, self._cell_costs = _costs(calibration)
         self._least = self._least_compute(calibration)
         if compute is not None:

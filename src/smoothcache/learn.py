@@ -59,8 +59,9 @@ def learn_routers(
         sample: ``sample(i)`` runs generation number i, as for ``calibrate``. It must not run under
             ``torch.inference_mode()``; ``torch.no_grad()`` is fine.
         calibration: What ``calibrate`` measured: gives the layers, their costs and the steps.
-        compute: The fraction of the uncached MACs to train for, in (0, 1]. The price then follows
-            the routers: it rises while they spend more than this, and falls while they spend less.
+        compute: The fraction of the uncached MACs to train for, in (0, 1]. After every generation
+            all routers are shifted alike to stand for just that; the price is the one at which as
+            much gains by being computed more as by being computed less.
         penalty: Instead, as in the paper: a fixed price (lambda), in squared relative error of
             the denoiser's output for computing all layers at a step.
         interval: Steps from one that computes everything to the next; 2 in the paper. Budgets
@@ -86,8 +87,8 @@ def learn_routers(
 
     Source: Ma et al., "Learning-to-Cache", arXiv 2406.01733. Ours are: the error relative to the
     output, so that a penalty means the same for every model; layers priced by their MACs instead
-    of alike; training on the sampler's own trajectory instead of noised data; and the price that
-    follows a budget, other intervals and other predictors.
+    of alike; training on the sampler's own trajectory instead of noised data; one step of descent
+    a generation; and budgets, other intervals and other predictors.
 
     Example:
         >>> import torch
