@@ -264,6 +264,22 @@ def test_samples_and_model_come_out_as_they_would_without(toy_name: str) -> None
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class WritingToy(Toy):
+    """Writes into the latents that it is given."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x.mul_(1.1), t, y)
+
+
+def test_a_model_that_writes_into_its_input_does_so_once() -> None:
+    torch.manual_seed(0)
+    toy = WritingToy(depth=1).eval()
+    sample = generate(toy)
+    calibration, plain, seen = calibrated(toy, sample), sample(0), []
+    learned(toy, lambda i: seen.append(sample(i)), calibration, num_samples=1)
+    assert torch.equal(seen[0], plain)
+
+
 class Stop(Exception):
     pass
 
