@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--interval", type=int)
     parser.add_argument("--rate", type=float, default=0.3)
-    parser.add_argument("--batches", type=int, default=2, help="of 10 images, to be compared")
+    parser.add_argument("--batches", type=int, default=1, help="of 10 images, to be compared")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
