@@ -19,9 +19,9 @@ PACKAGE = Path(smoothcache.__file__).parent
 # no rank of their own. `schedule` refuses unknown predictors, so their table lies below it.
 RANKS = (
     {"errors", "distance", "costs", "predictors", "denoisers", "diffusers_io", "version"},
-    {"layers", "calibration", "schedule"},
+    {"layers", "calibration", "schedule", "routers"},
     {"planners"},
-    {"calibrate", "apply", "clock", "observe", "summary"},
+    {"calibrate", "apply", "clock", "learn", "observe", "summary"},
     {"search", "metrics", "plots", "report", "compare"},
     {"demo", "cli", "__main__"},
 )

@@ -130,6 +130,7 @@ def search(
     seed: int = 0,
     journal: str | os.PathLike[str] | None = None,
     solvers: Mapping[str, Any] | None = None,
+    proposals: Sequence[Schedule] = (),
     progress: bool = True,
 ) -> SearchedSchedule:
     """Finds the schedule that ends closest to the uncached run within a budget, by measuring.
@@ -165,6 +166,8 @@ def search(
         journal: A file for the results; a search that was interrupted goes on from it.
         solvers: Noise schedulers by name, for the alternatives; None for those that suit the
             pipeline's own (multistep ones of diffusers), if ``sample`` takes a ``scheduler``.
+        proposals: Further schedules to try, of whatever origin, as ``plan_learned``; those beyond
+            the budget are passed over. What it took to make them is not in the search's cost.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -175,7 +178,7 @@ def search(
             meets it, ``sample`` returns nothing or something else each time, or the journal is of
             another search.
         CalibrationError: If the model cannot be calibrated.
-        ScheduleMismatchError: If the calibration is of another model.
+        ScheduleMismatchError: If the calibration, or a proposal, is of another model.
 
     Example:
         >>> import torch
@@ -241,6 +244,8 @@ def search(
             f"a generation of {calibration.num_steps} steps leaves nothing to plan; "
             f"{FEWEST_STEPS} are the fewest"
         )
+    for proposal in proposals:
+        _check_proposal(proposal, calibration)
     if solvers is None:
         solvers = _suitable_solvers(model) if "scheduler" in takes else {}
     solvers = dict(sorted(solvers.items()))
@@ -265,8 +270,28 @@ def search(
             max_cost=max_cost,
             deadline=deadline,
             rng=random.Random(seed),
+            given=proposals,
         )
         return hunt.cheapest(max_error) if max_error is not None else hunt.best_within(budget)
+
+
+def _check_proposal(proposal: object, calibration: Calibration) -> None:
+    """Refuses what could not run beside the search's own schedules.
+
+    Raises:
+        InvalidArgumentError: If it is no schedule of as many steps that knows its layers.
+        ScheduleMismatchError: If it is for other layers, or another model.
+    """
+    if not isinstance(proposal, Schedule) or proposal.layers is None:
+        raise InvalidArgumentError(
+            f"proposals must be schedules that know their layers, got {type(proposal).__name__}; "
+            "bind a published one to the layers first"
+        )
+    if proposal.num_steps != calibration.num_steps:
+        raise InvalidArgumentError(
+            f"a proposal has {proposal.num_steps} steps, but a generation {calibration.num_steps}"
+        )
+    proposal.bind(calibration.layers, calibration.model)
 
 
 def _budget(speedup: float | None, compute: float | None) -> float:
@@ -414,6 +439,7 @@ class _Hunt:
         max_cost: float,
         deadline: float,
         rng: random.Random,
+        given: Sequence[Schedule],
     ) -> None:
         self._space = space
         self._rollouts = rollouts
@@ -426,6 +452,11 @@ class _Hunt:
         self._max_cost = max_cost
         self._deadline = deadline
         self._rng = rng
+        layers = space.calibration.layers
+        self._given = [
+            space.of_rows(f"given {i}: {x.provenance.get('planner', 'by hand')}", layers, x.rows)
+            for i, x in enumerate(given)
+        ]
         self._errors: dict[str, tuple[Candidate, list[float]]] = {}
         self._target = CONVERGED if joint else UNCACHED
         self._plain = Candidate(UNCACHED, 1.0)
@@ -522,6 +553,7 @@ class _Hunt:
             for predictor in self._space.predictors
         ]
         found += self._thresholds(budget)
+        found += self._given
         found += self._other_samplers(budget)
         return _distinct(x for x in found if x.compute <= budget + 1e-9)
 
