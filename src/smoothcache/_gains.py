@@ -12,6 +12,7 @@ each computed step: what it returned is played back. So any solver and any guida
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -235,4 +236,5 @@ def _best_gain(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
     """The least-squares gain for changes and what they should have been; 1 if there are none."""
     products = sum(float((change.double() * wanted.double()).sum()) for change, wanted in pairs)
     squares = sum(float(change.double().square().sum()) for change, _ in pairs)
-    return min(max(products / squares, 0.0), LARGEST_GAIN) if squares > 0 else 1.0
+    is_known = squares > 0 and math.isfinite(products / squares)
+    return min(max(products / squares, 0.0), LARGEST_GAIN) if is_known else 1.0
