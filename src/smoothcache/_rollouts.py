@@ -139,9 +139,11 @@ class Rollouts:
         at = (name, candidate.key)
         if at not in self._journal.gains:
             self._journal.put_gains(at, from_first(lambda: self._fit(name, candidate, samples)))
-        self.rollouts += len(samples)
-        run = sum(row.computed[: _last_reuse(row)]) / sum(row.computed)
-        self.cost += candidate.compute * run * len(samples)
+        if (*at, -1) not in self._counted:
+            self._counted.add((*at, -1))
+            run = sum(row.computed[: _last_reuse(row)]) / sum(row.computed)
+            self.cost += candidate.compute * run * len(samples)
+            self.rollouts += len(samples)
         return replace(row, gains=tuple(self._journal.gains[at]))
 
     def _fit(self, name: str, candidate: Candidate, samples: Sequence[int]) -> list[float]:
