@@ -342,10 +342,12 @@ def test_choosing_nothing_is_refused(nothing: Any) -> None:
         sc.observe_layers(toy, lambda i: sample(toy), select=lambda path, module: nothing)
 
 
-@pytest.mark.xfail(strict=True, reason="a list of modules, which nobody calls, is taken for an ffn")
-def test_choosing_a_list_of_modules_is_refused() -> None:
+@pytest.mark.parametrize("kind", [nn.ModuleList, lambda x: nn.ModuleDict({"0": x[0]})])
+def test_choosing_what_has_no_forward_is_refused(kind: Callable[[list[nn.Module]], Any]) -> None:
     toy = build("single", depth=1)
-    with pytest.raises(sc.InvalidArgumentError, match=r"'blocks'.*is never called"):
+    toy.blocks = kind([toy.blocks[0]])
+    words = r"'blocks', a Module(List|Dict) that has no forward and so is never called"
+    with pytest.raises(sc.InvalidArgumentError, match=words):
         sc.find_layers(toy, select=lambda path, module: path == "blocks")
 
 

@@ -182,7 +182,7 @@ class _Placed:
         if call.timestep is None:
             raise ScheduleMismatchError(
                 f"{type(self._denoiser).__name__} was called without a timestep, so the step "
-                "cannot be told; run it outside of the cached block"
+                "cannot be told; keep such calls apart from sampling"
             )
         attachment = self._attachment
         before = attachment.clock.snapshot()

@@ -57,7 +57,7 @@ def cached(model: Any, schedule: Schedule, *, check_finite: bool = False) -> Ite
         >>> run.summary().finished
         0
     """
-    run = enable(model, schedule, check_finite=check_finite)
+    run = _enabled(model, schedule, check_finite, stacklevel=5)
     try:
         yield run
     finally:
@@ -76,11 +76,15 @@ def enable(model: Any, schedule: Schedule, *, check_finite: bool = False) -> Run
         >>> handle = enable(model, Schedule.uniform(model, num_steps=4, interval=2))
         >>> handle.disable()
     """
+    return _enabled(model, schedule, check_finite, stacklevel=4)
+
+
+def _enabled(model: Any, schedule: Schedule, check_finite: bool, stacklevel: int) -> Run:
     if not isinstance(schedule, Schedule):
         raise InvalidArgumentError(
             f"expected a Schedule, got {type(schedule).__name__}; plan one, or Schedule.load a file"
         )
-    warn_of_randomness(model)
+    warn_of_randomness(model, stacklevel)
     layers = find_layers(model) if schedule.layers is None else schedule.layers
     return Run(model, schedule.bind(layers, identify(model)), check_finite)
 
