@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -189,6 +189,12 @@ class ReusedLayer:
                 f"{name!r} returned no tensor but {type(output).__name__}, so skipping it would "
                 "lose what it does to its input; leave it out of the schedule"
             )
+        if hiding := next(filter(_hides_tensors, leaves), None):
+            raise ScheduleMismatchError(
+                f"{name!r} returned a {type(hiding).__name__} with tensors in it that could not be "
+                "exchanged at reuse (as those in tuples, mappings and dataclasses are); leave it "
+                "out of the schedule"
+            )
         if _writes_into(given, versions, leaves):
             raise ScheduleMismatchError(
                 f"{name!r} writes into a tensor that it is given, which skipping it would "
@@ -291,35 +297,58 @@ def _writes_into(inputs: list[Tensor], versions: list[int | None], outputs: list
 
 
 def taken_apart(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The leaves of an output, dataclasses in it included, and how to put others in their place."""
+    """The leaves of an output, and how to put others in their place.
+
+    Dataclasses and mappings in it are taken apart too; a tensor in two places is one leaf.
+    """
+    leaves, whole = _parts(output)
+    first = {id(leaf): i for i, leaf in reversed(list(enumerate(leaves)))}
+    places = [first[id(leaf)] if isinstance(leaf, Tensor) else i for i, leaf in enumerate(leaves)]
+    own = [i for i, place in enumerate(places) if i == place]
+    sources = [own.index(place) for place in places]
+    return [leaves[i] for i in own], lambda values: whole(iter([values[i] for i in sources]))
+
+
+def _parts(output: Any) -> tuple[list[Any], Callable[[Iterator[Any]], Any]]:
+    """All that is in an output, in order, and how to refill it from such a sequence."""
     leaves, spec = pytree.tree_flatten(output)
-    parts = [_fields_apart(leaf) for leaf in leaves]
+    parts = [_inside(leaf) for leaf in leaves]
     wholes = [whole for _, whole in parts]  # without the tensors, which are not to be kept alive
 
-    def rebuild(values: list[Any]) -> Any:
-        rest = iter(values)
-        return pytree.tree_unflatten([whole(rest) for whole in wholes], spec)
+    def refill(values: Iterator[Any]) -> Any:
+        return pytree.tree_unflatten([whole(values) for whole in wholes], spec)
 
-    return [leaf for own, _ in parts for leaf in own], rebuild
+    return [leaf for own, _ in parts for leaf in own], refill
 
 
-def _fields_apart(leaf: Any) -> tuple[list[Any], Callable[[Iterator[Any]], Any]]:
-    """What is in a leaf: itself, or the leaves of a dataclass; and how to refill it."""
-    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+def _inside(leaf: Any) -> tuple[list[Any], Callable[[Iterator[Any]], Any]]:
+    """What is in a leaf of a pytree: itself, or all that a dataclass or a mapping holds."""
+    is_record = dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+    if not is_record and not isinstance(leaf, MutableMapping):
         return [leaf], next
-    names = [item.name for item in dataclasses.fields(leaf)]
-    leaves, refill = taken_apart({name: getattr(leaf, name) for name in names})
-    like, count = copy.copy(leaf), len(leaves)
-    for name in names:
-        object.__setattr__(like, name, None)
+    fields = [field.name for field in dataclasses.fields(leaf)] if is_record else []
+    attributes = {name: getattr(leaf, name) for name in {**dict.fromkeys(fields), **_vars(leaf)}}
+    items = dict(leaf) if isinstance(leaf, MutableMapping) else {}
+    leaves, refill = _parts([attributes, items])
+    like = _refilled(copy.copy(leaf), dict.fromkeys(attributes), dict.fromkeys(items))
+    return leaves, lambda values: _refilled(copy.copy(like), *refill(values))
 
-    def whole(rest: Iterator[Any]) -> Any:
-        filled = copy.copy(like)
-        for name, value in refill([next(rest) for _ in range(count)]).items():
-            object.__setattr__(filled, name, value)
-        return filled
 
-    return leaves, whole
+def _vars(value: Any) -> dict[str, Any]:
+    return getattr(value, "__dict__", {})
+
+
+def _hides_tensors(leaf: Any) -> bool:
+    """Whether a leaf has tensors in it that nobody can exchange."""
+    return not isinstance(leaf, Tensor | type) and bool(_tensors(dict(_vars(leaf))))
+
+
+def _refilled(whole: Any, attributes: dict[str, Any], items: dict[Any, Any]) -> Any:
+    for name, value in attributes.items():
+        object.__setattr__(whole, name, value)
+    for key, value in items.items():
+        whole[key] = value
+    return whole
 
 
 def _are_finite(values: list[Any]) -> bool:
