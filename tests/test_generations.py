@@ -484,6 +484,7 @@ def compare_with_by_hand(
     expected = [generate(by_hand.model, seed=seed) for seed in (0, 1)]
     with sc.cached(pipe, schedule) as run:
         got = [generate(pipe, seed=seed) for seed in (0, 1)]
+        assert run.summary().held_bytes == 0
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
     assert not torch.equal(got[0], plain)
     assert torch.equal(generate(pipe, seed=0), plain)
@@ -498,8 +499,8 @@ def test_reuse_under_any_solver(solver: str, interval: int) -> None:
     schedule = sc.Schedule.uniform(pipe, steps_of(pipe, STEPS), interval)
     run, _ = compare_with_by_hand(pipe, schedule, run_dit)
     calls_alike = len(set(calls_per_step(pipe))) == 1
-    assert (run.summary().recomputed == {}) is calls_alike
     if calls_alike:
+        assert run.summary().recomputed == {}
         assert run.summary().reused == 2 * schedule.reused * calls_per_step(pipe)[0]
 
 
@@ -936,6 +937,26 @@ def test_branches_that_are_conditioned_alike(pattern: str) -> None:
     with sc.cached(model, schedule):
         guided(model, SOME_STEPS[pattern], lambda branch, step: PROMPTS["p"])
     assert model.foreign() == []
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("interval", [2, 4, 6])
+def test_nothing_is_held_after_the_last_step(pattern: str, interval: int) -> None:
+    """Whichever branches were left out in it."""
+    schedule, model = witness_schedule(6, interval), Witness()
+    with sc.cached(model, schedule) as run:
+        guided(model, PATTERNS[pattern], CONDITIONS["made anew"])
+        assert run.summary().held_bytes == 0
+    model.assert_right(run)
+
+
+def test_a_branch_that_comes_back_in_the_very_last_step_is_right() -> None:
+    schedule, model = witness_schedule(4, 4), Witness()
+    with sc.cached(model, schedule) as run:
+        guided(model, ("uc", "uc", "c", "cu"), CONDITIONS["labels"])
+        assert run.summary().held_bytes == 0
+    model.assert_right(run)
+    assert run.summary().recomputed == {"no value had been computed for this call": 1}
 
 
 def test_prompts_that_differ_in_few_elements_of_many() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._content import version
+from ._content import are_equal, digest, version
 from ._eager import between_graphs, eagerly
 from .errors import ScheduleMismatchError
 from .predictors import PREDICTORS, extrapolation_weights, last_uses
@@ -60,6 +60,7 @@ class _Kept:
     swapped: Tensor | None
     dtypes: list[torch.dtype | None]
     form: list[Any]
+    into: list[int | None]  # the input, by its number, that a leaf is and was written into
 
     @property
     def nbytes(self) -> int:
@@ -102,6 +103,7 @@ class ReusedLayer:
         self._tally = tally
         self._residual = residual
         self._check_finite = check_finite
+        self._writes = _Writes()
         self._kept: dict[Place, list[_Kept]] = {}
         self._not_finite: set[Place] = set()
         self._active = False
@@ -173,15 +175,14 @@ class ReusedLayer:
             inputs = [x.detach().clone() for x in _float_tensors((args, kwargs))]
         form = _form_of(args, kwargs)
         given = _tensors((args, kwargs))
-        versions = [version(x) for x in given]
+        marks = self._writes.before(given)
         output = forward(*args, **kwargs)
-        self._refuse_side_effects(given, versions, output)
-        return self._taken(place, output, inputs, form)
+        written = self._writes.after(given, marks)
+        self._refuse_side_effects(list(written.values()), output)
+        return self._taken(place, output, inputs, form, written)
 
     @eagerly
-    def _refuse_side_effects(
-        self, given: list[Tensor], versions: list[int | None], output: Any
-    ) -> None:
+    def _refuse_side_effects(self, written: list[Tensor], output: Any) -> None:
         leaves, _ = taken_apart(output)
         name = self._path or "the model"
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
@@ -195,14 +196,21 @@ class ReusedLayer:
                 "exchanged at reuse (as those in tuples, mappings and dataclasses are); leave it "
                 "out of the schedule"
             )
-        if _writes_into(given, versions, leaves):
+        if {id(x) for x in written} - {id(leaf) for leaf in leaves}:
             raise ScheduleMismatchError(
                 f"{name!r} writes into a tensor that it is given, which skipping it would "
                 "lose; leave it out of the schedule"
             )
 
     @eagerly
-    def _taken(self, place: Place, output: Any, inputs: list[Tensor], form: list[Any]) -> Any:
+    def _taken(
+        self,
+        place: Place,
+        output: Any,
+        inputs: list[Tensor],
+        form: list[Any],
+        written: dict[int, Tensor],
+    ) -> Any:
         leaves, rebuild = taken_apart(output)
         swapped = _swapped(leaves, inputs)
         bases = _bases(leaves, inputs, swapped)
@@ -214,7 +222,9 @@ class ReusedLayer:
         last_use = self._last_uses[self._step]
         last_use = -1 if last_use is None else last_use
         dtypes = [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves]
-        self._keep(place, _Kept(self._step, last_use, values, rebuild, swapped, dtypes, form))
+        into = [next((i for i, x in written.items() if x is leaf), None) for leaf in leaves]
+        kept = _Kept(self._step, last_use, values, rebuild, swapped, dtypes, form, into)
+        self._keep(place, kept)
         return output
 
     def _keep(self, place: Place, kept: _Kept) -> None:
@@ -243,6 +253,12 @@ class ReusedLayer:
             values = [
                 _plus(value, base, dtype)
                 for value, base, dtype in zip(values, bases, newest.dtypes, strict=True)
+            ]
+        if any(i is not None for i in newest.into):
+            given = _tensors((args, kwargs))
+            values = [
+                value if i is None else given[i].copy_(value)
+                for i, value in zip(newest.into, values, strict=True)
             ]
         self._drop(lambda at, kept: at == place and kept.last_use <= self._step)
         return newest.rebuild(values)
@@ -287,13 +303,35 @@ def _form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     return form
 
 
-def _writes_into(inputs: list[Tensor], versions: list[int | None], outputs: list[Any]) -> bool:
-    """Whether a layer wrote into something that it was given and does not return."""
-    returned = {id(output) for output in outputs}
-    return any(
-        x_version is not None and version(x) != x_version and id(x) not in returned
-        for x, x_version in zip(inputs, versions, strict=True)
-    )
+class _Writes:
+    """Notices which of the tensors that it is given a layer writes into.
+
+    In inference mode nothing counts writes. There the contents are compared instead, in the first
+    call; a layer does not change its habits.
+    """
+
+    def __init__(self) -> None:
+        self._habits: set[int] | None = None
+
+    @eagerly
+    def before(self, given: list[Tensor]) -> list[Any]:
+        """What ``after`` compares with."""
+        is_known = self._habits is not None
+        return [digest(x) if version(x) is None and not is_known else version(x) for x in given]
+
+    @eagerly
+    def after(self, given: list[Tensor], marks: list[Any]) -> dict[int, Tensor]:
+        """The tensors that were written into, by their number."""
+        pairs = list(enumerate(zip(given, marks, strict=True)))
+        written = {i: x for i, (x, mark) in pairs if version(x) != mark and version(x) is not None}
+        uncounted = {i: x for i, (x, _) in pairs if version(x) is None}
+        if uncounted and self._habits is None:
+            self._habits = {
+                i
+                for i, x in uncounted.items()
+                if marks[i] is not None and not are_equal(marks[i], digest(x))
+            }
+        return written | {i: x for i, x in uncounted.items() if i in (self._habits or ())}
 
 
 def taken_apart(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:

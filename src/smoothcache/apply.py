@@ -114,6 +114,8 @@ class Run:
         self._shapes: dict[tuple[str, int], Any] = {}
         self._finished = self._broken_off = self._reused_before = self._outside = 0
         self._steps_seen = 0
+        self._calls = self._calls_before = 0  # in this step, and in the one before
+        self._branch: int | None = None
         self._open = self._warned = False
         self._model = model
         self._solvers = {schedule.solver}  # the one that was planned for, and those warned of
@@ -182,8 +184,10 @@ class Run:
         self._refuse_too_many_steps(tick)
         self._steps_seen = tick.step + 1
         if tick.call == 0:
+            self._calls, self._calls_before = 0, self._calls
             for layer in self._layers.values():
                 layer.expire(tick.step)
+        self._calls, self._branch = self._calls + 1, branch
         self._tally.reason = self._refresh(denoiser, tick, branch, args, kwargs)
         for layer in self._by_denoiser[denoiser]:
             layer.begin(tick.step, branch)
@@ -193,6 +197,7 @@ class Run:
         for layer in self._by_denoiser[denoiser]:
             layer.end()
         if tick.step == self.schedule.num_steps - 1:
+            self._drop_what_found_no_use(denoiser)
             self._warn_of_what_did_nothing()
 
     def outside(self) -> None:
@@ -223,6 +228,21 @@ class Run:
         for layer in self._by_denoiser[denoiser]:
             layer.forget(branch)
         return OTHER_SHAPES if known != shapes else _NOT_VOUCHED
+
+    def _drop_what_found_no_use(self, denoiser: str) -> None:
+        """Holds nothing beyond the last step: of a branch after its call, all after the last call.
+
+        Nobody says which call is the last. As many as in the step before are expected; a branch
+        that was left out there, and comes back in the very last step, is computed.
+        """
+        if self._branch is not None:
+            for layer in self._by_denoiser[denoiser]:
+                layer.forget(self._branch)
+        last = self.schedule.num_steps - 1
+        stages = (self._clock.stages(last) or 1) / (self._clock.stages(last - 1) or 1)
+        if self._calls >= self._calls_before * stages:
+            for layer in self._layers.values():
+                layer.forget()
 
     def _forget(self) -> None:
         self._shapes.clear()

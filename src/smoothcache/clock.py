@@ -82,6 +82,10 @@ class Clock:
         """Steps of this generation as its noise scheduler announced them, if it did."""
         return len(self._listed) - self._offset if self._follows_list else None
 
+    def stages(self, step: int) -> int | None:
+        """How often the solver asks in a step for each branch; None if it does not say."""
+        return self._listed.entries(step + self._offset) if self._follows_list else None
+
     @property
     def asks_once(self) -> bool:
         """Whether the solver is known to ask once in a step, for each branch."""
@@ -308,6 +312,10 @@ class _Timesteps:
     def step_at(self, position: int) -> int:
         """The step that the entry at a position belongs to."""
         return self._steps[position] if position < len(self._steps) else len(self)
+
+    def entries(self, step: int) -> int:
+        """How many entries a step has."""
+        return self._steps.count(step)
 
     def are_over_at(self, position: int | None) -> bool:
         """Whether a scheduler at this position has made its last step."""
