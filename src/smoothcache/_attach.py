@@ -207,7 +207,7 @@ class _Placed:
             call.conditioning,
             context,
             call.latents,
-            one_stage=attachment.clock.asks_once,
+            stages=attachment.clock.stages(tick.step),
         )
         attachment.listener.before(self._name, tick, branch, args, kwargs)
         return tick

@@ -3,8 +3,11 @@
 Guidance calls the denoiser several times in a step, with and without the prompt, and may do so in
 some steps only. The values of one such *branch* must never be reused in another. A branch is told
 by the name that ``cache_context`` gives it, else by its conditioning: all that the denoiser is
-given but the timestep and the latents. Several calls that this cannot tell apart (the two stages
-of a Heun step) are taken in their order.
+given but the timestep and the latents.
+
+Several calls that this cannot tell apart are the stages of a solver's step (Heun's, say) if their
+latents differ, and are taken in their order. If their latents are the same too, what differs is
+hidden, as in guidance by a perturbed model: such calls are told no branch.
 """
 
 from __future__ import annotations
@@ -26,7 +29,12 @@ _MOST_USES = 4
 
 
 class Branches:
-    """Numbers the calls of a denoiser so that a branch has the same number in every step."""
+    """Numbers the calls of a denoiser so that a branch has the same number in every step.
+
+    Attributes:
+        found_hidden: Whether the last call was the first in this generation that nothing tells
+            from an earlier one of its step, so that the earlier may have been mistaken for it.
+    """
 
     def __init__(self) -> None:
         self.forget()
@@ -37,9 +45,11 @@ class Branches:
         self._groups: list[tuple[int, ...]] = []
         self._numbers: dict[tuple[Hashable, int], int] = {}
         self._uses: dict[Hashable, int] = {}
-        self._latents: dict[Hashable, tuple[weakref.ref[Tensor], int | None]] = {}
+        self._counts: dict[Hashable, list[int]] = {}  # calls in each step, where nobody says
+        self._latents: dict[Hashable, list[_Value]] = {}
         self._unsure: set[Hashable] = set()
         self._step = -1
+        self.found_hidden = False
 
     def number(
         self,
@@ -48,7 +58,7 @@ class Branches:
         name: str | None,
         latents: Tensor | None = None,
         *,
-        one_stage: bool = False,
+        stages: int | None = None,
     ) -> int | None:
         """The branch of a call; None if it cannot be told.
 
@@ -58,26 +68,50 @@ class Branches:
                 name of the argument.
             name: What ``cache_context`` calls it; None outside of one.
             latents: What is denoised.
-            one_stage: Whether the solver is known to ask once in a step for each branch.
+            stages: How often the solver asks in this step for each branch, if it says.
         """
         if step != self._step:
-            self._step, self._uses = step, {}
+            self._begin(step)
         group = self._group(step, conditioning) if name is None else name
+        self.found_hidden = False
         if group is None:
             return None
         use = self._uses[group] = self._uses.get(group, -1) + 1
-        if use and one_stage and not self._has_latents(group, latents):
-            self._unsure.add(group)  # one of them is not the solver's, and either may be
-        elif latents is not None:
-            self._latents[group] = weakref.ref(latents), version(latents)
+        is_known, is_hidden = group in self._unsure, self._is_hidden(group, latents)
+        self.found_hidden = is_hidden and not is_known
+        if is_hidden or (stages is not None and use >= stages):
+            self._unsure.add(group)
+        if stages is not None:
+            self._counts.pop(group, None)
+        elif use == 0:
+            self._counts.setdefault(group, []).append(1)
+        elif group in self._counts:
+            self._counts[group][-1] += 1
         if group in self._unsure or use >= _MOST_USES:
             return None
         return self._numbers.setdefault((group, use), len(self._numbers))
 
-    def _has_latents(self, group: Hashable, latents: Tensor | None) -> bool:
-        """Whether a group's last call was given the same latents."""
-        known, count = self._latents.get(group, (lambda: None, None))
-        return latents is not None and known() is latents and count == version(latents)
+    def _begin(self, step: int) -> None:
+        """Turns to another step; from now on, calls that came in varying number are not trusted.
+
+        One that was left out is noticed only here. A solver's first step may have fewer.
+        """
+        for group, counts in self._counts.items():
+            if len(set(counts[1:])) > 1:
+                self._unsure.add(group)
+            del counts[2:]
+        self._step, self._uses = step, {}
+        self._latents.clear()
+
+    def _is_hidden(self, group: Hashable, latents: Tensor | None) -> bool:
+        """Whether nothing that a call is given tells it from an earlier one of its group."""
+        if latents is None:
+            return self._uses[group] > 0
+        earlier = self._latents.setdefault(group, [])
+        if any(value.is_of(latents) for value in earlier):
+            return True
+        earlier.append(_Value(latents, self._step))
+        return False
 
     def _group(self, step: int, conditioning: Mapping[str, Sequence[Any]]) -> Hashable:
         """Index of the earlier calls that were conditioned in the same way; None if in none."""

@@ -116,6 +116,7 @@ class Run:
         self._steps_seen = 0
         self._calls = self._calls_before = 0  # in this step, and in the one before
         self._branch: int | None = None
+        self._reused_until_step = 0
         self._open = self._warned = False
         self._model = model
         self._solvers = {schedule.solver}  # the one that was planned for, and those warned of
@@ -185,9 +186,11 @@ class Run:
         self._steps_seen = tick.step + 1
         if tick.call == 0:
             self._calls, self._calls_before = 0, self._calls
+            self._reused_until_step = self._tally.reused
             for layer in self._layers.values():
-                layer.expire(tick.step)
+                layer.expire(tick.step) if tick.vouched else layer.forget()
         self._calls, self._branch = self._calls + 1, branch
+        self._refuse_hidden_branch(denoiser, tick)
         self._tally.reason = self._refresh(denoiser, tick, branch, args, kwargs)
         for layer in self._by_denoiser[denoiser]:
             layer.begin(tick.step, branch)
@@ -289,6 +292,19 @@ class Run:
                 f"the generation has come to step {tick.step + 1}, but the schedule covers "
                 f"{planned}; plan for the right number of steps, or call run.reset() if a new "
                 "generation has begun"
+            )
+
+    def _refuse_hidden_branch(self, denoiser: str, tick: Tick) -> None:
+        """Refuses calls that turn out to be alike after one has reused what may be another's."""
+        attachment = self._attachment
+        is_new = attachment is not None and attachment.branches[denoiser].found_hidden
+        if is_new and self._tally.reused > self._reused_until_step:
+            raise ScheduleMismatchError(
+                f"in step {tick.step} the model was called twice with the same latents and the "
+                "same conditioning, so what tells the calls apart is hidden (a perturbed model, "
+                "say), and the first may have reused a value of the second; put each into a "
+                "cache_context of its own name, pass the model what tells them apart, or plan for "
+                "the first such step to be computed"
             )
 
     def _too_few_steps(self) -> str:
