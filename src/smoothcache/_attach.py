@@ -208,6 +208,7 @@ class _Placed:
             context,
             call.latents,
             stages=attachment.clock.stages(tick.step),
+            position=attachment.clock.position,
         )
         attachment.listener.before(self._name, tick, branch, args, kwargs)
         return tick

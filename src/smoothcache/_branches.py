@@ -59,6 +59,7 @@ class Branches:
         latents: Tensor | None = None,
         *,
         stages: int | None = None,
+        position: int | None = None,
     ) -> int | None:
         """The branch of a call; None if it cannot be told.
 
@@ -69,6 +70,7 @@ class Branches:
             name: What ``cache_context`` calls it; None outside of one.
             latents: What is denoised.
             stages: How often the solver asks in this step for each branch, if it says.
+            position: Where the solver is, if it counts; no two of its stages are at the same.
         """
         if step != self._step:
             self._begin(step)
@@ -77,7 +79,7 @@ class Branches:
         if group is None:
             return None
         use = self._uses[group] = self._uses.get(group, -1) + 1
-        is_known, is_hidden = group in self._unsure, self._is_hidden(group, latents)
+        is_known, is_hidden = group in self._unsure, self._is_hidden(group, position, latents)
         self.found_hidden = is_hidden and not is_known
         if is_hidden or (stages is not None and use >= stages):
             self._unsure.add(group)
@@ -103,11 +105,11 @@ class Branches:
         self._step, self._uses = step, {}
         self._latents.clear()
 
-    def _is_hidden(self, group: Hashable, latents: Tensor | None) -> bool:
+    def _is_hidden(self, group: Hashable, position: int | None, latents: Tensor | None) -> bool:
         """Whether nothing that a call is given tells it from an earlier one of its group."""
         if latents is None:
             return self._uses[group] > 0
-        earlier = self._latents.setdefault(group, [])
+        earlier = self._latents.setdefault((group, position), [])
         if any(value.is_of(latents) for value in earlier):
             return True
         earlier.append(_Value(latents, self._step))

@@ -74,6 +74,7 @@ class Clock:
         self._listed = _Timesteps([], merges=True)
         self._list_is_used = False
         self.step = -1
+        self.position: int | None = None  # where the noise scheduler was at the last call
         self._given: list[Any] = []  # timesteps: numbers, and tensors that nobody has read yet
         self.forget()
 
@@ -136,7 +137,7 @@ class Clock:
         Raises:
             ScheduleMismatchError: If the samples of a batch are at different timesteps.
         """
-        position = self._position()
+        self.position = position = self._position()
         self._listen(position)
         if isinstance(timestep, Tensor) and timestep.device.type not in ("cpu", "meta"):
             moved = self._moved(position)
