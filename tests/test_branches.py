@@ -112,17 +112,17 @@ def test_calls_with_the_same_latents_cannot_be_told_if_conditioned_alike(
     x, c = embedding(1), {"text": [embedding(3)]}
     branches = Branches()
 
-    def number(step: int, conditioning: Any = c) -> tuple[int | None, bool]:
+    def number(step: int, conditioning: Any = c) -> tuple[int | None, int | None]:
         branch = branches.number(step, conditioning, named, x.clone() if made_anew else x)
-        return branch, branches.found_hidden
+        return branch, branches.mistaken
 
-    assert [number(0), number(1)] == [(0, False), (0, False)]
-    assert [number(1), number(1), number(2)] == [(None, True), (None, False), (None, False)]
+    assert [number(0), number(1)] == [(0, None), (0, None)]
+    assert [number(1), number(1), number(2)] == [(None, 0), (None, None), (None, None)]
     if named is None:
-        assert number(2, {"text": [embedding(4)]}) == (1, False)
+        assert number(2, {"text": [embedding(4)]}) == (1, None)
     x.add_(1)
     branches.forget()
-    assert number(0) == (0, False)
+    assert number(0) == (0, None)
 
 
 def test_a_prompt_that_changes_is_a_branch_of_its_own() -> None:

@@ -32,8 +32,8 @@ class Branches:
     """Numbers the calls of a denoiser so that a branch has the same number in every step.
 
     Attributes:
-        found_hidden: Whether the last call was the first in this generation that nothing tells
-            from an earlier one of its step, so that the earlier may have been mistaken for it.
+        mistaken: The branch that an earlier call of the step was given, if the last call was the
+            first in this generation that nothing tells from such a one; either may be the other.
     """
 
     def __init__(self) -> None:
@@ -46,10 +46,10 @@ class Branches:
         self._numbers: dict[tuple[Hashable, int], int] = {}
         self._uses: dict[Hashable, int] = {}
         self._counts: dict[Hashable, list[int]] = {}  # calls in each step, where nobody says
-        self._latents: dict[Hashable, list[_Value]] = {}
+        self._latents: dict[Hashable, list[tuple[_Value | None, int]]] = {}
         self._unsure: set[Hashable] = set()
         self._step = -1
-        self.found_hidden = False
+        self.mistaken: int | None = None
 
     def number(
         self,
@@ -75,13 +75,14 @@ class Branches:
         if step != self._step:
             self._begin(step)
         group = self._group(step, conditioning) if name is None else name
-        self.found_hidden = False
+        self.mistaken = None
         if group is None:
             return None
         use = self._uses[group] = self._uses.get(group, -1) + 1
-        is_known, is_hidden = group in self._unsure, self._is_hidden(group, position, latents)
-        self.found_hidden = is_hidden and not is_known
-        if is_hidden or (stages is not None and use >= stages):
+        alike = self._use_with(latents, group, position)
+        if alike is not None and group not in self._unsure:
+            self.mistaken = self._numbers.get((group, alike))
+        if alike is not None or (stages is not None and use >= stages):
             self._unsure.add(group)
         if stages is not None:
             self._counts.pop(group, None)
@@ -105,15 +106,17 @@ class Branches:
         self._step, self._uses = step, {}
         self._latents.clear()
 
-    def _is_hidden(self, group: Hashable, position: int | None, latents: Tensor | None) -> bool:
-        """Whether nothing that a call is given tells it from an earlier one of its group."""
-        if latents is None:
-            return self._uses[group] > 0
+    def _use_with(
+        self, latents: Tensor | None, group: Hashable, position: int | None
+    ) -> int | None:
+        """The earlier call of the group in this step that nothing tells from this one."""
         earlier = self._latents.setdefault((group, position), [])
-        if any(value.is_of(latents) for value in earlier):
-            return True
-        earlier.append(_Value(latents, self._step))
-        return False
+        for value, use in earlier:
+            if value is None or latents is None or value.is_of(latents):
+                return use
+        value = None if latents is None else _Value(latents, self._step)
+        earlier.append((value, self._uses[group]))
+        return None
 
     def _group(self, step: int, conditioning: Mapping[str, Sequence[Any]]) -> Hashable:
         """Index of the earlier calls that were conditioned in the same way; None if in none."""

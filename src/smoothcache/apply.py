@@ -116,7 +116,8 @@ class Run:
         self._steps_seen = 0
         self._calls = self._calls_before = 0  # in this step, and in the one before
         self._branch: int | None = None
-        self._reused_until_step = 0
+        self._reused_before_call = 0
+        self._reusing: set[tuple[str, int | None]] = set()  # denoisers and branches, in this step
         self._open = self._warned = False
         self._model = model
         self._solvers = {schedule.solver}  # the one that was planned for, and those warned of
@@ -186,11 +187,12 @@ class Run:
         self._steps_seen = tick.step + 1
         if tick.call == 0:
             self._calls, self._calls_before = 0, self._calls
-            self._reused_until_step = self._tally.reused
+            self._reusing.clear()
             for layer in self._layers.values():
                 layer.expire(tick.step) if tick.vouched else layer.forget()
         self._calls, self._branch = self._calls + 1, branch
-        self._refuse_hidden_branch(denoiser, tick)
+        self._reused_before_call = self._tally.reused
+        self._refuse_mistaken_branch(denoiser, tick)
         self._tally.reason = self._refresh(denoiser, tick, branch, args, kwargs)
         for layer in self._by_denoiser[denoiser]:
             layer.begin(tick.step, branch)
@@ -199,6 +201,8 @@ class Run:
         """Lets the layers run as they are until the next call."""
         for layer in self._by_denoiser[denoiser]:
             layer.end()
+        if self._tally.reused > self._reused_before_call:
+            self._reusing.add((denoiser, self._branch))
         if tick.step == self.schedule.num_steps - 1:
             self._drop_what_found_no_use(denoiser)
             self._warn_of_what_did_nothing()
@@ -294,11 +298,11 @@ class Run:
                 "generation has begun"
             )
 
-    def _refuse_hidden_branch(self, denoiser: str, tick: Tick) -> None:
+    def _refuse_mistaken_branch(self, denoiser: str, tick: Tick) -> None:
         """Refuses calls that turn out to be alike after one has reused what may be another's."""
         attachment = self._attachment
-        is_new = attachment is not None and attachment.branches[denoiser].found_hidden
-        if is_new and self._tally.reused > self._reused_until_step:
+        mistaken = None if attachment is None else attachment.branches[denoiser].mistaken
+        if mistaken is not None and (denoiser, mistaken) in self._reusing:
             raise ScheduleMismatchError(
                 f"in step {tick.step} the model was called twice with the same latents and the "
                 "same conditioning, so what tells the calls apart is hidden (a perturbed model, "
