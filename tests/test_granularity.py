@@ -361,10 +361,12 @@ def test_choosing_nothing_is_refused(nothing: Any) -> None:
         sc.observe_layers(toy, lambda i: sample(toy), select=lambda path, module: nothing)
 
 
-@pytest.mark.xfail(strict=True, reason="a list of modules, which nobody calls, is taken for an ffn")
-def test_choosing_a_list_of_modules_is_refused() -> None:
+@pytest.mark.parametrize("kind", [nn.ModuleList, lambda x: nn.ModuleDict({"0": x[0]})])
+def test_choosing_what_has_no_forward_is_refused(kind: Callable[[list[nn.Module]], Any]) -> None:
     toy = build("single", depth=1)
-    with pytest.raises(sc.InvalidArgumentError, match=r"'blocks'.*is never called"):
+    toy.blocks = kind([toy.blocks[0]])
+    words = r"'blocks', a Module(List|Dict) that has no forward and so is never called"
+    with pytest.raises(sc.InvalidArgumentError, match=words):
         sc.find_layers(toy, select=lambda path, module: path == "blocks")
 
 
@@ -958,15 +960,34 @@ class HomeMade(OrderedDict):  # type: ignore[type-arg]
         self["sample"] = self.sample
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="an output that is both mapping and dataclass is refilled as a dataclass alone",
-)
-def test_an_output_that_is_mapping_and_dataclass() -> None:
-    got, _ = outputs(Returning(lambda x: HomeMade(sample=x)), "taylor", FALLING)
+class MadeByHand(dict):  # type: ignore[type-arg]
+    """A mapping whose items are attributes too, unknown to PyTorch."""
+
+    def __init__(self, **items: Any) -> None:
+        super().__init__(items)
+        self.__dict__.update(items)
+
+
+@pytest.mark.parametrize("make", [HomeMade, MadeByHand])
+def test_an_output_that_is_a_mapping_with_attributes(make: Callable[..., Any]) -> None:
+    got, run = outputs(Returning(lambda x: make(sample=x)), "taylor", FALLING)
     for value, time in zip(got, FALLING, strict=True):
         assert value.sample.flatten().tolist() == [k * time for k in range(1, 5)]
-        assert value["sample"].flatten().tolist() == [k * time for k in range(1, 5)]
+        assert value["sample"] is value.sample and type(value) is make
+    assert run.summary().peak_bytes == 2 * got[0].sample.nbytes
+
+
+def test_a_tensor_in_two_places_of_an_output_is_one() -> None:
+    got, run = outputs(Returning(lambda x: (x, {"again": x}, x[:])), "hold", FALLING)
+    for first, mapping, other in got:
+        assert mapping["again"] is first is not other
+    assert run.summary().peak_bytes == 2 * got[0][0].nbytes
+
+
+def test_tensors_in_an_object_that_cannot_be_taken_apart_are_refused() -> None:
+    model = Returning(lambda x: (x, SimpleNamespace(extra=[x + 1])))
+    with pytest.raises(sc.ScheduleMismatchError, match=r"a SimpleNamespace with tensors in it"):
+        outputs(model, "hold", FALLING)
 
 
 @pytest.mark.parametrize(

@@ -239,10 +239,6 @@ def test_threads_that_take_turns(toy_name: str, calls: int, often: None) -> None
 
 
 @pytest.mark.parametrize("same_thread", [True, False], ids=["long-lived", "one for each"])
-@pytest.mark.xfail(
-    strict=True,
-    reason="a thread is held to the first timestep it began at, also when its generation is over",
-)
 def test_threads_that_take_turns_from_other_beginnings(same_thread: bool) -> None:
     """As image to image does with another strength."""
     pipe = Pipe(0)

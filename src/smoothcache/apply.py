@@ -58,7 +58,7 @@ def cached(model: Any, schedule: Schedule, *, check_finite: bool = False) -> Ite
         >>> run.summary().finished
         0
     """
-    run = enable(model, schedule, check_finite=check_finite)
+    run = _enabled(model, schedule, check_finite, stacklevel=5)
     try:
         yield run
     finally:
@@ -77,11 +77,15 @@ def enable(model: Any, schedule: Schedule, *, check_finite: bool = False) -> Run
         >>> handle = enable(model, Schedule.uniform(model, num_steps=4, interval=2))
         >>> handle.disable()
     """
+    return _enabled(model, schedule, check_finite, stacklevel=4)
+
+
+def _enabled(model: Any, schedule: Schedule, check_finite: bool, stacklevel: int) -> Run:
     if not isinstance(schedule, Schedule):
         raise InvalidArgumentError(
             f"expected a Schedule, got {type(schedule).__name__}; plan one, or Schedule.load a file"
         )
-    warn_of_randomness(model)
+    warn_of_randomness(model, stacklevel)
     layers = find_layers(model) if schedule.layers is None else schedule.layers
     return Run(model, schedule.bind(layers, identify(model)), check_finite)
 
@@ -101,6 +105,10 @@ class Run:
         self._shapes: dict[tuple[str, int], Any] = {}
         self._finished = self._broken_off = self._reused_before = self._outside = 0
         self._steps_seen = 0
+        self._calls = self._calls_before = 0  # in this step, and in the one before
+        self._branch: int | None = None
+        self._reused_before_call = 0
+        self._reusing: set[tuple[str, int | None]] = set()  # denoisers and branches, in this step
         self._open = self._warned = False
         self._model = model
         self._solvers = {schedule.solver}  # the one that was planned for, and those warned of
@@ -184,8 +192,13 @@ class Run:
         self._refuse_too_many_steps(tick)
         self._steps_seen = tick.step + 1
         if tick.call == 0:
+            self._calls, self._calls_before = 0, self._calls
+            self._reusing.clear()
             for layer in self._layers.values():
-                layer.expire(tick.step)
+                layer.expire(tick.step) if tick.vouched else layer.forget()
+        self._calls, self._branch = self._calls + 1, branch
+        self._reused_before_call = self._tally.reused
+        self._refuse_mistaken_branch(denoiser, tick)
         self._tally.reason = self._refresh(denoiser, tick, branch, args, kwargs)
         for layer in self._by_denoiser[denoiser]:
             layer.begin(tick.step, branch)
@@ -194,7 +207,10 @@ class Run:
         """Lets the layers run as they are until the next call."""
         for layer in self._by_denoiser[denoiser]:
             layer.end()
+        if self._tally.reused > self._reused_before_call:
+            self._reusing.add((denoiser, self._branch))
         if tick.step == self.schedule.num_steps - 1:
+            self._drop_what_found_no_use(denoiser)
             self._warn_of_what_did_nothing()
 
     def outside(self) -> None:
@@ -225,6 +241,21 @@ class Run:
         for layer in self._by_denoiser[denoiser]:
             layer.forget(branch)
         return OTHER_SHAPES if known != shapes else _NOT_VOUCHED
+
+    def _drop_what_found_no_use(self, denoiser: str) -> None:
+        """Holds nothing beyond the last step: of a branch after its call, all after the last call.
+
+        Nobody says which call is the last. As many as in the step before are expected; a branch
+        that was left out there, and comes back in the very last step, is computed.
+        """
+        if self._branch is not None:
+            for layer in self._by_denoiser[denoiser]:
+                layer.forget(self._branch)
+        last = self.schedule.num_steps - 1
+        stages = (self._clock.stages(last) or 1) / (self._clock.stages(last - 1) or 1)
+        if self._calls >= self._calls_before * stages:
+            for layer in self._layers.values():
+                layer.forget()
 
     def _forget(self) -> None:
         self._shapes.clear()
@@ -271,6 +302,19 @@ class Run:
                 f"the generation has come to step {tick.step + 1}, but the schedule covers "
                 f"{planned}; plan for the right number of steps, or call run.reset() if a new "
                 "generation has begun"
+            )
+
+    def _refuse_mistaken_branch(self, denoiser: str, tick: Tick) -> None:
+        """Refuses calls that turn out to be alike after one has reused what may be another's."""
+        attachment = self._attachment
+        mistaken = None if attachment is None else attachment.branches[denoiser].mistaken
+        if mistaken is not None and (denoiser, mistaken) in self._reusing:
+            raise ScheduleMismatchError(
+                f"in step {tick.step} the model was called twice with the same latents and the "
+                "same conditioning, so what tells the calls apart is hidden (a perturbed model, "
+                "say), and the first may have reused a value of the second; put each into a "
+                "cache_context of its own name, pass the model what tells them apart, or plan for "
+                "the first such step to be computed"
             )
 
     def _too_few_steps(self) -> str:

@@ -25,7 +25,7 @@ from .clock import Tick
 from .costs import MacCounter
 from .denoisers import noise_scheduler, warn_of_randomness
 from .distance import l1_distance, l1_norm
-from .errors import CalibrationError, InvalidArgumentError
+from .errors import CalibrationError, InvalidArgumentError, ScheduleMismatchError
 from .layers import (
     CacheLayer,
     Granularity,
@@ -147,7 +147,10 @@ def _run(
     with session.attached():
         for i in numbers:
             session.start(i)
-            sample(i)
+            try:
+                sample(i)
+            except ScheduleMismatchError as error:
+                raise CalibrationError(str(error)) from error
             session.complete()
             done()
 
