@@ -116,6 +116,7 @@ class ReusedLayer:
         self._step = self._use = 0
         self._branch: int | None = 0
         self.ran = self.ran_before = False  # in this generation; in an earlier one
+        self.inner: list[ReusedLayer] = []  # those that do not run where this one is reused
 
     @property
     def ever_ran(self) -> bool:
@@ -130,6 +131,14 @@ class ReusedLayer:
         """Prepares for a call of the denoiser; one of no known branch neither keeps nor reuses."""
         self._step, self._branch, self._use = step, branch, 0
         self._active = True
+
+    def lose_count(self) -> None:
+        """Has the rest of this call of the denoiser compute: it is not known which uses these are.
+
+        A block that is used twice may be reused in the first use alone; the layers in it then run
+        for the first time in its second.
+        """
+        self._branch = None
 
     def end(self) -> None:
         """Lets the layer run as it is until the next call of the denoiser."""
@@ -155,6 +164,8 @@ class ReusedLayer:
             self._tally.recomputed[reason] = self._tally.recomputed.get(reason, 0) + 1
         else:
             self._tally.reused += 1
+            for layer in self.inner:
+                layer.lose_count()
             return self._reuse(place, args, kwargs)
         if self._branch is None or self._last_uses[self._step] is None:
             return forward(*args, **kwargs)

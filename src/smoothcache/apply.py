@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ._attach import Attachment
@@ -113,6 +113,7 @@ class Run:
         self._model = model
         self._solvers = {schedule.solver}  # the one that was planned for, and those warned of
         modules = layer_modules(model, list(layers))
+        self._nest(modules)
         self._attachment: Attachment | None = None
         self._attachment = attachment = Attachment(
             model, modules, self._layers, self, schedule.timesteps, schedule.num_steps
@@ -135,6 +136,13 @@ class Run:
             residual=is_residual(layer),
             check_finite=check_finite,
         )
+
+    def _nest(self, modules: Mapping[str, nn.Module]) -> None:
+        """Tells every layer which others lie in it, also where those stand in a second place."""
+        layers = {module: self._layers[path] for path, module in modules.items()}
+        for outer, layer in layers.items():
+            within = (x for x in outer.modules() if x is not outer)
+            layer.inner = [layers[x] for x in within if x in layers]
 
     # ------------------------------------------------------------------------------- the user
 
