@@ -8,10 +8,10 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "image"))
 
-from common import Run as Run  # noqa: E402
-from common import parser as _parser  # noqa: E402
-from common import random_rows as random_rows  # noqa: E402
-from common import update_average as update_average  # noqa: E402
+from common import Run as Run
+from common import parser as _parser
+from common import random_rows as random_rows
+from common import update_average as update_average
 
 RUNS = Path("runs/audio")
 FOLDER = Path("src/smoothcache/demo/tones-dit")

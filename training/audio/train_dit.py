@@ -1,7 +1,7 @@
 """Train text encoder, projection and transformer, and export the pipeline.
 
-The text encoder first learns to tell the captions apart, which takes seconds; then all three are
-trained together. The transformer predicts the velocity in latents of the autoencoder
+The text encoder learns to tell the captions apart, which takes seconds, and then stays as it is,
+as that of Stable Audio does. The transformer predicts the velocity in latents of the autoencoder
 (`train_autoencoder.py` first), under the preconditioning of `CosineDPMSolverMultistepScheduler`.
 What is exported are running averages of the weights, as a folder that
 `StableAudioPipeline.from_pretrained` loads.
@@ -24,15 +24,15 @@ from diffusers import (
 )
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from export import export_pipeline
-from safetensors.torch import load_file, save_file
 from shared import FOLDER, Run, parser, random_rows, update_average
 from torch import Tensor, nn
+from train_autoencoder import LATENT_CHANNELS, encode
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from smoothcache.demo.tones import NUM_CLASSES, SECONDS, all_attributes, caption, generate
 
 TEXT_LENGTH = 48  # bytes of the longest caption and the mark of its end, and a little more
-LATENT_CHANNELS, FRAMES = 8, 128
+FRAMES = 64
 TEXT_DIM, CONDITION_DIM, HEAD_DIM, HEADS = 64, 96, 24, 4
 
 
@@ -85,18 +85,17 @@ class Denoiser(nn.Module):
         )
 
     def forward(
-        self, latents: Tensor, times: Tensor, tokens: Tensor, mask: Tensor, dropped: Tensor
+        self, latents: Tensor, times: Tensor, texts: Tensor, mask: Tensor, dropped: Tensor
     ) -> Tensor:
         """Velocity [n, channels, frames], as `StableAudioPipeline` asks for it.
 
         Args:
             latents: Scaled noisy latents; [n, channels, frames].
             times: In (0, 1); [n].
-            tokens: Of the captions; [n, length].
-            mask: Which of them are no padding; [n, length].
+            texts: What the text encoder makes of the captions; [n, length, dim].
+            mask: Which of its tokens are no padding; [n, length].
             dropped: Whose caption is to be left out; boolean, [n].
         """
-        texts = self.text_encoder(tokens, attention_mask=mask)[0]
         texts = self.projection_model(text_hidden_states=texts).text_hidden_states
         seconds = torch.full((len(latents),), SECONDS, device=latents.device)
         span = self.projection_model(start_seconds=0 * seconds, end_seconds=seconds)
@@ -115,7 +114,7 @@ class Denoiser(nn.Module):
 
 
 def learn_captions(
-    encoder: T5EncoderModel, tokens: Tensor, mask: Tensor, attributes: Tensor, steps: int
+    encoder: T5EncoderModel, tokens: Tensor, mask: Tensor, attributes: Tensor, steps: int = 100
 ) -> float:
     """Trains the encoder until every token of a caption tells all of its attributes.
 
@@ -125,6 +124,7 @@ def learn_captions(
         The cross-entropy at the end, in nats, summed over attributes.
     """
     head = nn.Linear(TEXT_DIM, sum(NUM_CLASSES)).to(tokens.device)
+    encoder.requires_grad_(True)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=3e-3)
     for _ in range(steps):
         states = encoder(tokens, attention_mask=mask)[0]
@@ -134,6 +134,7 @@ def learn_captions(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    encoder.requires_grad_(False)
     return float(loss)
 
 
@@ -150,7 +151,7 @@ def stratified_times(n: int) -> Tensor:
 
 
 def velocity_loss(
-    model: Denoiser, latents: Tensor, tokens: Tensor, mask: Tensor, drop: float
+    model: Denoiser, latents: Tensor, texts: Tensor, mask: Tensor, drop: float
 ) -> Tensor:
     """Mean squared error of the velocity, 0-d, for latents [n, channels, frames].
 
@@ -164,26 +165,7 @@ def velocity_loss(
     noisy = angle.cos() * latents + angle.sin() * noise
     wanted = angle.cos() * noise - angle.sin() * latents
     dropped = (torch.rand(n) < drop).to(latents.device)
-    return (model(noisy, times, tokens, mask, dropped) - wanted).square().mean()
-
-
-def encoded_pool(
-    vae: AutoencoderOobleck, size: int, seed: int, folder: Path
-) -> tuple[Tensor, Tensor]:
-    """Latents [size, channels, frames] and attributes, encoded once and kept on the disk."""
-    cache = folder / f"latents-{size}-{seed}.safetensors"
-    if not cache.exists():
-        parts, attributes = [], []
-        for part in range(0, size, 500):
-            sounds, labels = generate(min(500, size - part), seed=seed + part)
-            with torch.no_grad():
-                for batch in torch.split(sounds, 50):
-                    parts.append(vae.encode(batch.to(vae.device)).latent_dist.mode().cpu())
-            attributes.append(labels)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": torch.cat(parts), "attributes": torch.cat(attributes)}, cache)
-    pool = load_file(cache)
-    return pool["latents"], pool["attributes"]
+    return (model(noisy, times, texts, mask, dropped) - wanted).square().mean()
 
 
 def caption_tokens(tokenizer: ByT5Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,36 +185,43 @@ def caption_tokens(tokenizer: ByT5Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
 def main() -> None:
     """Train, exporting the averaged weights every few minutes and at the end."""
     options = parser(__doc__, steps=12000, batch=16, lr=2e-3, out="dit")
-    options.add_argument("--vae", type=Path, default=Path("runs/audio/autoencoder/final"))
-    options.add_argument("--pool", type=int, default=10000, help="number of training sounds")
+    options.add_argument(
+        "--vae",
+        type=Path,
+        default=Path("runs/audio/autoencoder/final"),
+        help="the encoder is the same from the start: `start` beside it will do for training",
+    )
+    options.add_argument("--pool", type=int, default=1500, help="number of training sounds")
     options.add_argument("--drop", type=float, default=0.1, help="share of sounds without caption")
-    options.add_argument("--reading", type=int, default=200, help="steps of learning to read")
     options.add_argument("--export", type=Path, default=FOLDER)
     options.add_argument("--export-every", type=float, default=300.0, help="seconds")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
-    vae = AutoencoderOobleck.from_pretrained(args.vae).to(args.device).eval()
-    latents, attributes = encoded_pool(vae, args.pool, args.seed, args.out)
+    sounds, attributes = generate(args.pool, seed=args.seed)
+    latents = encode(AutoencoderOobleck.from_pretrained(args.vae), sounds)
+    del sounds
     tokenizer, scheduler = new_tokenizer(), new_scheduler()
     tokens, mask, row_of = caption_tokens(tokenizer)
     model = Denoiser().to(args.device)
+    model.text_encoder.requires_grad_(False)
     average = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     run = Run(args, {"model": model, "average": average}, optimizer)
+    where = tokens.to(args.device), mask.to(args.device)
     if run.step == 0:
-        where = (x.to(args.device) for x in (tokens, mask, all_attributes()))
-        loss = learn_captions(model.text_encoder, *where, steps=args.reading)
+        loss = learn_captions(model.text_encoder, *where, all_attributes().to(args.device))
         average.text_encoder.load_state_dict(model.text_encoder.state_dict())
-        print(f"captions read with a loss of {loss:.4f}")
+        print(f"captions read with a loss of {loss:.4f}", flush=True)
+    with torch.no_grad():
+        states = model.text_encoder(where[0], attention_mask=where[1])[0].cpu()
     exported, losses = time.monotonic(), []
     for step in run:
         rows = random_rows(latents, args.batch_size)
         texts = row_of[tuple(attributes[rows].T)]
-        batch = (x.to(args.device) for x in (latents[rows], tokens[texts], mask[texts]))
+        batch = (x.to(args.device) for x in (latents[rows], states[texts], mask[texts]))
         loss = velocity_loss(model, *batch, args.drop)
         optimizer.zero_grad()
         loss.backward()

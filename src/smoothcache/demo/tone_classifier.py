@@ -1,4 +1,4 @@
-"""A small classifier of the demo's sounds: judges samples, and gives features to compare sets by."""
+"""A small classifier of the demo sounds: judges samples, gives features to compare sets by."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ class ToneClassifier(nn.Module):
     def forward(self, waveforms: Tensor) -> tuple[Tensor, ...]:
         """Logits of each attribute, [n, num_classes]."""
         logits: Tensor = self.head(self.features(waveforms).relu())
-        return logits.split(self.num_classes, dim=1)
+        return torch.split(logits, self.num_classes, dim=1)
 
     def features(self, waveforms: Tensor) -> Tensor:
         """Penultimate features [n, feature_dim], before the last nonlinearity."""

@@ -17,6 +17,7 @@ from torch import Tensor
 SAMPLING_RATE = 16_000
 NUM_SAMPLES = 16_384
 SECONDS = NUM_SAMPLES / SAMPLING_RATE
+BEAT = 256 / SAMPLING_RATE  # notes begin at multiples of it
 CHUNK = 64
 MOST_NOTES = 3
 
@@ -115,7 +116,6 @@ def _play_instrument(timbre: Timbre, notes: Tensor, rng: torch.Generator) -> Ten
     """Waveforms [n, samples] of one instrument, for pitches and rhythms [n, 2]."""
     n = len(notes)
     frequency = torch.tensor(list(PITCHES.values()))[notes[:, 0]]
-    frequency = frequency * 2 ** _uniform((n,), -0.03, 0.03, rng)
     local, length = _local_times(1 + notes[:, 1], rng)
     attack = timbre.attack * _uniform((n, 1, 1), 0.8, 1.25, rng)
     envelope = (local / attack).clamp(0, 1) * ((length - local) / 0.02).clamp(0, 1)
@@ -124,8 +124,8 @@ def _play_instrument(timbre: Timbre, notes: Tensor, rng: torch.Generator) -> Ten
     sound = torch.zeros_like(local)
     for ratio, level in zip(timbre.ratios, timbre.levels, strict=True):
         rate = decay * (timbre.decay + timbre.damping * (ratio - 1))
-        level = level * _uniform((n, 1, 1), 0.8, 1.2, rng)
-        sound += level * torch.exp(-rate * local.clamp(min=0)) * (ratio * phase).sin()
+        levels = level * _uniform((n, 1, 1), 0.8, 1.2, rng)
+        sound += levels * torch.exp(-rate * local.clamp(min=0)) * (ratio * phase).sin()
     if timbre.noise:
         hiss = torch.randn(local.shape, generator=rng)
         sound += timbre.noise * hiss * torch.exp(-local.clamp(min=0) / 0.012)
@@ -141,7 +141,8 @@ def _local_times(counts: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     n = len(counts)
     spacing = (SECONDS - 0.06) / counts
     number = torch.arange(MOST_NOTES)
-    start = 0.02 + number * spacing[:, None] + _uniform((n, MOST_NOTES), 0, 0.03, rng)
+    late = torch.randint(4, (n, MOST_NOTES), generator=rng)
+    start = BEAT * (((0.02 + number * spacing[:, None]) / BEAT).ceil() + late)
     start = torch.where(number < counts[:, None], start, 2 * SECONDS)
     time = torch.arange(NUM_SAMPLES) / SAMPLING_RATE
     return time - start[..., None], (0.85 * spacing)[:, None, None]
@@ -150,8 +151,8 @@ def _local_times(counts: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 def _glided(time: Tensor, glide: float) -> Tensor:
     """Time warped so that the frequency starts `1 + glide` times too high and soon settles."""
     settling = 0.02
-    time = time.clamp(min=0)
-    return time + glide * settling * (1 - torch.exp(-time / settling))
+    passed = time.clamp(min=0)
+    return passed + glide * settling * (1 - torch.exp(-passed / settling))
 
 
 def _uniform(shape: tuple[int, ...], low: float, high: float, rng: torch.Generator) -> Tensor:
