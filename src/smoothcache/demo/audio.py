@@ -199,7 +199,7 @@ class Judge:
         logits = self._logits(sounds)
         if self._uncached is None:
             self._uncached = torch.cat(logits, dim=1)
-        reference = torch.split(self._uncached, NUM_CLASSES, dim=1)
+        reference = torch.split(self._uncached, list(NUM_CLASSES), dim=1)
         return sum(map(label_divergence, logits, reference))
 
     def distance(self, sounds: Tensor) -> float:
