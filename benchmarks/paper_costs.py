@@ -3,8 +3,8 @@
     python benchmarks/paper_costs.py [--json FILE]
 
 Builds DiT-XL/2-256, Open-Sora v1.2 and Stable Audio Open at full size on the meta device, where
-nothing is computed, counts one real forward of each, and applies the published schedules. Prints what the
-paper prints beside what was counted, and exits with 1 if a figure is out of its tolerance.
+nothing is computed, counts one real forward of each, and applies the published schedules. Prints
+what the paper prints beside what was counted, and exits with 1 if a figure is out of its tolerance.
 
 What the paper's columns count (no formula is printed there; these are the only conventions found
 that meet its figures):
