@@ -91,7 +91,7 @@ def flux() -> diffusers.FluxPipeline:
             T5EncoderModel(T5Config(**T5)),
             _bytes(),
             transformer,
-        )  # fmt: skip
+        )
     )
 
 
@@ -99,8 +99,8 @@ def stable_diffusion_3() -> diffusers.StableDiffusion3Pipeline:
     """Like stabilityai/stable-diffusion-3.5-large."""
     torch.manual_seed(0)
     transformer = diffusers.SD3Transformer2DModel(
-        **HEADS, sample_size=8, patch_size=2, in_channels=4, out_channels=4, caption_projection_dim=16,
-        joint_attention_dim=2 * TEXT, pooled_projection_dim=2 * TEXT,
+        **HEADS, sample_size=8, patch_size=2, in_channels=4, out_channels=4,
+        caption_projection_dim=16, joint_attention_dim=2 * TEXT, pooled_projection_dim=2 * TEXT,
     )  # fmt: skip
     clips = [CLIPTextModelWithProjection(_clip()) for _ in range(2)]
     t5 = T5EncoderModel(T5Config(**{**T5, "d_model": 2 * TEXT}))
@@ -115,7 +115,7 @@ def stable_diffusion_3() -> diffusers.StableDiffusion3Pipeline:
             _words(),
             t5,
             _bytes(),
-        )  # fmt: skip
+        )
     )
 
 
@@ -134,7 +134,7 @@ def open_sora() -> tuple:
             "mask": torch.ones(len(texts), CAPTION_TOKENS, dtype=torch.long),
         }
 
-    return STDiT3().eval(), encode
+    return STDiT3().requires_grad_(False), encode
 
 
 def _image_vae(channels: int) -> diffusers.AutoencoderKL:

@@ -48,6 +48,12 @@ def test_help(tmp_path: Path) -> None:
     assert "--tiny" in run("own_pipeline", "--help", folder=tmp_path)
 
 
+def test_every_example_of_a_real_model_can_be_tried_out() -> None:
+    for name, arguments in ARGUMENTS.items():
+        text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+        assert ("--tiny" in text and "argparse" in text) == bool(arguments), name
+
+
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_an_example_is_short(name: str) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 40

@@ -46,7 +46,7 @@ class ToneClassifier(nn.Module):
     def forward(self, waveforms: Tensor) -> tuple[Tensor, ...]:
         """Logits of each attribute, [n, num_classes]."""
         logits: Tensor = self.head(self.features(waveforms).relu())
-        return logits.split(list(self.num_classes), dim=1)
+        return torch.split(logits, list(self.num_classes), dim=1)
 
     def features(self, waveforms: Tensor) -> Tensor:
         """Penultimate features [n, feature_dim], before the last nonlinearity."""
