@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -119,6 +120,20 @@ def stable_diffusion_3() -> diffusers.StableDiffusion3Pipeline:
     )
 
 
+def options(description: str, *, steps: int, alpha: float, samples: int) -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--steps", type=int, default=steps, help=f"solver steps ({steps})")
+    parser.add_argument(
+        "--alpha", type=float, default=alpha, help=f"largest error of a reuse ({alpha})"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=samples, help=f"samples to calibrate on ({samples})"
+    )
+    parser.add_argument("--tiny", action="store_true", help="random weights, to try the script out")
+    return parser.parse_args()
+
+
 def open_sora() -> tuple:
     """An STDiT3 of the zoo of benchmarks, and what encodes a list of texts for it."""
     sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -134,7 +149,7 @@ def open_sora() -> tuple:
             "mask": torch.ones(len(texts), CAPTION_TOKENS, dtype=torch.long),
         }
 
-    return STDiT3().requires_grad_(False), encode
+    return STDiT3().eval(), encode
 
 
 def _image_vae(channels: int) -> diffusers.AutoencoderKL:
