@@ -220,6 +220,7 @@ class PipelineSampler:
 
     def __post_init__(self) -> None:
         self._check_inputs()
+        self._check_lengths()
         self._check_class_labels()
         if self.num_steps is not None:
             check_count("num_steps", self.num_steps, least=1)
@@ -327,6 +328,20 @@ class PipelineSampler:
             raise InvalidArgumentError(
                 f"{name} {what}; write a function sample(i) that runs it, and pass that instead"
             )
+
+    def _check_lengths(self) -> None:
+        """Refuses prompts that the pipeline would cut short, where one encoder reads them all."""
+        tokenizer: Any = getattr(self.pipeline, "tokenizer", None)
+        longest = getattr(tokenizer, "model_max_length", None)
+        if not isinstance(longest, int) or hasattr(self.pipeline, "tokenizer_2"):
+            return
+        for prompt in self.prompts:
+            count = len(tokenizer(prompt, verbose=False).input_ids)
+            if count > longest:
+                raise InvalidArgumentError(
+                    f"the text encoder of {type(self.pipeline).__name__} takes {longest} tokens, "
+                    f"and the prompt {prompt!r} has {count}; the rest would be cut off. Shorten it"
+                )
 
     def _check_class_labels(self) -> None:
         known = _known_classes(self.pipeline) if self.class_labels else None
