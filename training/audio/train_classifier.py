@@ -12,8 +12,8 @@ from smoothcache.demo.tones import generate
 
 def main() -> None:
     """Train, then save the classifier to `<out>/final`."""
-    options = parser(__doc__, steps=600, batch=32, lr=2e-3, out="classifier")
-    options.add_argument("--pool", type=int, default=6000, help="number of training sounds")
+    options = parser(__doc__, steps=500, batch=32, lr=2e-3, out="classifier")
+    options.add_argument("--pool", type=int, default=1500, help="number of training sounds")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -38,11 +38,14 @@ def main() -> None:
 
 
 def _disturbed(waveforms: torch.Tensor) -> torch.Tensor:
-    """The batch [n, 1, samples] at random loudness, over a noise between -80 and -40 dB."""
+    """The batch [n, 1, samples] at random loudness, over coloured noise between -70 and -25 dB."""
     n = len(waveforms)
-    loudness = 0.5 + torch.rand(n, 1, 1)
-    noise = 10 ** (-4 + 2 * torch.rand(n, 1, 1)) * torch.randn(waveforms.shape)
-    return loudness * waveforms + noise
+    loudness = 0.6 + 0.8 * torch.rand(n, 1, 1)
+    spectra = torch.fft.rfft(torch.randn(waveforms.shape))
+    slope = torch.rand(n, 1, 1) / 2  # from white to pink
+    coloured = torch.fft.irfft(spectra / torch.arange(1, spectra.shape[-1] + 1) ** slope)
+    level = 10 ** (-3.5 + 2.25 * torch.rand(n, 1, 1))
+    return loudness * waveforms + level * coloured / coloured.std(dim=-1, keepdim=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..metrics.audio import log_mel
 from .tones import NUM_CLASSES, SAMPLING_RATE
 
+FLOOR = -60.0  # dB of full scale; what is softer is not heard beside a note
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
@@ -50,7 +51,7 @@ class ToneClassifier(nn.Module):
 
     def features(self, waveforms: Tensor) -> Tensor:
         """Penultimate features [n, feature_dim], before the last nonlinearity."""
-        pictures = log_mel(waveforms, SAMPLING_RATE)[:, None] / 25 + 2
+        pictures = log_mel(waveforms, SAMPLING_RATE)[:, None].clamp(min=FLOOR) / 25 + 1
         features: Tensor = self.project(self.pool(self.trunk(pictures)).flatten(1))
         return features
 
