@@ -29,7 +29,7 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 
 def test_all_pages_are_seen() -> None:
     assert [page.stem for page in PAGES] == [
-        *("README", "command-line", "concepts", "file-formats", "models", "your-own-model")
+        *("README", "audio", "command-line", "concepts", "file-formats", "models", "your-own-model")
     ]
 
 
@@ -40,6 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:Should have t[ab]:UserWarning")  # torchsde, of rounding
 @pytest.mark.parametrize("page", [x for x in PAGES if blocks(x, "python")], ids=lambda x: x.stem)
 def test_code_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)

@@ -142,6 +142,8 @@ class Comparison:
 
     def duels(self) -> tuple[Duel, ...]:
         """Each schedule against fewer steps of the same cost, sample by sample."""
+        if not self.rivals:
+            return ()
         decibels, uncached = self.modality.decibels, self.images[REFERENCE]
         quality = {
             name: decibels(x, uncached).double().clamp(max=HIGHEST_DECIBELS)

@@ -1,9 +1,9 @@
 """Make the autoencoder that the diffusion transformer's latents come from, and train its decoder.
 
-Sounds of 16384 samples become latents of 16x64, of unit power: the scheduler of Stable Audio
-expects it, and its pipeline knows no factor between autoencoder and transformer. The encoder
-projects blocks of 256 samples on their principal components and stays as it is, so the transformer
-can be trained at the same time as the decoder.
+Sounds of 16384 samples become latents of 32x64, of unit power on average: the scheduler of Stable
+Audio expects it, and its pipeline knows no factor between autoencoder and transformer. The encoder
+projects blocks of 256 samples on their principal components and stays as it is, so that the
+transformer can be trained at the same time as the decoder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from smoothcache.demo.tones import SAMPLING_RATE, generate
 from smoothcache.metrics.audio import signal_to_noise_ratio
 
-LATENT_CHANNELS, BLOCK = 16, 256
+LATENT_CHANNELS, BLOCK = 32, 256
 CROP = 16  # frames; the decoder is a convolution and is never shown more than this at once
 RESOLUTIONS = (1024, 512, 128)  # samples a window
 
@@ -38,7 +38,7 @@ def new_autoencoder(waveforms: Tensor) -> AutoencoderOobleck:
             encoder_hidden_size=2 * LATENT_CHANNELS,
             downsampling_ratios=[8, 4, 8],
             channel_multiples=[1, 1, 2],
-            decoder_channels=16,
+            decoder_channels=24,
             decoder_input_channels=LATENT_CHANNELS,
             audio_channels=1,
             sampling_rate=SAMPLING_RATE,
@@ -185,12 +185,17 @@ def random_crops(latents: Tensor, waveforms: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def standardise(vae: AutoencoderOobleck, waveforms: Tensor) -> None:
-    """Bring every latent channel to unit power, without changing what is rebuilt."""
-    power = vae.encode(waveforms).latent_dist.mode().square().mean((0, 2)).sqrt()
+    """Bring the latents to unit power on average, without changing what is rebuilt.
+
+    Channels come half way to equal power, in dB: left as they are, all but the first few would
+    drown in the last noise of sampling; made equal, rare detail would count as much as the notes.
+    """
+    own = vae.encode(waveforms).latent_dist.mode().square().mean((0, 2)).sqrt()
+    factor = own.rsqrt() / own.mean().sqrt()
     last, first = vae.encoder.conv2, vae.decoder.conv1
-    last.weight_g[: len(power)] /= power[:, None, None]
-    last.bias[: len(power)] /= power
-    weight = _weight(first) * power[None, :, None]
+    last.weight_g[: len(own)] *= factor[:, None, None]
+    last.bias[: len(own)] *= factor
+    weight = _weight(first) / factor[None, :, None]
     first.weight_v.copy_(weight)
     first.weight_g.copy_(weight.norm(dim=(1, 2), keepdim=True))
 

@@ -29,7 +29,7 @@ from .tone_classifier import ToneClassifier, load_classifier
 from .tones import ATTRIBUTES, NUM_CLASSES, SAMPLING_RATE, caption, generate
 
 FOLDER = Path(__file__).with_name("tones-dit")
-NUM_STEPS, GUIDANCE, MAX_GAP = 100, 3.0, 3
+NUM_STEPS, GUIDANCE, MAX_GAP = 100, 2.0, 3
 BATCH = NUM_CLASSES[0] * NUM_CLASSES[1]  # every timbre at every pitch
 NUM_CALIBRATION = 10
 CALIBRATION_SEEDS, DATA_SEED = 1_000_000, 20_000  # apart from those of the compared samples

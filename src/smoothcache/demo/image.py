@@ -43,7 +43,7 @@ class DemoResult:
 
     Attributes:
         report: The table, with what it was measured on and the verdict below it.
-        comparison: The rows and images behind it.
+        comparison: The rows and samples behind it.
         calibration: The error curves.
         schedules: Name of a row -> its schedule.
         folder: Where everything was written.
