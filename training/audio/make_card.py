@@ -20,7 +20,7 @@ from smoothcache.metrics import log_mel, signal_to_noise_ratio
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-TEMPLATE, HISTORY = (Path(__file__).with_name(name) for name in ("card.md", "history.md"))
+TEMPLATE = Path(__file__).with_name("card.md")
 
 
 def draw_spectrograms(sounds: Tensor, path: Path) -> None:
@@ -113,7 +113,6 @@ def main() -> None:
         **{f"{name}_length": length(log) for name, log in logs.items()},
         classifier=millions(classifier),
         final_loss=smoothed(logs["dit"]["loss"])[-1],
-        history=HISTORY.read_text().strip(),
         rebuilt=signal_to_noise_ratio(decoded, real[:120]).mean(),
         table=rates,
         samples=args.samples,

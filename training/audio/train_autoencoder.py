@@ -208,7 +208,7 @@ def _weight(layer: nn.Conv1d) -> Tensor:
 
 def main() -> None:
     """Train, then save the autoencoder to `<out>/final`."""
-    options = parser(__doc__, steps=600, batch=8, lr=1e-3, out="autoencoder")
+    options = parser(__doc__, steps=1000, batch=8, lr=1e-3, out="autoencoder")
     options.add_argument("--pool", type=int, default=500, help="number of training sounds")
     args = options.parse_args()
     torch.set_num_threads(args.threads)

@@ -184,7 +184,7 @@ def caption_tokens(tokenizer: ByT5Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
 
 def main() -> None:
     """Train, exporting the averaged weights every few minutes and at the end."""
-    options = parser(__doc__, steps=12000, batch=16, lr=2e-3, out="dit")
+    options = parser(__doc__, steps=4000, batch=16, lr=2e-3, out="dit")
     options.add_argument(
         "--vae",
         type=Path,
