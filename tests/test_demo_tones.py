@@ -270,7 +270,7 @@ def test_samples_are_recognised() -> None:
 
 def run_script(name: str, *options: object) -> None:
     """Run a training script briefly."""
-    small = ["--pool", 200, "--batch-size", 2, "--threads", 1, "--device", "cpu"]
+    small = ["--pool", 40, "--batch-size", 2, "--threads", 1, "--device", "cpu"]
     command = [sys.executable, SCRIPTS / f"{name}.py", *small, *options]
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -287,7 +287,7 @@ def run_script(name: str, *options: object) -> None:
 def test_training_runs_and_resumes(tmp_path: Path) -> None:
     vae, dit, exported = (tmp_path / name for name in ("vae", "dit", "pipeline"))
     run_script("train_autoencoder", "--out", vae, "--steps", 1)
-    options = ["--vae", vae / "final", "--out", dit, "--export", exported]
+    options = ["--vae", vae / "final", "--out", dit, "--export", exported, "--reading", 1]
     for steps in (1, 2):
         run_script("train_dit", *options, "--steps", steps)
         assert torch.load(dit / "checkpoint.pt", weights_only=True)["step"] == steps

@@ -64,9 +64,8 @@ def encode(vae: AutoencoderOobleck, waveforms: Tensor) -> Tensor:
 
     The encoder is linear and looks at one block at a time, so its answers to impulses tell all.
     """
-    impulses = torch.zeros(BLOCK, 1, 3 * BLOCK)
-    impulses[:, 0, BLOCK : 2 * BLOCK] = torch.eye(BLOCK)
-    answers = vae.encode(impulses.to(vae.device)).latent_dist.mode()[..., 1].cpu()
+    impulses = torch.eye(BLOCK).reshape(1, 1, -1)  # one in every block, each at a place of its own
+    answers = vae.encode(impulses.to(vae.device)).latent_dist.mode()[0].T.cpu()
     return (waveforms[:, 0].unflatten(1, (-1, BLOCK)) @ answers).transpose(1, 2).contiguous()
 
 
@@ -190,7 +189,7 @@ def standardise(vae: AutoencoderOobleck, waveforms: Tensor) -> None:
     Channels come half way to equal power, in dB: left as they are, all but the first few would
     drown in the last noise of sampling; made equal, rare detail would count as much as the notes.
     """
-    own = vae.encode(waveforms).latent_dist.mode().square().mean((0, 2)).sqrt()
+    own = encode(vae, waveforms).square().mean((0, 2)).sqrt()
     factor = own.rsqrt() / own.mean().sqrt()
     last, first = vae.encoder.conv2, vae.decoder.conv1
     last.weight_g[: len(own)] *= factor[:, None, None]
@@ -233,9 +232,9 @@ def main() -> None:
             mean_loss, mean_error = torch.tensor(seen).mean(dim=0).tolist()
             run.record(loss=mean_loss, error=mean_error)
             seen.clear()
-    held_out = generate(32, seed=args.seed + 1)[0].to(args.device)
+    held_out = generate(32, seed=args.seed + 1)[0]
     with torch.no_grad():
-        rebuilt = vae.eval()(held_out).sample
+        rebuilt = vae.decode(encode(vae, held_out).to(args.device)).sample.cpu()
         ratio = signal_to_noise_ratio(rebuilt, held_out).mean()
         print(f"held out: {ratio:.1f} dB, spectral loss {spectral_loss(rebuilt, held_out):.3f}")
     vae.save_pretrained(args.out / "final")

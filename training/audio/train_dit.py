@@ -114,7 +114,7 @@ class Denoiser(nn.Module):
 
 
 def learn_captions(
-    encoder: T5EncoderModel, tokens: Tensor, mask: Tensor, attributes: Tensor, steps: int = 100
+    encoder: T5EncoderModel, tokens: Tensor, mask: Tensor, attributes: Tensor, *, steps: int
 ) -> float:
     """Trains the encoder until every token of a caption tells all of its attributes.
 
@@ -193,6 +193,7 @@ def main() -> None:
     )
     options.add_argument("--pool", type=int, default=1500, help="number of training sounds")
     options.add_argument("--drop", type=float, default=0.1, help="share of sounds without caption")
+    options.add_argument("--reading", type=int, default=100, help="steps of the text encoder")
     options.add_argument("--export", type=Path, default=FOLDER)
     options.add_argument("--export-every", type=float, default=300.0, help="seconds")
     args = options.parse_args()
@@ -212,7 +213,8 @@ def main() -> None:
     run = Run(args, {"model": model, "average": average}, optimizer)
     where = tokens.to(args.device), mask.to(args.device)
     if run.step == 0:
-        loss = learn_captions(model.text_encoder, *where, all_attributes().to(args.device))
+        labels = all_attributes().to(args.device)
+        loss = learn_captions(model.text_encoder, *where, labels, steps=args.reading)
         average.text_encoder.load_state_dict(model.text_encoder.state_dict())
         print(f"captions read with a loss of {loss:.4f}", flush=True)
     with torch.no_grad():

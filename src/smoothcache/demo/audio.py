@@ -50,8 +50,8 @@ def run_demo(
 
     The solver is DPM-Solver++(3M) SDE. Its noise is drawn inside, from the seed of each sound, so
     that cached and uncached runs draw the same. Calibrates on ten sounds. Compares computing every
-    2nd and every 3rd step and the last (FORA), the same with Taylor extrapolation, the paper's thresholds that
-    cost the same, and plain fewer steps of the same cost.
+    2nd and every 3rd step, and the last (FORA), the same with Taylor extrapolation, the paper's
+    thresholds that cost the same, and plain fewer steps of the same cost.
 
     Args:
         output_dir: Where to write sounds, spectrograms, the table, the calibration and the
@@ -102,7 +102,7 @@ def run_demo(
         gap = min(MAX_GAP, num_steps - 1)
         calibration = calibrate(pipe, calibration_sample, NUM_CALIBRATION, gap, progress=progress)
     with stages("planning"):
-        # The last step takes away all the noise that is left, a third of the sound's own power.
+        # The last step takes away all noise that is left, 0.3 of the sound's amplitude at once.
         groups = plan_demo(calibration, last=True)
         schedules = {name: x for group in groups.values() for name, x in group.items()}
     with stages(f"sampling {num_samples} sounds in each way"):
