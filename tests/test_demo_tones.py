@@ -20,7 +20,7 @@ from smoothcache._optional import MissingPackageError
 from smoothcache.demo import audio, tones
 from smoothcache.demo.tone_classifier import ToneClassifier, load_classifier, save_classifier
 from smoothcache.diffusers_io import PipelineSampler, _third_order_step, third_order_sde
-from smoothcache.errors import InvalidArgumentError
+from smoothcache.errors import InvalidArgumentError, ScheduleMismatchError
 
 pytest.importorskip("torchsde")
 diffusers = pytest.importorskip("diffusers")
@@ -201,6 +201,25 @@ def test_a_schedule_serves_sounds_of_another_length(pipe: Any) -> None:
         assert half.shape[-1] == 32 * 256
     assert run.summary().finished == 2 and run.summary().reused > 0
     assert not run.summary().recomputed
+
+
+def test_a_solver_that_calls_twice_a_step_is_told_apart() -> None:
+    pipe = build_audio_pipeline()
+    pipe.scheduler = diffusers.HeunDiscreteScheduler()
+
+    def sample(i: int = 0) -> Tensor:
+        seed = torch.Generator().manual_seed(i)
+        sounds: Tensor = pipe("a bell", num_inference_steps=5, generator=seed).audios
+        return sounds
+
+    calibration = sc.calibrate(pipe, sample, num_samples=1, max_gap=2, progress=False)
+    assert len(pipe.scheduler.timesteps) == 9 and calibration.num_steps == 5
+    plain = sample()
+    with sc.cached(pipe, sc.Schedule.uniform(pipe, num_steps=5, interval=1)):
+        assert torch.equal(sample(), plain)
+    with sc.cached(pipe, sc.Schedule.uniform(pipe, num_steps=9, interval=2)):
+        with pytest.raises(ScheduleMismatchError, match=r"announces 5 steps.*made for 9"):
+            sample()
 
 
 def test_a_text_that_the_encoder_would_cut_short_is_refused(pipe: Any) -> None:
