@@ -78,6 +78,23 @@ def test_columns_without_values_are_left_out() -> None:
     assert Report(()).to_text() == ""
 
 
+def test_every_attribute_is_a_column() -> None:
+    rows = (
+        ReportRow("a", snr=12.34, accuracies={"pitch": 1.0, "rhythm": 0.25}),
+        ReportRow("b", accuracies={"timbre": 0.5}),
+    )
+    report = Report(rows)
+    assert report.header() == [
+        "", "SNR, dB", "pitch accuracy", "rhythm accuracy", "timbre accuracy"
+    ]  # fmt: skip
+    assert report.cells() == [
+        ["a", "12.3", "100.0 %", "25.0 %", "-"], ["b", "-", "-", "-", "50.0 %"]
+    ]  # fmt: skip
+    assert json.loads(report.to_json())["rows"][0]["accuracies"] == {"pitch": 1.0, "rhythm": 0.25}
+    with pytest.raises(InvalidArgumentError, match="pitch of the row 'a' is NaN"):
+        ReportRow("a", accuracies={"pitch": math.nan})
+
+
 def test_a_bar_in_a_name_does_not_break_markdown() -> None:
     assert "| a\\|b | 0.5000 |" in Report((ReportRow("a|b", ssim=0.5),)).to_markdown()
 

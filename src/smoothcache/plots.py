@@ -288,6 +288,56 @@ def plot_image_grid(
     return _saved(_stacked(strips, width=min(9.0, max(3.2, float(len(uncached))))), path)
 
 
+def plot_spectrograms(
+    rows: Sequence[tuple[str, Tensor]],
+    reference: Tensor,
+    sampling_rate: int,
+    path: Path | None = None,
+    *,
+    reference_title: str = "uncached",
+) -> Figure:
+    """Log-mel spectrograms of uncached sounds, and below them of cached ones with what changed.
+
+    Time runs to the right and pitch upwards; the darkest is -90 dB of full scale, and of the
+    absolute differences the brightest is 30 dB. Each row is named with its mean log-spectral
+    distance.
+
+    Source: Figure 6 of Liu et al., "SmoothCache", arXiv 2411.10510.
+
+    Args:
+        rows: A title and sounds for each row, [batch, channels, samples], of the same seeds as
+            the reference.
+        reference: The uncached sounds; the same shape. Each becomes a column.
+        sampling_rate: Samples a second.
+        path: Where to save the picture.
+        reference_title: Names the first row.
+
+    Raises:
+        InvalidArgumentError: If there is no row, or sounds are not as described.
+        MissingPackageError: If matplotlib is not installed.
+    """
+    from .metrics import log_mel, log_spectral_distance  # bring torch with them
+
+    if not rows:
+        raise InvalidArgumentError("give at least one row of sounds beside the reference.")
+
+    def decibels(sounds: Tensor) -> npt.NDArray[np.float32]:
+        return np.asarray(log_mel(sounds.detach().cpu(), sampling_rate).flip(1), dtype=np.float32)
+
+    def shown(levels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return _strip(np.clip(1 + levels / 90, 0, 1), math.nan)
+
+    uncached = decibels(reference)
+    strips = [(reference_title, shown(uncached))]
+    for title, sounds in rows:
+        distance = float(log_spectral_distance(sounds, reference).mean())
+        levels = decibels(sounds)
+        change = np.clip(np.abs(levels - uncached) / 30, 0, 1)
+        strips.append((f"{title}\n{distance:.1f} dB off", shown(levels)))
+        strips.append(("difference", _strip(change, math.nan)))
+    return _saved(_stacked(strips, width=min(9.0, max(3.2, 1.5 * len(uncached)))), path)
+
+
 def _stacked(strips: Sequence[tuple[str, npt.NDArray[np.float32]]], *, width: float) -> Figure:
     """Named strips of equal size, one below the other, with square pixels; `width` in inches."""
     height = width * strips[0][1].shape[0] / strips[0][1].shape[1]

@@ -43,7 +43,7 @@ class DemoResult:
 
     Attributes:
         report: The table, with what it was measured on and the verdict below it.
-        comparison: The rows and images behind it.
+        comparison: The rows and samples behind it.
         calibration: The error curves.
         schedules: Name of a row -> its schedule.
         folder: Where everything was written.
@@ -185,13 +185,18 @@ def real_images(count: int) -> Tensor:
     return generate(_labels(count), seed=DATA_SEED + 1)[0] / 2 + 0.5
 
 
-def plan_demo(calibration: Calibration) -> dict[int, dict[str, Schedule]]:
-    """FORA's interval -> name of a row -> schedule; those of an interval cost about the same."""
+def plan_demo(calibration: Calibration, *, last: bool = False) -> dict[int, dict[str, Schedule]]:
+    """FORA's interval -> name of a row -> schedule; those of an interval cost about the same.
+
+    Args:
+        calibration: What was measured.
+        last: Whether FORA also computes the last step, as in the published schedules.
+    """
     groups = {}
     for interval in INTERVALS:
-        even = plan_uniform(calibration, interval=interval)
+        even = plan_uniform(calibration, interval=interval, last=last)
         threshold = plan_at_cost(calibration, even.compute or 1.0)
-        taylor = plan_uniform(calibration, interval=interval, predictor="taylor")
+        taylor = plan_uniform(calibration, interval=interval, predictor="taylor", last=last)
         groups[interval] = {
             f"α = {threshold.provenance['alpha']}": threshold,
             f"FORA n = {interval}": even,
