@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from .errors import InvalidArgumentError
 
@@ -18,6 +19,7 @@ class ReportRow:
 
     Attributes:
         name: What the row is called.
+        family: The method of which it is one setting; may be empty.
         steps: Solver steps.
         compute: Fraction of the MACs of the uncached run; 1 is the uncached run itself.
         time: Wall clock over that of the uncached run, dimensionless.
@@ -25,12 +27,16 @@ class ReportRow:
         psnr: Against the uncached samples of the same seeds, in dB, mean over samples.
         ssim: Likewise; at most 1.
         relative_error: Likewise, relative L1 error.
+        perceptual_distance: Likewise, relative L2 distance of a classifier's features.
+        converged_psnr: Against samples of the same noise with many more steps, in dB.
         class_accuracy: Share of samples that a classifier recognises, in [0, 1].
         frechet_distance: Between the features of the samples and of real data.
         peak_bytes: Most bytes of kept outputs at any moment.
+        margins: Half the width of the 95 % confidence interval of the mean, by the field's name.
     """
 
     name: str
+    family: str = ""
     steps: int | None = None
     compute: float | None = None
     time: float | None = None
@@ -38,15 +44,18 @@ class ReportRow:
     psnr: float | None = None
     ssim: float | None = None
     relative_error: float | None = None
+    perceptual_distance: float | None = None
+    converged_psnr: float | None = None
     class_accuracy: float | None = None
     frechet_distance: float | None = None
     peak_bytes: int | None = None
+    margins: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for field, value in asdict(self).items():
+        for name, value in asdict(self).items():
             if isinstance(value, float) and math.isnan(value):
                 raise InvalidArgumentError(
-                    f"{field} of the row '{self.name}' is NaN; leave it out if it is not known."
+                    f"{name} of the row '{self.name}' is NaN; leave it out if it is not known."
                 )
 
 
@@ -79,12 +88,12 @@ class Report:
 
     def header(self) -> list[str]:
         """Names of the columns that some row has a value for; the first, of the names, is empty."""
-        return ["", *(COLUMNS[field][0] for field in self._fields())]
+        return ["", *(COLUMNS[name][0] for name in self._fields())]
 
     def cells(self) -> list[list[str]]:
         """What the table shows: a list for each row, of the columns of `header`."""
         return [
-            [row.name, *(_cell(getattr(row, field), COLUMNS[field][1]) for field in self._fields())]
+            [row.name, *(_cell(row, name, COLUMNS[name][1]) for name in self._fields())]
             for row in self.rows
         ]
 
@@ -117,15 +126,16 @@ class Report:
         What was not measured is null; an infinite value, as the PSNR of identical images, is the
         string "inf", since JSON has no such number.
         """
-        rows = [
-            {field: _finite(value) for field, value in asdict(row).items()} for row in self.rows
-        ]
-        document = {"title": self.title, "rows": rows, "notes": list(self.notes)}
-        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+        return json.dumps(self.document(), indent=2, ensure_ascii=False, allow_nan=False)
+
+    def document(self) -> dict[str, Any]:
+        """What ``to_json`` writes, for a document with more in it."""
+        rows = [{name: _finite(value) for name, value in asdict(row).items()} for row in self.rows]
+        return {"title": self.title, "rows": rows, "notes": list(self.notes)}
 
     def _fields(self) -> list[str]:
         return [
-            field for field in COLUMNS if any(getattr(row, field) is not None for row in self.rows)
+            name for name in COLUMNS if any(getattr(row, name) is not None for row in self.rows)
         ]
 
 
@@ -152,6 +162,8 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "psnr": ("PSNR, dB", "{:.1f}".format),
     "ssim": ("SSIM", "{:.4f}".format),
     "relative_error": ("relative error", _significant),
+    "perceptual_distance": ("perceptual distance", _significant),
+    "converged_psnr": ("PSNR to converged, dB", "{:.1f}".format),
     "class_accuracy": ("class accuracy", lambda value: f"{100 * value:.1f} %"),
     "frechet_distance": ("Frechet distance", _significant),
     "peak_bytes": ("memory kept", _size),
@@ -159,12 +171,16 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 """Field of a row to the heading of its column and how its values are written."""
 
 
-def _cell(value: float | None, written: Callable[[float], str]) -> str:
+def _cell(row: ReportRow, name: str, written: Callable[[float], str]) -> str:
+    value = getattr(row, name)
     if value is None:
         return MISSING
     if math.isinf(value):
         return "inf"
-    return written(value)
+    margin = row.margins.get(name)
+    if margin is None:
+        return written(value)
+    return f"{written(value).removesuffix(' %')} ± {written(margin).removeprefix('× ')}"
 
 
 def _finite(value: object) -> object:
