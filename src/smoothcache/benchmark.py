@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from ._checks import check_count, listed
 from ._optional import optional_module
-from ._trial import Trial, Way
+from ._trial import Trial
+from ._trial import Way as Way
 from .compare import HIGHEST_PSNR, REFERENCE, mean_with_interval
 from .denoisers import find_denoisers
 from .errors import InvalidArgumentError
@@ -333,7 +334,7 @@ def _row(
         compute=statistics.mean(trial.macs) / statistics.mean(reference.macs),
         time=statistics.median(ratios),
         peak_bytes=max(0, trial.kept - beyond),
-        margins={name: margin for name, margin in known_margins.items() if math.isfinite(margin)},
+        margins={name: x for name, x in known_margins.items() if math.isfinite(x) and x > 0},
         **{name: float(value.mean()) for name, value in known.items()},
         **{name: float(score(samples)) for name, score in case.scores.items()},
     )
