@@ -1,6 +1,6 @@
 """Every method and every rival on the demo pipeline: which is closest at which cost?
 
-    python benchmarks/compare_methods.py [--quick] [--samples 80] [--steps 50] [--write]
+    python benchmarks/compare_methods.py [--quick] [--samples 70] [--steps 50] [--write]
 
 Prints a table and, for every budget, how our search does against the best of all others. With
 ``--write``, benchmarks/results/compare_image.json and what is made of it, the tables and the
@@ -39,7 +39,6 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE, PICTURE = ROOT / "docs" / "which-method.md", ROOT / "docs" / "images" / "which-method.png"
 
-CALIBRATION_SAMPLES, MAX_GAP = 10, 6
 SEARCH_COST = 60.0  # uncached generations, of one image each
 OWN = (methods.SEARCH, methods.JOINT)
 AIMS = (
@@ -62,17 +61,21 @@ class Plan:
         intervals: Of uniform schedules.
         costs: For which thresholds are chosen.
         search_cost: What a search may spend, in uncached generations.
+        calibration_samples: Generations that thresholds are planned from.
+        rival_settings: Of each rival; all if None.
     """
 
     steps: int = 50
-    generations: int = 8
+    generations: int = 7
     budgets: Sequence[float] = methods.BUDGETS
     intervals: Sequence[int] = methods.INTERVALS
     costs: Sequence[float] = methods.THRESHOLD_COSTS
     search_cost: float = SEARCH_COST
+    calibration_samples: int = methods.CALIBRATION_SAMPLES
+    rival_settings: int | None = None
 
 
-QUICK = Plan(8, 1, budgets=(0.5,), intervals=(2,), costs=(0.5,), search_cost=12.0)
+QUICK = Plan(8, 1, (0.5,), (2,), (0.5,), search_cost=12.0, calibration_samples=2, rival_settings=1)
 
 Maker = Callable[[Case, Calibration, Plan], list[Method]]
 METHODS: Mapping[str, Maker] = {
@@ -83,7 +86,7 @@ METHODS: Mapping[str, Maker] = {
     "joint": lambda case, _, plan: methods.searched(
         case, plan.budgets, joint=True, max_cost=plan.search_cost
     ),
-    "rivals": lambda case, *_: rivals(case),
+    "rivals": lambda case, _, plan: rivals(case, plan.rival_settings),
 }
 """What is compared, by a name for ``--only``."""
 
@@ -94,9 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     silence_libraries()
     started = time.perf_counter()
     case = shapes_case(plan.steps)
-    calibration = methods.calibrated(
-        case, CALIBRATION_SAMPLES if not options.quick else 2, MAX_GAP, progress=options.progress
-    )
+    calibration = methods.calibrated(case, plan.calibration_samples, progress=options.progress)
     entries = [x for name in options.only for x in METHODS[name](case, calibration, plan)]
     result = run_benchmark(
         case, entries, num_generations=plan.generations, progress=options.progress

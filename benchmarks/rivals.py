@@ -12,7 +12,7 @@ import ast
 import copy
 import io
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from functools import partial
 from typing import Any
@@ -24,93 +24,92 @@ from diffusers.models.cache_utils import CacheMixin
 from smoothcache.benchmark import Case, Method, Way
 from smoothcache.denoisers import find_denoisers
 
+Setting = tuple[str, str, Callable[[Any], Any]]
+"""Family, setting, and what makes a configuration for a pipeline whose transformer is a copy."""
+
 LAYERS = r"transformer_blocks\.\d+\.(attn1|ff)"
 BLOCKS, LAST = r"transformer_blocks\.\d+", "proj_out_2"
 
 
-def rivals(case: Case) -> list[Method]:
-    """Every rival at several settings."""
-    return [
-        *(_of_diffusers(case, *setting) for setting in _diffusers_settings(case)),
+def rivals(case: Case, settings: int | None = None) -> list[Method]:
+    """Every rival, with all its settings or the first few."""
+    found = [
+        *(_of_diffusers(case, *setting) for rival in OF_DIFFUSERS for setting in rival()),
         *(_of_cache_dit(case, *setting) for setting in CACHE_DIT),
     ]
+    families: dict[str, list[Method]] = {}
+    for method in found:
+        families.setdefault(method.family, []).append(method)
+    return [method for members in families.values() for method in members[:settings]]
 
 
 # ----------------------------------------------------------------------------------- diffusers
 
 
-def _diffusers_settings(case: Case) -> list[tuple[str, str, Callable[[Any], Any]]]:
-    """Family, setting, and a function from a copy of the pipeline to a configuration."""
-    first_block = [
-        ("FirstBlockCache", f"threshold {x:g}", lambda _, x=x: hooks.FirstBlockCacheConfig(x))
-        for x in (0.03, 0.05, 0.08, 0.12, 0.2, 0.4)
-    ]
-    taylor = [
-        (
-            f"TaylorSeer, {name} order {order}",
-            f"interval {n}",
-            lambda _, n=n, order=order, names=names: hooks.TaylorSeerCacheConfig(
-                cache_interval=n,
-                max_order=order,
-                taylor_factors_dtype=torch.float32,
-                **names,
-            ),
-        )
-        for name, order, names in (
-            ("layers,", 1, {"cache_identifiers": [LAYERS]}),
-            ("layers,", 2, {"cache_identifiers": [LAYERS]}),
-            (
-                "output,",
-                1,
-                {"skip_predict_identifiers": [BLOCKS], "cache_identifiers": [LAST]},
-            ),
-        )
-        for n in (2, 3, 4, 5, 6)
-    ]
-    as_documented = (
-        "TaylorSeer, defaults",
-        "interval 3",
-        lambda _: hooks.TaylorSeerCacheConfig(cache_interval=3, taylor_factors_dtype=torch.float32),
-    )
-    magnitude = [
-        (
+def first_block_cache() -> Iterator[Setting]:
+    for threshold in (0.03, 0.05, 0.08, 0.12, 0.2):
+        config = hooks.FirstBlockCacheConfig(threshold)
+        yield "FirstBlockCache", f"threshold {threshold:g}", lambda _, config=config: config
+
+
+def taylor_seer() -> Iterator[Setting]:
+    """Of all layers, of the output alone, and with the defaults, which find no layer here."""
+    layers = {"cache_identifiers": [LAYERS]}
+    output = {"skip_predict_identifiers": [BLOCKS], "cache_identifiers": [LAST]}
+    for family, intervals, options in (
+        ("TaylorSeer, layers, order 1", (2, 3, 4, 5, 6), layers),
+        ("TaylorSeer, layers, order 2", (3, 5), {**layers, "max_order": 2}),
+        ("TaylorSeer, output, order 1", (2, 3, 4, 5, 6), output),
+        ("TaylorSeer, defaults", (3,), {}),
+    ):
+        for interval in intervals:
+            config = hooks.TaylorSeerCacheConfig(
+                cache_interval=interval, taylor_factors_dtype=torch.float32, **options
+            )
+            yield family, f"interval {interval}", lambda _, config=config: config
+
+
+def mag_cache() -> Iterator[Setting]:
+    for threshold, most, kept in ((0.06, 3, 0.2), (0.12, 3, 0.1), (0.3, 4, 0.1), (1.0, 6, 0.06)):
+        yield (
             "MagCache",
-            f"threshold {x:g}, {k} in a row, {100 * first:.0f} % kept",
-            partial(_mag_cache, case, x, k, first),
+            f"threshold {threshold:g}, {most} in a row, {100 * kept:.0f} % kept",
+            partial(_mag_cache, threshold, most, kept),
         )
-        for x, k, first in ((0.06, 3, 0.2), (0.12, 3, 0.1), (0.3, 4, 0.1), (1.0, 6, 0.06))
-    ]
-    pyramid = [
-        (
+
+
+def pyramid_attention_broadcast() -> Iterator[Setting]:
+    for interval in (2, 4):
+        yield (
             "PyramidAttentionBroadcast",
-            f"every {n}",
-            lambda pipe, n=n: hooks.PyramidAttentionBroadcastConfig(
-                spatial_attention_block_skip_range=n,
+            f"every {interval}",
+            lambda pipe, interval=interval: hooks.PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=interval,
                 spatial_attention_timestep_skip_range=(-1, 1001),
                 current_timestep_callback=lambda: pipe.transformer.current_timestep,
             ),
         )
-        for n in (2, 4, 6)
-    ]
-    faster = [
-        (
-            "FasterCache",
-            f"attention every {n}, guidance every {k}",
-            partial(_faster_cache, n, k),
+
+
+def faster_cache() -> Iterator[Setting]:
+    for attention, guidance in ((2, 2), (2, 5), (6, 6)):
+        setting = f"attention every {attention}, guidance every {guidance}"
+        yield "FasterCache", setting, partial(_faster_cache, attention, guidance)
+
+
+def sea_cache() -> Iterator[Setting]:
+    for threshold, most in ((0.1, 2), (0.25, 3), (0.5, 4), (1.0, 6)):
+        config = hooks.SeaCacheConfig(
+            threshold=threshold, max_consecutive_cached=most, raw_vision_callback=_latents
         )
-        for n, k in ((2, 2), (2, 5), (6, 6))
-    ]
-    sea = [
-        (
-            "SeaCache",
-            f"threshold {x:g}, at most {k} in a row",
-            lambda _, x=x, k=k: hooks.SeaCacheConfig(
-                threshold=x, max_consecutive_cached=k, raw_vision_callback=_latents
-            ),
-        )
-        for x, k in ((0.1, 2), (0.25, 2), (0.5, 3), (1.0, 4))
-    ]
-    return [*first_block, as_documented, *taylor, *magnitude, *pyramid, *faster, *sea]
+        setting = f"threshold {threshold:g}, at most {most} in a row"
+        yield "SeaCache", setting, lambda _, config=config: config
+
+
+OF_DIFFUSERS = (
+    *(first_block_cache, taylor_seer, mag_cache),
+    *(pyramid_attention_broadcast, faster_cache, sea_cache),
+)
 
 
 def _of_diffusers(
@@ -120,8 +119,10 @@ def _of_diffusers(
         pipe = _copied(case.model)
         denoisers = tuple(find_denoisers(pipe).values())
         _make_cacheable(pipe, is_swapped=family == "FasterCache")
+        if family == "MagCache":
+            pipe.ratios = _magnitude_ratios(case)
         pipe.transformer.enable_cache(configured(pipe))
-        return _way(case, pipe, denoisers)
+        return _way(case, pipe, denoisers, varies=family in ("FirstBlockCache", "SeaCache"))
 
     return Method(f"{family}, {setting}", f"diffusers {family}", make)
 
@@ -178,22 +179,26 @@ def _latents(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> l
     return [image[:, None] for image in latents]
 
 
-def _mag_cache(case: Case, threshold: float, most: int, kept: float, _: Any) -> Any:
-    """MagCache with the ratios that its own calibration prints, for one training generation."""
-    pipe = _copied(case.model)
-    _make_cacheable(pipe, is_swapped=False)
-    steps = case.num_steps
-    pipe.transformer.enable_cache(hooks.MagCacheConfig(calibrate=True, num_inference_steps=steps))
-    with redirect_stdout(io.StringIO()) as printed:
-        case.training(pipe, 0)
-    ratios = ast.literal_eval(printed.getvalue().strip().splitlines()[-1])
+def _mag_cache(threshold: float, most: int, kept: float, pipe: Any) -> Any:
+    """MagCache with the ratios that its own calibration printed, for one training generation."""
     return hooks.MagCacheConfig(
         threshold=threshold,
         max_skip_steps=most,
         retention_ratio=kept,
-        num_inference_steps=steps,
-        mag_ratios=ratios,
+        num_inference_steps=len(pipe.ratios),
+        mag_ratios=pipe.ratios,
     )
+
+
+def _magnitude_ratios(case: Case) -> list[float]:
+    pipe = _copied(case.model)
+    _make_cacheable(pipe, is_swapped=False)
+    config = hooks.MagCacheConfig(calibrate=True, num_inference_steps=case.num_steps)
+    pipe.transformer.enable_cache(config)
+    with redirect_stdout(io.StringIO()) as printed:
+        case.training(pipe, 0)
+    ratios: list[float] = ast.literal_eval(printed.getvalue().strip().splitlines()[-1])
+    return ratios
 
 
 def _faster_cache(attention: int, guidance: int, pipe: Any) -> Any:
@@ -252,7 +257,7 @@ def _of_cache_dit(
                 cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
             ),
         )
-        return _way(case, pipe, denoisers)
+        return _way(case, pipe, denoisers, varies="interval" not in options)
 
     return Method(f"{family}, {setting}", f"cache-dit {family}", make)
 
@@ -284,5 +289,5 @@ def _copied(pipe: Any) -> Any:
     return twin
 
 
-def _way(case: Case, pipe: Any, denoisers: tuple[Any, ...]) -> Way:
-    return Way(lambda i: case.sample(pipe, i), denoisers, case.num_steps, varies=True)
+def _way(case: Case, pipe: Any, denoisers: tuple[Any, ...], *, varies: bool) -> Way:
+    return Way(lambda i: case.sample(pipe, i), denoisers, case.num_steps, varies=varies)

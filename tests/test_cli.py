@@ -21,7 +21,7 @@ from smoothcache.cli import app
 from smoothcache.compare import Comparison
 from smoothcache.report import Report, ReportRow
 
-COMMANDS = ("demo", "inspect", "calibrate", "plan", "search", "generate", "compare")
+COMMANDS = ("demo", "inspect", "calibrate", "plan", "search", "generate", "compare", "benchmark")
 STEPS = 6
 
 

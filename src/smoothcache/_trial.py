@@ -27,7 +27,7 @@ class Way:
         sample: Runs generation number i; gives samples [batch, ...].
         denoisers: The modules whose cost counts.
         num_steps: Solver steps of a generation.
-        model: What the schedule is for.
+        model: What the schedule is for; None for others' caches, on a pipeline of their own.
         schedule: What to run under; None for plain sampling and for others' caches.
         varies: Whether the cost depends on the input, so that every generation is counted.
         note: What else is to be known of it.
@@ -40,6 +40,11 @@ class Way:
     schedule: Schedule | None = None
     varies: bool = False
     note: str = ""
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the cache is not ours, so that its state may leak between generations."""
+        return self.model is None
 
 
 @dataclass(eq=False)

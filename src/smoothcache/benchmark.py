@@ -295,10 +295,14 @@ def _run_all(
 
 
 def _run(trial: Trial, i: int, num_generations: int) -> None:
-    is_only = num_generations == 1
-    if i == 0 or trial.way.varies:
+    """Counts where it must, and takes the time of other generations."""
+    way = trial.way
+    is_counted = i == 0 or way.varies
+    if is_counted:
         trial.count(i)
-    if (i > 0 and not trial.way.varies) or is_only or (trial.way.varies and 0 < i <= TIMED):
+    leaks_if_it_differs = way.is_foreign and i == 0
+    is_repeated = num_generations == 1 or leaks_if_it_differs or (way.varies and i <= TIMED)
+    if not is_counted or is_repeated:
         trial.time(i)
 
 
@@ -323,7 +327,8 @@ def _row(
     if converged is not None and "psnr" in case.measures:
         values["converged_psnr"] = case.measures["psnr"](samples, converged)
     known = {name: value.double() for name, value in values.items() if value is not None}
-    ratios = [trial.seconds[i] / reference.seconds[i] for i in trial.seconds]
+    timed = trial.seconds.keys() & reference.seconds.keys()
+    ratios = [trial.seconds[i] / reference.seconds[i] for i in sorted(timed)]
     known_margins = {name: _half_width(value) for name, value in known.items()}
     known_margins["time"] = _half_width(torch.tensor(ratios, dtype=torch.float64))
     beyond = 0 if trial.way.schedule else reference.kept  # what sampling itself keeps

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from ._checks import check_number
 from ._trial import Way
 from .benchmark import Case, Method
 from .calibrate import calibrate
 from .calibration import Calibration
 from .denoisers import noise_scheduler
+from .diffusers_io import PipelineSampler
 from .errors import InvalidArgumentError
 from .planners import plan, plan_uniform
 from .schedule import Schedule
@@ -23,19 +26,51 @@ INTERVALS = (2, 3, 4, 5, 6)
 THRESHOLD_COSTS = (0.8, 0.6, 0.45, 0.35, 0.28, 0.22, 0.18)
 UNIFORM = {"hold": "FORA", "taylor": "uniform, Taylor 1", "taylor2": "uniform, Taylor 2"}
 """Predictor -> the family of computing every n-th step with it."""
+CALIBRATION_SAMPLES, MAX_GAP = 10, 6
 FEWER, SOLVERS, SMOOTHCACHE = "fewer steps", "better solver", "SmoothCache"
 SEARCH, JOINT = "search", "joint search"
 
 
-def calibrated(case: Case, num_samples: int, max_gap: int, *, progress: bool = True) -> Calibration:
+TRAINING_SEEDS = 1_000_000  # what is added to the seeds of the compared samples
+
+
+def pipeline_case(sampler: PipelineSampler) -> Case:
+    """What a sampler of a diffusers pipeline runs, as a case."""
+
+    def sample(pipeline: Any, i: int, **options: Any) -> Any:
+        return replace(sampler, pipeline=pipeline).sample(i, **options)
+
+    def training(pipeline: Any, i: int, **options: Any) -> Any:
+        apart = replace(sampler, pipeline=pipeline, seed=sampler.seed + TRAINING_SEEDS)
+        return apart.sample(i, **options)
+
+    name = f"{type(sampler.pipeline).__name__}, {sampler.steps} steps"
+    return Case(name, sampler.pipeline, sample, training, sampler.steps)
+
+
+def calibrated(
+    case: Case, num_samples: int = CALIBRATION_SAMPLES, *, progress: bool = True
+) -> Calibration:
     """The error curves of a case, measured on its training seeds."""
     return calibrate(
         case.model,
         lambda i: case.training(case.model, i),
         num_samples,
-        max_gap=min(max_gap, case.num_steps - 1),
+        max_gap=min(MAX_GAP, case.num_steps - 1),
         progress=progress,
     )
+
+
+def checked_budgets(budgets: Iterable[float]) -> tuple[float, ...]:
+    """Different fractions in (0, 1], in the order in which they come.
+
+    Raises:
+        InvalidArgumentError: If one is none.
+    """
+    for budget in (budgets := tuple(budgets)):
+        if not 0 < check_number("a budget", budget) <= 1:
+            raise InvalidArgumentError(f"a budget must be in (0, 1], got {budget:g}.")
+    return tuple(dict.fromkeys(budgets))
 
 
 def training_free(

@@ -320,7 +320,7 @@ def plot_methods(
         raise InvalidArgumentError(f"no row has a family, a compute below 1 and a {column}.")
     if panels is None:
         panels = {"": [family for family in lines if family not in emphasised]}
-    figure = _figure(width=1.2 + 4.6 * len(panels), height=5.4)
+    figure = _figure(width=1.2 + 5.2 * len(panels), height=6.2)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for panel, (name, families) in zip(axes, panels.items(), strict=True):
         shown = [family for family in families if family in lines]
@@ -339,7 +339,10 @@ def plot_methods(
         panel.grid(color="#EBEBEB", linewidth=0.8)
         panel.set_xlim(left=0)
         panel.tick_params(labelleft=True)
-        panel.legend(frameon=False, fontsize=SMALL - 1, loc="lower right", handlelength=2.6)
+        panel.legend(
+            frameon=False, fontsize=SMALL - 0.5, loc="upper left", bbox_to_anchor=(-0.02, -0.13),
+            ncols=2, handlelength=2.6,
+        )  # fmt: skip
     axes[0].set_ylabel(label, fontsize=NORMAL)
     if title:
         figure.suptitle(title, fontsize=LARGE, color=BLACK, x=0.01, ha="left")
