@@ -47,7 +47,7 @@ def rivals(case: Case, settings: int | None = None) -> list[Method]:
 
 
 def first_block_cache() -> Iterator[Setting]:
-    for threshold in (0.03, 0.05, 0.08, 0.12, 0.2):
+    for threshold in (0.05, 0.08, 0.12, 0.25):
         config = hooks.FirstBlockCacheConfig(threshold)
         yield "FirstBlockCache", f"threshold {threshold:g}", lambda _, config=config: config
 
@@ -56,17 +56,23 @@ def taylor_seer() -> Iterator[Setting]:
     """Of all layers, of the output alone, and with the defaults, which find no layer here."""
     layers = {"cache_identifiers": [LAYERS]}
     output = {"skip_predict_identifiers": [BLOCKS], "cache_identifiers": [LAST]}
-    for family, intervals, options in (
-        ("TaylorSeer, layers, order 1", (2, 3, 4, 5, 6), layers),
-        ("TaylorSeer, layers, order 2", (3, 5), {**layers, "max_order": 2}),
-        ("TaylorSeer, output, order 1", (2, 3, 4, 5, 6), output),
-        ("TaylorSeer, defaults", (3,), {}),
+    for where, names, order, warm_up, intervals in (
+        ("layers", layers, 1, 3, (2, 4, 6)),
+        ("layers", layers, 2, 3, (2, 3, 4, 6)),
+        ("layers", layers, 2, 1, (2, 3, 4, 5, 6)),
+        ("output", output, 2, 1, (2, 3, 4, 5, 6)),
+        ("defaults", {}, 1, 3, (3,)),
     ):
         for interval in intervals:
             config = hooks.TaylorSeerCacheConfig(
-                cache_interval=interval, taylor_factors_dtype=torch.float32, **options
+                cache_interval=interval,
+                disable_cache_before_step=warm_up,
+                max_order=order,
+                taylor_factors_dtype=torch.float32,
+                **names,
             )
-            yield family, f"interval {interval}", lambda _, config=config: config
+            setting = f"interval {interval}, {warm_up} of warm-up"
+            yield f"TaylorSeer, {where}, order {order}", setting, lambda _, config=config: config
 
 
 def mag_cache() -> Iterator[Setting]:
@@ -92,7 +98,7 @@ def pyramid_attention_broadcast() -> Iterator[Setting]:
 
 
 def faster_cache() -> Iterator[Setting]:
-    for attention, guidance in ((2, 2), (2, 5), (6, 6)):
+    for attention, guidance in ((2, 5), (6, 6)):
         setting = f"attention every {attention}, guidance every {guidance}"
         yield "FasterCache", setting, partial(_faster_cache, attention, guidance)
 
@@ -218,13 +224,13 @@ def _faster_cache(attention: int, guidance: int, pipe: Any) -> Any:
 
 # ----------------------------------------------------------------------------------- cache-dit
 
-THRESHOLDS = ((0.03, 8), (0.05, 4), (0.08, 4), (0.15, 3), (0.3, 2))
+THRESHOLDS = ((0.05, 4), (0.08, 4), (0.15, 3), (0.3, 2))
 MASKED = (2, 3, 4, 6, 10)
 CACHE_DIT: tuple[tuple[str, str, dict[str, Any], int], ...] = (
     *(
         (
             family,
-            f"threshold {threshold:g}, {warm_up} steps of warm-up",
+            f"threshold {threshold:g}, {warm_up} of warm-up",
             {"residual_diff_threshold": threshold, "max_warmup_steps": warm_up},
             order,
         )

@@ -23,7 +23,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("compared") / "results.json"
     main(
         [
-            *("--quick", "--steps", "5", "--only", "training-free", "rivals"),
+            *("--quick", "--steps", "4", "--only", "rivals"),
             *("--no-progress", "--json", str(file)),
         ]
     )
@@ -50,9 +50,9 @@ def test_every_row_has_all_its_columns(document: dict[str, Any]) -> None:
     for row in document["rows"]:
         assert all(row[name] is not None for name in (*wanted, *judged)), row["name"]
     by_name = {row["name"]: row for row in document["rows"]}
-    seer = by_name["TaylorSeer, layers, order 1, interval 2"]
+    seer = by_name["TaylorSeer, layers, order 1, interval 2, 3 of warm-up"]
     assert seer["compute"] < 1 and seer["margins"]["psnr"] > 0
-    idle = by_name["TaylorSeer, defaults, interval 3"]
+    idle = by_name["TaylorSeer, defaults, order 1, interval 3, 3 of warm-up"]
     assert (idle["compute"], idle["psnr"]) == (1, "inf"), "with its defaults it finds no layer"
 
 

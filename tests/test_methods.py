@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import numpy as np
 import pytest
-from made_up import calibration as made_up
+from made_up import calibration_of
 from tiny_pipeline import build_pipeline
 
 from smoothcache import methods
@@ -29,7 +28,7 @@ def calibration(case: Case) -> Calibration:
 
 def test_a_pipeline_is_a_case(case: Case) -> None:
     assert case.num_steps == STEPS and case.name == "DiTPipeline, 6 steps"
-    assert case.sample(case.model, 0).shape == (1, 3, 8, 8)
+    assert case.sample(case.model, 0).shape == (1, 3, 16, 16)
     again = case.sample(case.model, 0, num_inference_steps=STEPS)
     assert again.equal(case.sample(case.model, 0))
     assert not case.training(case.model, 0).equal(again), "training has seeds of its own"
@@ -65,7 +64,7 @@ def test_a_joint_search_samples_with_what_it_found(case: Case) -> None:
 
 
 def test_thresholds_come_near_the_wanted_cost() -> None:
-    calibration: Any = made_up()
+    calibration = calibration_of(np.linspace(0.05, 0.5, 8))
     plans = methods.threshold_plans(calibration)
     wanted = sorted({x.compute for x in plans.values() if x.compute is not None})
     assert len(wanted) > 1

@@ -23,7 +23,7 @@ from .search import SearchedSchedule, search
 
 BUDGETS = (0.52, 0.36, 0.28, 0.22, 0.18)
 INTERVALS = (2, 3, 4, 5, 6)
-THRESHOLD_COSTS = (0.8, 0.6, 0.45, 0.35, 0.28, 0.22, 0.18)
+THRESHOLD_COSTS = (0.8, 0.5, 0.35, 0.28, 0.22, 0.18)
 UNIFORM = {"hold": "FORA", "taylor": "uniform, Taylor 1", "taylor2": "uniform, Taylor 2"}
 """Predictor -> the family of computing every n-th step with it."""
 CALIBRATION_SAMPLES, MAX_GAP = 10, 6

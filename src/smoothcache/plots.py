@@ -321,7 +321,7 @@ def plot_methods(
     if panels is None:
         panels = {"": [family for family in lines if family not in emphasised]}
     figure = _figure(width=1.2 + 5.2 * len(panels), height=6.2)
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for panel, (name, families) in zip(axes, panels.items(), strict=True):
         shown = [family for family in families if family in lines]
         for i, family in enumerate(shown):
