@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -261,15 +262,18 @@ def run_benchmark(
             if way is not None:
                 trials.append(Trial(method.name, method.family, way))
     _run_all(trials, num_generations, failures, progress)
-    finished = [trial for trial in trials if trial.name not in failures]
     target = _converged(case, num_generations, progress) if converged else None
-    judged = [_row(trial, reference, case, target) for trial in finished]
+    judged = {}
+    for trial in [trial for trial in trials if trial.name not in failures]:
+        row = _tried(partial(_row, trial, reference, case, target), trial.name, failures)
+        if row is not None:
+            judged[trial.name] = row
     return Benchmark(
         case.name,
-        rows=tuple(row for row, _ in judged),
+        rows=tuple(row for row, _ in judged.values()),
         failures=failures,
-        notes={trial.name: note for trial in finished if (note := _note(trial))},
-        values={row.name: values for row, values in judged},
+        notes={x.name: note for x in trials if x.name in judged and (note := _note(x))},
+        values={name: values for name, (_, values) in judged.items()},
     )
 
 
@@ -291,7 +295,7 @@ def _run_all(
             if trial.name == REFERENCE:
                 _run(trial, i, num_generations)
             elif trial.name not in failures:
-                _tried(lambda: _run(trial, i, num_generations), trial.name, failures)  # noqa: B023
+                _tried(partial(_run, trial, i, num_generations), trial.name, failures)
 
 
 def _run(trial: Trial, i: int, num_generations: int) -> None:
