@@ -29,7 +29,8 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 
 def test_all_pages_are_seen() -> None:
     assert [page.stem for page in PAGES] == [
-        *("README", "audio", "command-line", "concepts", "file-formats", "models", "your-own-model")
+        *("README", "audio", "command-line", "concepts", "file-formats", "models"),
+        *("which-method", "your-own-model"),
     ]
 
 
@@ -64,7 +65,7 @@ def test_commands_and_options_exist() -> None:
         for _, text in blocks(DOCS / "command-line.md", "console")
     ]
     assert {words[1] for words in commands} == {
-        *("demo", "inspect", "calibrate", "plan", "search", "generate", "compare")
+        *("demo", "inspect", "calibrate", "plan", "search", "generate", "compare", "benchmark")
     }
     for program, command, *words in commands:
         assert program == "smoothcache"

@@ -22,7 +22,7 @@ RANKS = (
     {"layers", "calibration", "schedule", "routers"},
     {"planners"},
     {"calibrate", "apply", "clock", "learn", "observe", "summary"},
-    {"search", "metrics", "plots", "report", "compare"},
+    {"search", "metrics", "plots", "report", "compare", "benchmark", "methods"},
     {"demo", "cli", "__main__"},
 )
 RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}

@@ -68,7 +68,15 @@ def test_json_is_strict_and_keeps_every_digit() -> None:
     assert first["psnr"] == "inf"
     assert first["frechet_distance"] == 3.14159
     assert last["class_accuracy"] is None and last["peak_bytes"] is None
-    assert set(first) == {"name", *COLUMNS}
+    assert set(first) == {"name", "family", "margins", *COLUMNS}
+
+
+def test_intervals_stand_behind_their_means() -> None:
+    margins = {"psnr": 0.53, "class_accuracy": 0.04, "time": 0.02}
+    row = ReportRow("a", psnr=30.0, class_accuracy=0.9, time=0.5, ssim=0.9, margins=margins)
+    assert Report((row,)).cells() == [
+        ["a", "× 0.50 ± 0.02", "30.0 ± 0.5", "0.9000", "90.0 ± 4.0 %"]
+    ]
 
 
 def test_columns_without_values_are_left_out() -> None:

@@ -150,7 +150,7 @@ class Comparison:
             for name, x in self.images.items()
         }
         return tuple(
-            Duel(name, rival, *_mean_with_interval(quality[name] - quality[rival]))
+            Duel(name, rival, *mean_with_interval(quality[name] - quality[rival]))
             for name, rival in self.rivals.items()
         )
 
@@ -389,7 +389,7 @@ def _check_scores(scores: Mapping[str, Score]) -> None:
             )
 
 
-def _mean_with_interval(values: Tensor) -> tuple[float, float, float]:
+def mean_with_interval(values: Tensor) -> tuple[float, float, float]:
     """Mean of [n] values with its 95 % confidence interval, which is NaN for one value."""
     mean = float(values.mean())
     if len(values) < 2:
