@@ -34,6 +34,9 @@ CONVERGED_FACTOR = 10  # times as many steps as the uncached run
 BATCH = 4  # candidates that are tried before the next choice, whatever the number of processes
 PROBES = 5  # steps at which the effect of an error is measured
 POWERS = (0.8, 1.25, 1.6)
+STEPPED = [name for name, x in PREDICTORS.items() if not x.needs_noise_levels]
+# Of those over the noise level, what has been seen to help; all would cost too much to try.
+TRIED = [*STEPPED, "taylor-angle"]
 FITTED = 3  # of the best candidates are fitted, to begin with
 FEWEST_STEPS = 4
 
@@ -354,9 +357,8 @@ class _Space:
 
     @property
     def predictors(self) -> list[str]:
-        """Those that need nothing that is not known."""
-        knows = self.calibration.noise_levels is not None
-        return [name for name, x in PREDICTORS.items() if knows or not x.needs_noise_levels]
+        """Those to try, without any that needs what is not known."""
+        return STEPPED if self.calibration.noise_levels is None else TRIED
 
     def count(self, grain: str, budget: float, num_steps: int | None = None) -> int:
         """Computed steps within a budget, as a fraction of the uncached run."""
@@ -551,6 +553,7 @@ class _Hunt:
             for grain in self._space.grains
             for name, mask in self._even(self._space.count(grain, budget)).items()
             for predictor in self._space.predictors
+            if predictor in STEPPED or (grain == "model" and not name.startswith("every"))
         ]
         found += self._thresholds(budget)
         found += self._given
