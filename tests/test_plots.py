@@ -184,6 +184,23 @@ def test_images_that_cannot_be_compared_are_refused() -> None:
         plots.plot_image_grid([("a", images(1, 2))], images(0, 2))
 
 
+def test_spectrograms_have_a_strip_each_and_its_difference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sounds = 0.1 * torch.randn(3, 1, 4096, generator=generator)
+    rows = [("same", sounds), ("softer", 0.1 * sounds)]
+    figure = plots.plot_spectrograms(rows, sounds, 16_000)
+    assert len(figure.axes) == 5
+    written = texts(figure)
+    assert "same\n0.0 dB off" in written and "softer\n20.0 dB off" in written
+    uncached, same, no_change, _, change = (axes.images[0].get_array() for axes in figure.axes)
+    assert uncached.shape[0] == 64
+    np.testing.assert_array_equal(uncached, same)
+    assert no_change.max() == 0
+    assert np.median(change.compressed()) == pytest.approx(20 / 30, abs=0.01)
+    with pytest.raises(InvalidArgumentError, match="at least one row of sounds"):
+        plots.plot_spectrograms([], sounds, 16_000)
+
+
 def test_pictures_are_saved_where_they_should_be(tmp_path: Path) -> None:
     measured, planned = calibration("self_attn", "ffn"), schedule("self_attn")
     plots.plot_error_curves(measured, tmp_path / "curves.png")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._content import version
+from ._content import are_equal, digest, version
 
 
 def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -41,55 +41,98 @@ def has_form(form: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return count == most
 
 
-def writes_into(inputs: list[Tensor], versions: list[int | None], outputs: list[Any]) -> bool:
-    """Whether a layer wrote into something that it was given and does not return."""
-    returned = {id(output) for output in outputs}
-    return any(
-        x_version is not None and version(x) != x_version and id(x) not in returned
-        for x, x_version in zip(inputs, versions, strict=True)
-    )
+class Writes:
+    """Notices which of the tensors that it is given a layer writes into.
+
+    In inference mode nothing counts writes. There the contents are compared instead, in the first
+    call; a layer does not change its habits.
+    """
+
+    def __init__(self) -> None:
+        self._habits: set[int] | None = None
+
+    def before(self, given: list[Tensor]) -> list[Any]:
+        """What ``after`` compares with."""
+        is_known = self._habits is not None
+        return [digest(x) if version(x) is None and not is_known else version(x) for x in given]
+
+    def after(self, given: list[Tensor], marks: list[Any]) -> dict[int, Tensor]:
+        """The tensors that were written into, by their number."""
+        pairs = list(enumerate(zip(given, marks, strict=True)))
+        written = {i: x for i, (x, mark) in pairs if version(x) != mark and version(x) is not None}
+        uncounted = {i: x for i, (x, _) in pairs if version(x) is None}
+        if uncounted and self._habits is None:
+            self._habits = {
+                i
+                for i, x in uncounted.items()
+                if marks[i] is not None and not are_equal(marks[i], digest(x))
+            }
+        return written | {i: x for i, x in uncounted.items() if i in (self._habits or ())}
 
 
 def taken_apart(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The leaves of an output, dataclasses in it included, and how to put others in their place."""
+    """The leaves of an output, and how to put others in their place.
+
+    Dataclasses and mappings in it are taken apart too; a tensor in two places is one leaf.
+    """
     if isinstance(output, Tensor):
         return [output], _only
-    leaves, spec = pytree.tree_flatten(output)
-    parts = [_fields_apart(leaf) for leaf in leaves]
-    wholes = [whole for _, whole in parts]  # without the tensors, which are not to be kept alive
-
-    def rebuild(values: list[Any]) -> Any:
-        rest = iter(values)
-        return pytree.tree_unflatten([whole(rest) for whole in wholes], spec)
-
-    return [leaf for own, _ in parts for leaf in own], rebuild
+    leaves, whole = _parts(output)
+    places = [next(i for i, x in enumerate(leaves) if x is leaf) for leaf in leaves]
+    own = sorted(set(places))
+    sources = [own.index(place) for place in places]
+    return [leaves[i] for i in own], lambda values: whole(iter([values[i] for i in sources]))
 
 
 def _only(values: list[Any]) -> Any:
     return values[0]
 
 
-def _fields_apart(leaf: Any) -> tuple[list[Any], Callable[[Iterator[Any]], Any]]:
-    """What is in a leaf: itself, or the leaves of a dataclass; and how to refill it."""
-    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+def _parts(output: Any) -> tuple[list[Any], Callable[[Iterator[Any]], Any]]:
+    """All that is in an output, in order, and how to refill it from such a sequence."""
+    leaves, spec = pytree.tree_flatten(output)
+    parts = [_inside(leaf) for leaf in leaves]
+    wholes = [whole for _, whole in parts]  # without the tensors, which are not to be kept alive
+
+    def refill(values: Iterator[Any]) -> Any:
+        return pytree.tree_unflatten([whole(values) for whole in wholes], spec)
+
+    return [leaf for own, _ in parts for leaf in own], refill
+
+
+def _inside(leaf: Any) -> tuple[list[Any], Callable[[Iterator[Any]], Any]]:
+    """What is in a leaf of a pytree: itself, or all that a dataclass or a mapping holds."""
+    is_record = dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+    if not is_record and not isinstance(leaf, MutableMapping):
         return [leaf], next
-    names = [item.name for item in dataclasses.fields(leaf)]
-    leaves, refill = taken_apart({name: getattr(leaf, name) for name in names})
-    like, count = copy.copy(leaf), len(leaves)
-    for name in names:
-        object.__setattr__(like, name, None)
+    fields = [field.name for field in dataclasses.fields(leaf)] if is_record else []
+    attributes = {name: getattr(leaf, name) for name in {**dict.fromkeys(fields), **_vars(leaf)}}
+    items = dict(leaf) if isinstance(leaf, MutableMapping) else {}
+    leaves, refill = _parts([attributes, items])
+    like = _refilled(copy.copy(leaf), dict.fromkeys(attributes), dict.fromkeys(items))
+    return leaves, lambda values: _refilled(copy.copy(like), *refill(values))
 
-    def whole(rest: Iterator[Any]) -> Any:
-        filled = copy.copy(like)
-        for name, value in refill([next(rest) for _ in range(count)]).items():
-            object.__setattr__(filled, name, value)
-        return filled
 
-    return leaves, whole
+def _vars(value: Any) -> dict[str, Any]:
+    return getattr(value, "__dict__", {})
+
+
+def hides_tensors(leaf: Any) -> bool:
+    """Whether a leaf has tensors in it that nobody can exchange."""
+    return not isinstance(leaf, Tensor | type) and bool(tensors_in(dict(_vars(leaf))))
+
+
+def _refilled(whole: Any, attributes: dict[str, Any], items: dict[Any, Any]) -> Any:
+    for name, value in attributes.items():
+        object.__setattr__(whole, name, value)
+    for key, value in items.items():
+        whole[key] = value
+    return whole
 
 
 def are_finite(values: list[Any]) -> bool:
-    return all(bool(torch.isfinite(value).all()) for value in values if isinstance(value, Tensor))
+    tensors = [x for x in values if isinstance(x, Tensor) and x.device.type != "meta"]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 # ------------------------------------------------------------------- residuals of whole blocks
@@ -151,3 +194,15 @@ def kept_of(leaf: Any, base: Tensor | None) -> Any:
 
 def plus(value: Any, base: Tensor | None, dtype: torch.dtype | None) -> Any:
     return value if base is None else (value + base).to(dtype)
+
+
+def written_into(
+    into: list[int | None], values: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Any]:
+    """Leaves in the place of a layer's own, where it returns an input that it writes into."""
+    if all(i is None for i in into):
+        return values
+    given = tensors_in((args, kwargs))
+    return [
+        value if i is None else given[i].copy_(value) for i, value in zip(into, values, strict=True)
+    ]

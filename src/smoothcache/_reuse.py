@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ._content import version
 from ._outputs import (
+    Writes,
     are_finite,
     are_swapped,
     bases_of,
     float_tensors,
     form_of,
     has_form,
+    hides_tensors,
     kept_of,
     plus,
     taken_apart,
     tensors_in,
-    writes_into,
+    written_into,
 )
 from ._slots import Slots
 from .errors import ScheduleMismatchError
@@ -76,6 +77,7 @@ class _Kept:
     swapped: Tensor | None
     dtypes: list[torch.dtype | None]
     form: list[Any]
+    into: list[int | None]  # the input, by its number, that a leaf is and was written into
     is_held_tensor: bool  # one tensor, to be returned as it is
 
     @property
@@ -94,6 +96,8 @@ class ReusedLayer:
         computed: Whether the layer is computed, for every step.
         predictor: Name of the predictor.
         tally: Where to count.
+        positions: Where each step lies on the predictor's axis; None for its index.
+        gains: How much of a predicted change is taken at every step; None for all of it.
         residual: Reuse what the module adds to its input instead of its output.
         check_finite: Keep no value that has a NaN or an infinity; costs a wait for each.
     """
@@ -105,6 +109,8 @@ class ReusedLayer:
         predictor: str,
         tally: Tally,
         *,
+        positions: Sequence[float] | None = None,
+        gains: Sequence[float] | None = None,
         residual: bool = False,
         check_finite: bool = False,
     ) -> None:
@@ -116,8 +122,12 @@ class ReusedLayer:
         self._due = [max((s for s in steps[: t + 1] if computed[s]), default=0) for t in steps]
         self._reusable_from = [len(computed) if computed[t] else self._due[t] for t in steps]
         self._tally = tally
+        self._positions = range(len(computed)) if positions is None else positions
+        self._gains = (1.0,) * len(computed) if gains is None else gains
+        self._weights = cache(self._weights_of)
         self._residual = residual
         self._check_finite = check_finite
+        self._writes = Writes()
         self._kept: dict[Place, list[_Kept]] = {}
         self._spent_after = len(computed)  # no kept value is before this step
         self._not_finite: set[Place] = set()
@@ -126,8 +136,10 @@ class ReusedLayer:
         self._ever_reused = any(last is not None for last in self._last_uses)
         self._active = self._passes = self._compiled = self._missed = False
         self._step = self._use = self._reusable = 0  # of the oldest value that may be reused now
+        self._known_uses: int | None = None  # of which it is known which they are; None for all
         self._branch: int | None = 0
         self.ran = self.ran_before = False  # in this generation; in an earlier one
+        self.inner: list[ReusedLayer] = []  # those that do not run where this one is reused
 
     @property
     def ever_ran(self) -> bool:
@@ -151,6 +163,7 @@ class ReusedLayer:
         self._step, self._branch, self._use = step, branch, 0
         self._reusable = self._reusable_from[step]
         self._passes = branch is None or not self._ever_reused
+        self._known_uses = 0 if self._passes else None
         self._active = True
         if compiled or self._compiled:
             self._begin_compiled(compiled)
@@ -162,6 +175,15 @@ class ReusedLayer:
         for slots in self._here:
             slots.prepare(self._step, reuses=slots.newest >= self._reusable)
 
+    def lose_count(self) -> None:
+        """Has the rest of this call of the denoiser compute: it is not known which uses these are.
+
+        A block that is used twice may be reused in the first use alone; the layers in it then run
+        for the first time in its second.
+        """
+        if not self._passes:
+            self._passes, self._known_uses = True, self._use
+
     def end(self) -> None:
         """Lets the layer run as it is until the next call of the denoiser."""
         was_called = self._active and self._use
@@ -169,13 +191,13 @@ class ReusedLayer:
         if not was_called:
             return
         self.ran = True
-        if self._passes:
-            self._count_as_computed(self._use)
-        elif self._compiled:
-            for use, slots in enumerate(self._here[: self._use]):
+        known = self._use if self._known_uses is None else self._known_uses
+        self._count_as_computed(self._use - known)
+        if self._compiled:
+            for use, slots in enumerate(self._here[:known]):
                 self._settle((self._branch, use), slots)
             if self._missed:
-                self._count_as_computed(self._use - len(self._here))
+                self._count_as_computed(known - len(self._here))
             else:
                 self._move_into_slots()
 
@@ -210,6 +232,8 @@ class ReusedLayer:
         if self._passes:
             return forward(*args, **kwargs)
         if self._compiled and use < len(self._here):
+            if self._here[use].reuses:
+                self._pass_over_inner()
             return self._here[use](forward, args, kwargs)
         if is_dynamo_compiling():
             self._missed = True
@@ -219,10 +243,15 @@ class ReusedLayer:
             newest = history[-1]
             if newest.step >= self._reusable and has_form(newest.form, args, kwargs):
                 self._tally.reused += 1
+                self._pass_over_inner()
                 if newest.is_held_tensor and newest.last_use > self._step:  # the shortest way
                     return newest.leaves[0].clone()
                 return self._reuse((self._branch, use), history, args, kwargs)
         return self._run((self._branch, use), history, forward, args, kwargs)
+
+    def _pass_over_inner(self) -> None:
+        for layer in self.inner:
+            layer.lose_count()
 
     def _run(
         self,
@@ -275,7 +304,7 @@ class ReusedLayer:
         for place, history in found:
             newest = history[-1]
             shapes = [shape for shape, _ in newest.form]
-            slots = Slots(newest, shapes, self._order, residual=self._residual)
+            slots = Slots(newest, shapes, self._order, self._weights, residual=self._residual)
             slots.fill([(kept.step, kept.leaves) for kept in history])
             self._slots[self._branch] = (*self._slots.get(self._branch, ()), slots)
             self._tally.hold(slots.nbytes)
@@ -295,14 +324,13 @@ class ReusedLayer:
             inputs = [x.detach().clone() for x in float_tensors((args, kwargs))]
         form = form_of(args, kwargs)
         given = tensors_in((args, kwargs))
-        versions = [version(x) for x in given]
+        marks = self._writes.before(given)
         output = forward(*args, **kwargs)
-        self._refuse_side_effects(given, versions, output)
-        return self._taken(place, output, inputs, form)
+        written = self._writes.after(given, marks)
+        self._refuse_side_effects(list(written.values()), output)
+        return self._taken(place, output, inputs, form, written)
 
-    def _refuse_side_effects(
-        self, given: list[Tensor], versions: list[int | None], output: Any
-    ) -> None:
+    def _refuse_side_effects(self, written: list[Tensor], output: Any) -> None:
         leaves, _ = taken_apart(output)
         name = self._path or "the model"
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
@@ -310,13 +338,26 @@ class ReusedLayer:
                 f"{name!r} returned no tensor but {type(output).__name__}, so skipping it would "
                 "lose what it does to its input; leave it out of the schedule"
             )
-        if writes_into(given, versions, leaves):
+        if hiding := next(filter(hides_tensors, leaves), None):
+            raise ScheduleMismatchError(
+                f"{name!r} returned a {type(hiding).__name__} with tensors in it that could not be "
+                "exchanged at reuse (as those in tuples, mappings and dataclasses are); leave it "
+                "out of the schedule"
+            )
+        if {id(x) for x in written} - {id(leaf) for leaf in leaves}:
             raise ScheduleMismatchError(
                 f"{name!r} writes into a tensor that it is given, which skipping it would "
                 "lose; leave it out of the schedule"
             )
 
-    def _taken(self, place: Place, output: Any, inputs: list[Tensor], form: list[Any]) -> Any:
+    def _taken(
+        self,
+        place: Place,
+        output: Any,
+        inputs: list[Tensor],
+        form: list[Any],
+        written: dict[int, Tensor],
+    ) -> Any:
         leaves, rebuild = taken_apart(output)
         swapped = are_swapped(leaves, inputs)
         bases = bases_of(leaves, inputs, swapped)
@@ -328,8 +369,10 @@ class ReusedLayer:
         last_use = self._last_uses[self._step]
         last_use = -1 if last_use is None else last_use
         dtypes = [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves]
-        is_held = self._order == 0 and isinstance(output, Tensor) and not self._residual
-        kept = _Kept(self._step, last_use, values, rebuild, swapped, dtypes, form, is_held)
+        into = [next((i for i, x in written.items() if x is leaf), None) for leaf in leaves]
+        is_one = isinstance(output, Tensor) and into == [None]
+        is_held = is_one and self._order == 0 and not self._residual
+        kept = _Kept(self._step, last_use, values, rebuild, swapped, dtypes, form, into, is_held)
         self._keep(place, kept)
         return output
 
@@ -353,9 +396,9 @@ class ReusedLayer:
     ) -> Any:
         newest = history[-1]
         is_last = newest.last_use <= self._step
-        weights = _weights(tuple([kept.step for kept in history]), self._step)
+        weights = self._weights(tuple([kept.step for kept in history]), self._step)
         values = [
-            _combined([kept.leaves[i] for kept in history], weights, consume=is_last)
+            combined([kept.leaves[i] for kept in history], weights, consume=is_last)
             for i in range(len(newest.leaves))
         ]
         if self._residual:
@@ -365,11 +408,17 @@ class ReusedLayer:
                 plus(value, base, dtype)
                 for value, base, dtype in zip(values, bases, newest.dtypes, strict=True)
             ]
+        values = written_into(newest.into, values, args, kwargs)
         if is_last:
             del self._kept[place]
         while history and history[0].last_use <= self._step:  # an older one is never of use longer
             self._tally.hold(-history.pop(0).nbytes)
         return newest.rebuild(values)
+
+    def _weights_of(self, steps: tuple[int, ...], at: int) -> list[float]:
+        """Weights of what was computed at some steps, the newest last, in a reuse at another."""
+        known = [self._positions[step] for step in steps]
+        return extrapolation_weights(known, self._positions[at], self._gains[at])
 
     def _drop(self, is_spent: Callable[[Place, _Kept], bool]) -> None:
         for place, history in list(self._kept.items()):
@@ -381,16 +430,11 @@ class ReusedLayer:
                 self._kept[place] = [kept for kept in history if not is_spent(place, kept)]
 
 
-@lru_cache(maxsize=1024)
-def _weights(steps: tuple[int, ...], at: int) -> list[float]:
-    return extrapolation_weights(steps, at)
-
-
 def _is_at(place: Place, at: Place, _: _Kept) -> bool:
     return at == place
 
 
-def _combined(values: list[Any], weights: list[float], *, consume: bool) -> Any:
+def combined(values: list[Any], weights: list[float], *, consume: bool) -> Any:
     """The weighted sum of a leaf's kept values; whoever gets it may write into it."""
     newest = values[-1]
     if not isinstance(newest, Tensor):

@@ -23,8 +23,8 @@ from ._outputs import (
     plus,
     taken_apart,
     tensors_in,
+    written_into,
 )
-from .predictors import extrapolation_weights
 
 
 class Output(Protocol):
@@ -33,6 +33,7 @@ class Output(Protocol):
     leaves: list[Any]
     swapped: Tensor | None
     dtypes: list[torch.dtype | None]
+    into: list[int | None]
 
     @property
     def rebuild(self) -> Callable[[list[Any]], Any]:
@@ -46,6 +47,7 @@ class Slots:
         example: An output, for its form.
         shapes: Those of the tensors that the layer was given for it.
         order: Degree of the predictor's polynomial; one value more is kept.
+        weights: Those of what was computed at some steps, the newest last, in a reuse at another.
         residual: Whether what is kept is what the layer adds to its inputs.
 
     Attributes:
@@ -54,12 +56,20 @@ class Slots:
     """
 
     def __init__(
-        self, example: Output, shapes: Sequence[torch.Size], order: int, *, residual: bool
+        self,
+        example: Output,
+        shapes: Sequence[torch.Size],
+        order: int,
+        weights: Callable[[tuple[int, ...], int], list[float]],
+        *,
+        residual: bool,
     ) -> None:
         self._leaves = [_buffer_for(leaf, order + 1) for leaf in example.leaves]
         self._swapped = _buffer_for(example.swapped, 1)
         self._rebuild = example.rebuild
         self._dtypes = example.dtypes
+        self._into = example.into
+        self._weights_of = weights
         self._rows: list[int | None] = [None] * (order + 1)  # the step that each is of
         self._row = 0  # the one to be written next
         self._residual = residual
@@ -123,7 +133,7 @@ class Slots:
                 plus(value, base, dtype)
                 for value, base, dtype in zip(values, bases, self._dtypes, strict=True)
             ]
-        return self._rebuild(values)
+        return self._rebuild(written_into(self._into, values, args, kwargs))
 
     # ----------------------------------------------------------------------- between the calls
 
@@ -181,8 +191,8 @@ class Slots:
 
     def _weights_at(self, step: int) -> list[float]:
         """The weights of all rows but the first, which has the rest to 1."""
-        known = [known for known in self._rows if known is not None]
-        weights = dict(zip(known, extrapolation_weights(known, step), strict=True))
+        known = sorted(known for known in self._rows if known is not None)
+        weights = dict(zip(known, self._weights_of(tuple(known), step), strict=True))
         return [0.0 if known is None else weights[known] for known in self._rows[1:]]
 
     def _tensor(self, numbers: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from .errors import InvalidArgumentError
 
@@ -18,35 +19,54 @@ class ReportRow:
 
     Attributes:
         name: What the row is called.
+        family: The method of which it is one setting; may be empty.
         steps: Solver steps.
         compute: Fraction of the MACs of the uncached run; 1 is the uncached run itself.
         time: Wall clock over that of the uncached run, dimensionless.
         seconds: Wall clock of all samples together.
         psnr: Against the uncached samples of the same seeds, in dB, mean over samples.
         ssim: Likewise; at most 1.
+        snr: Of sounds, likewise: signal-to-noise ratio in dB.
+        log_spectral_distance: Of sounds, likewise, in dB.
+        stft_distance: Of sounds, likewise: multi-resolution distance of short-time spectra.
         relative_error: Likewise, relative L1 error.
+        perceptual_distance: Likewise, relative L2 distance of a classifier's features.
+        converged_psnr: Against samples of the same noise with many more steps, in dB.
         class_accuracy: Share of samples that a classifier recognises, in [0, 1].
+        accuracies: Name of an attribute -> share of samples in which a classifier recognises it,
+            in [0, 1]; a column each.
+        label_divergence: Of the classifier's labels from those of the uncached samples, in nats.
         frechet_distance: Between the features of the samples and of real data.
         peak_bytes: Most bytes of kept outputs at any moment.
+        margins: Half the width of the 95 % confidence interval of the mean, by the field's name.
     """
 
     name: str
+    family: str = ""
     steps: int | None = None
     compute: float | None = None
     time: float | None = None
     seconds: float | None = None
     psnr: float | None = None
     ssim: float | None = None
+    snr: float | None = None
+    log_spectral_distance: float | None = None
+    stft_distance: float | None = None
     relative_error: float | None = None
+    perceptual_distance: float | None = None
+    converged_psnr: float | None = None
     class_accuracy: float | None = None
+    accuracies: Mapping[str, float] = field(default_factory=dict)
+    label_divergence: float | None = None
     frechet_distance: float | None = None
     peak_bytes: int | None = None
+    margins: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for field, value in asdict(self).items():
+        for name, value in {**asdict(self), **self.accuracies}.items():
             if isinstance(value, float) and math.isnan(value):
                 raise InvalidArgumentError(
-                    f"{field} of the row '{self.name}' is NaN; leave it out if it is not known."
+                    f"{name} of the row '{self.name}' is NaN; leave it out if it is not known."
                 )
 
 
@@ -79,14 +99,12 @@ class Report:
 
     def header(self) -> list[str]:
         """Names of the columns that some row has a value for; the first, of the names, is empty."""
-        return ["", *(COLUMNS[field][0] for field in self._fields())]
+        return ["", *(_heading(column) for column in self._columns())]
 
     def cells(self) -> list[list[str]]:
         """What the table shows: a list for each row, of the columns of `header`."""
-        return [
-            [row.name, *(_cell(getattr(row, field), COLUMNS[field][1]) for field in self._fields())]
-            for row in self.rows
-        ]
+        columns = self._columns()
+        return [[row.name, *(_cell(row, column) for column in columns)] for row in self.rows]
 
     def to_text(self) -> str:
         """An aligned table, for a terminal or a log."""
@@ -117,16 +135,37 @@ class Report:
         What was not measured is null; an infinite value, as the PSNR of identical images, is the
         string "inf", since JSON has no such number.
         """
-        rows = [
-            {field: _finite(value) for field, value in asdict(row).items()} for row in self.rows
-        ]
-        document = {"title": self.title, "rows": rows, "notes": list(self.notes)}
-        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+        return json.dumps(self.document(), indent=2, ensure_ascii=False, allow_nan=False)
 
-    def _fields(self) -> list[str]:
-        return [
-            field for field in COLUMNS if any(getattr(row, field) is not None for row in self.rows)
+    def document(self) -> dict[str, Any]:
+        """What ``to_json`` writes, for a document with more in it."""
+        rows = [{name: _finite(value) for name, value in asdict(row).items()} for row in self.rows]
+        return {"title": self.title, "rows": rows, "notes": list(self.notes)}
+
+    def _columns(self) -> list[str]:
+        """Fields, or ``accuracies.NAME``, that some row has a value for."""
+        attributes = dict.fromkeys(name for row in self.rows for name in row.accuracies)
+        names = [
+            column
+            for name in COLUMNS
+            for column in ([f"{name}.{x}" for x in attributes] if name == "accuracies" else [name])
         ]
+        return [x for x in names if any(_value(row, x) is not None for row in self.rows)]
+
+
+def _value(row: ReportRow, column: str) -> float | None:
+    name, _, attribute = column.partition(".")
+    value: float | None = row.accuracies.get(attribute) if attribute else getattr(row, name)
+    return value
+
+
+def _heading(column: str) -> str:
+    name, _, attribute = column.partition(".")
+    return f"{attribute} accuracy" if attribute else COLUMNS[name][0]
+
+
+def _written(column: str) -> Callable[[float], str]:
+    return COLUMNS[column.partition(".")[0]][1]
 
 
 def _size(count: float) -> str:
@@ -144,27 +183,42 @@ def _significant(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "steps": ("steps", "{:d}".format),
-    "compute": ("compute", lambda value: f"{100 * value:.1f} %"),
+    "compute": ("compute", _percent),
     "time": ("time", "× {:.2f}".format),
     "seconds": ("seconds", "{:.2f}".format),
     "psnr": ("PSNR, dB", "{:.1f}".format),
     "ssim": ("SSIM", "{:.4f}".format),
+    "snr": ("SNR, dB", "{:.1f}".format),
+    "log_spectral_distance": ("log-spectral distance, dB", "{:.2f}".format),
+    "stft_distance": ("STFT distance", _significant),
     "relative_error": ("relative error", _significant),
-    "class_accuracy": ("class accuracy", lambda value: f"{100 * value:.1f} %"),
+    "perceptual_distance": ("perceptual distance", _significant),
+    "converged_psnr": ("PSNR to converged, dB", "{:.1f}".format),
+    "class_accuracy": ("class accuracy", _percent),
+    "accuracies": ("accuracy", _percent),
+    "label_divergence": ("label KL, nats", _significant),
     "frechet_distance": ("Frechet distance", _significant),
     "peak_bytes": ("memory kept", _size),
 }
 """Field of a row to the heading of its column and how its values are written."""
 
 
-def _cell(value: float | None, written: Callable[[float], str]) -> str:
+def _cell(row: ReportRow, column: str) -> str:
+    value, written = _value(row, column), _written(column)
     if value is None:
         return MISSING
     if math.isinf(value):
         return "inf"
-    return written(value)
+    margin = row.margins.get(column)
+    if margin is None:
+        return written(value)
+    return f"{written(value).removesuffix(' %')} ± {written(margin).removeprefix('× ')}"
 
 
 def _finite(value: object) -> object:

@@ -10,19 +10,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import plots
 from .._checks import check_count
+from ..benchmark import IMAGE_MEASURES, Case
 from ..calibrate import calibrate
 from ..calibration import Calibration
 from ..compare import REFERENCE, Comparison, Variant, compare
 from ..diffusers_io import load_pipeline
 from ..errors import InvalidArgumentError
-from ..metrics import class_accuracy, frechet_distance
-from ..planners import plan, plan_uniform
+from ..methods import plan_at_cost
+from ..metrics import class_accuracy, frechet_distance, relative_error
+from ..planners import plan_uniform
 from ..report import Report
 from ..schedule import Schedule
 from .classifier import ShapeClassifier, load_classifier
@@ -43,7 +44,7 @@ class DemoResult:
 
     Attributes:
         report: The table, with what it was measured on and the verdict below it.
-        comparison: The rows and images behind it.
+        comparison: The rows and samples behind it.
         calibration: The error curves.
         schedules: Name of a row -> its schedule.
         folder: Where everything was written.
@@ -140,16 +141,58 @@ def run_demo(
     )
 
 
-def sample_shapes(pipe: Any, labels: list[int], seed: int, num_steps: int) -> Tensor:
+def sample_shapes(
+    pipe: Any, labels: list[int], seed: int, num_steps: int, scheduler: Any = None
+) -> Tensor:
     """One generation of the pipeline: images [labels, 3, 32, 32] in [0, 1]."""
-    images: Tensor = pipe(
-        labels,
-        guidance_scale=GUIDANCE,
-        num_inference_steps=num_steps,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="pt",
-    ).images
+    own = pipe.scheduler
+    pipe.scheduler = own if scheduler is None else scheduler
+    try:
+        images: Tensor = pipe(
+            labels,
+            guidance_scale=GUIDANCE,
+            num_inference_steps=num_steps,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="pt",
+        ).images
+    finally:
+        pipe.scheduler = own
     return images
+
+
+def shapes_case(num_steps: int = NUM_STEPS, *, seed: int = 0) -> Case:
+    """The demo's pipeline for a benchmark: a generation is ten images, one of each class.
+
+    So is a training generation, of other seeds.
+    """
+    pipe = load_pipeline(FOLDER, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    judge = Judge(load_classifier(FOLDER / "classifier"))
+
+    def sample(
+        pipe: Any, i: int, num_inference_steps: int | None = None, scheduler: Any = None
+    ) -> Tensor:
+        steps = num_inference_steps or num_steps
+        return sample_shapes(pipe, list(range(NUM_CLASSES)), seed + i, steps, scheduler)
+
+    def training(
+        pipe: Any, i: int, num_inference_steps: int | None = None, scheduler: Any = None
+    ) -> Tensor:
+        return sample(pipe, CALIBRATION_SEEDS + i, num_inference_steps, scheduler)
+
+    return Case(
+        f"Shapes DiT, {num_steps} DDIM steps, guidance {GUIDANCE:g}",
+        pipe,
+        sample,
+        training,
+        num_steps,
+        measures={
+            **IMAGE_MEASURES,
+            "perceptual_distance": judge.perceptual_distance,
+            "class_accuracy": lambda images, _: judge.recognised(images),
+        },
+        scores={"frechet_distance": judge.distance},
+    )
 
 
 class Judge:
@@ -166,13 +209,32 @@ class Judge:
 
     def accuracy(self, images: Tensor) -> float:
         """Share of images [n, 3, 32, 32] in [0, 1] that are recognised."""
-        with torch.no_grad():
-            logits = self._classifier(2 * images - 1)
-        return class_accuracy(logits, _labels(len(images)))
+        return class_accuracy(self._logits(images), _labels(len(images)))
+
+    def recognised(self, images: Tensor) -> Tensor:
+        """1 for each image [n, 3, 32, 32] in [0, 1] that is recognised, else 0; [n]."""
+        return (self._logits(images).argmax(dim=1) == _labels(len(images))).double()
+
+    def perceptual_distance(self, images: Tensor, reference: Tensor) -> Tensor:
+        """Relative L2 distance of the classifier's feature maps, mean over its stages; [n].
+
+        Args:
+            images: [n, 3, 32, 32] in [0, 1].
+            reference: What they should be; the same shape.
+        """
+        pairs = zip(self._classifier.maps(2 * images - 1),
+                    self._classifier.maps(2 * reference - 1), strict=True)  # fmt: skip
+        distances = [relative_error(own, other, norm="l2") for own, other in pairs]
+        return torch.stack(distances).mean(dim=0)
 
     def distance(self, images: Tensor) -> float:
         """Frechet distance of the classifier's features to those of real images."""
         return frechet_distance(self._features(2 * images - 1), self._real)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = self._classifier(2 * images - 1)
+        return logits
 
     def _features(self, images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -185,37 +247,24 @@ def real_images(count: int) -> Tensor:
     return generate(_labels(count), seed=DATA_SEED + 1)[0] / 2 + 0.5
 
 
-def plan_demo(calibration: Calibration) -> dict[int, dict[str, Schedule]]:
-    """FORA's interval -> name of a row -> schedule; those of an interval cost about the same."""
+def plan_demo(calibration: Calibration, *, last: bool = False) -> dict[int, dict[str, Schedule]]:
+    """FORA's interval -> name of a row -> schedule; those of an interval cost about the same.
+
+    Args:
+        calibration: What was measured.
+        last: Whether FORA also computes the last step, as in the published schedules.
+    """
     groups = {}
     for interval in INTERVALS:
-        even = plan_uniform(calibration, interval=interval)
+        even = plan_uniform(calibration, interval=interval, last=last)
         threshold = plan_at_cost(calibration, even.compute or 1.0)
-        taylor = plan_uniform(calibration, interval=interval, predictor="taylor")
+        taylor = plan_uniform(calibration, interval=interval, predictor="taylor", last=last)
         groups[interval] = {
             f"α = {threshold.provenance['alpha']}": threshold,
             f"FORA n = {interval}": even,
             f"FORA n = {interval}, Taylor": taylor,
         }
     return groups
-
-
-def plan_at_cost(calibration: Calibration, compute: float) -> Schedule:
-    """The paper's schedule under the threshold whose cost comes nearest.
-
-    Args:
-        calibration: What was measured.
-        compute: Wanted fraction of the uncached MACs.
-    """
-    curves = [
-        calibration.curve(gap=gap, kind=kind).mean
-        for kind in calibration.kinds
-        for gap in range(1, calibration.max_gap + 1)
-    ]
-    errors = np.concatenate(curves)
-    alphas = np.unique(np.ceil(1000 * errors[np.isfinite(errors)] + 1e-9) / 1000)
-    plans = [plan(calibration, alpha=float(alpha)) for alpha in alphas]
-    return min(plans, key=lambda schedule: abs((schedule.compute or 1.0) - compute))
 
 
 def _labels(count: int) -> Tensor:
