@@ -153,16 +153,18 @@ def format_json(document: Mapping[str, Any]) -> bytes:
 
 
 def layer_to_json(layer: CacheLayer) -> dict[str, Any]:
-    return {"path": layer.path, "kind": layer.kind, "block": layer.block, "macs": layer.macs}
+    written = {"path": layer.path, "kind": layer.kind, "block": layer.block, "macs": layer.macs}
+    return written if layer.nbytes is None else {**written, "bytes": layer.nbytes}
 
 
 def layer_from_json(value: Value) -> CacheLayer:
-    fields = value.fields("path", "kind", "block", "macs")
+    fields = value.fields("path", "kind", "block", "macs", optional=("bytes",))
     return CacheLayer(
         path=fields["path"].text(),
         kind=fields["kind"].text(),
         block=fields["block"].text(),
         macs=fields["macs"].or_none(Value.integer),
+        nbytes=fields["bytes"].or_none(Value.integer),
     )
 
 

@@ -130,6 +130,11 @@ def _refilled(whole: Any, attributes: dict[str, Any], items: dict[Any, Any]) -> 
     return whole
 
 
+def bytes_of(output: Any) -> int:
+    """Bytes of all tensors in an output; a tensor in two places counts once."""
+    return sum(leaf.nbytes for leaf in taken_apart(output)[0] if isinstance(leaf, Tensor))
+
+
 def are_finite(values: list[Any]) -> bool:
     tensors = [x for x in values if isinstance(x, Tensor) and x.device.type != "meta"]
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
@@ -189,7 +194,12 @@ def kept_of(leaf: Any, base: Tensor | None) -> Any:
     """A value to keep: a copy of its own, that no later in-place operation can alter."""
     if not isinstance(leaf, Tensor):
         return leaf
-    return leaf.detach().clone() if base is None else leaf.detach() - base
+    return leaf.detach().clone() if base is None else minus(leaf, base)
+
+
+def minus(leaf: Tensor, base: Tensor) -> Tensor:
+    """What was added to a base, in the dtype of the sum (autocast may have changed it)."""
+    return (leaf.detach() - base).to(leaf.dtype)
 
 
 def plus(value: Any, base: Tensor | None, dtype: torch.dtype | None) -> Any:

@@ -27,6 +27,7 @@ from ._outputs import (
     written_into,
 )
 from ._slots import Slots
+from ._store import Parked
 from .errors import ScheduleMismatchError
 from .predictors import PREDICTORS, extrapolation_weights, last_uses
 
@@ -82,7 +83,11 @@ class _Kept:
 
     @property
     def nbytes(self) -> int:
-        return sum(leaf.nbytes for leaf in self.leaves if isinstance(leaf, Tensor))
+        return sum(leaf.nbytes for leaf in self.leaves if isinstance(leaf, Tensor | Parked))
+
+    def fetched(self) -> list[Any]:
+        """The leaves, on their device."""
+        return [leaf.fetch() if isinstance(leaf, Parked) else leaf for leaf in self.leaves]
 
 
 class ReusedLayer:
@@ -100,6 +105,7 @@ class ReusedLayer:
         gains: How much of a predicted change is taken at every step; None for all of it.
         residual: Reuse what the module adds to its input instead of its output.
         check_finite: Keep no value that has a NaN or an infinity; costs a wait for each.
+        on_host: Keep values in host memory.
     """
 
     def __init__(
@@ -113,6 +119,7 @@ class ReusedLayer:
         gains: Sequence[float] | None = None,
         residual: bool = False,
         check_finite: bool = False,
+        on_host: bool = False,
     ) -> None:
         self._path = path
         self._computed = computed
@@ -127,6 +134,7 @@ class ReusedLayer:
         self._weights = cache(self._weights_of)
         self._residual = residual
         self._check_finite = check_finite
+        self._on_host = on_host
         self._writes = Writes()
         self._kept: dict[Place, list[_Kept]] = {}
         self._spent_after = len(computed)  # no kept value is before this step
@@ -140,6 +148,7 @@ class ReusedLayer:
         self._branch: int | None = 0
         self.ran = self.ran_before = False  # in this generation; in an earlier one
         self.inner: list[ReusedLayer] = []  # those that do not run where this one is reused
+        self.following: ReusedLayer | None = None  # the next one of the model
 
     @property
     def ever_ran(self) -> bool:
@@ -174,6 +183,18 @@ class ReusedLayer:
         self._missed = False
         for slots in self._here:
             slots.prepare(self._step, reuses=slots.newest >= self._reusable)
+
+    def prefetch(self) -> None:
+        """Begins to bring to the device what this layer, or the next after it, will reuse first."""
+        layer: ReusedLayer | None = self
+        while layer is not None:
+            history = layer._kept.get((layer._branch, 0))
+            if history is not None and history[-1].step >= layer._reusable:
+                for leaf in (leaf for kept in history for leaf in kept.leaves):
+                    if isinstance(leaf, Parked):
+                        leaf.prefetch()
+                return
+            layer = layer.following
 
     def lose_count(self) -> None:
         """Has the rest of this call of the denoiser compute: it is not known which uses these are.
@@ -368,10 +389,12 @@ class ReusedLayer:
         self._not_finite.discard(place)
         last_use = self._last_uses[self._step]
         last_use = -1 if last_use is None else last_use
+        if self._on_host:
+            values = [Parked(value) if isinstance(value, Tensor) else value for value in values]
         dtypes = [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves]
         into = [next((i for i, x in written.items() if x is leaf), None) for leaf in leaves]
         is_one = isinstance(output, Tensor) and into == [None]
-        is_held = is_one and self._order == 0 and not self._residual
+        is_held = is_one and self._order == 0 and not (self._residual or self._on_host)
         kept = _Kept(self._step, last_use, values, rebuild, swapped, dtypes, form, into, is_held)
         self._keep(place, kept)
         return output
@@ -396,9 +419,12 @@ class ReusedLayer:
     ) -> Any:
         newest = history[-1]
         is_last = newest.last_use <= self._step
+        if self._on_host and self.following is not None:
+            self.following.prefetch()
+        fetched = [kept.fetched() for kept in history]
         weights = self._weights(tuple([kept.step for kept in history]), self._step)
         values = [
-            combined([kept.leaves[i] for kept in history], weights, consume=is_last)
+            combined([leaves[i] for leaves in fetched], weights, consume=is_last or self._on_host)
             for i in range(len(newest.leaves))
         ]
         if self._residual:

@@ -20,6 +20,7 @@ from ._outputs import (
     are_swapped,
     bases_of,
     float_tensors,
+    minus,
     plus,
     taken_apart,
     tensors_in,
@@ -116,7 +117,7 @@ class Slots:
         bases = bases_of(leaves, inputs, swapped)
         for buffer, leaf, base in zip(self._leaves, leaves, bases, strict=True):
             if isinstance(leaf, Tensor):
-                value = leaf.detach() if base is None else leaf.detach() - base
+                value = leaf.detach() if base is None else minus(leaf, base)
                 if not _fits(buffer, value):
                     self.is_misfit = True
                     return

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,16 @@ from .predictors import PREDICTORS, axis_positions
 from .schedule import Schedule
 from .summary import Summary
 
+Store = Literal["device", "cpu"]
 _NEVER_SEEN = "no value had been computed for this call"
 _NOT_VOUCHED = "it could have been another generation's value"
 _NOT_TOLD = "the calls of a step could not be told apart"
 
 
 @contextmanager
-def cached(model: Any, schedule: Schedule, *, check_finite: bool = False) -> Iterator[Run]:
+def cached(
+    model: Any, schedule: Schedule, *, check_finite: bool = False, store: Store = "device"
+) -> Iterator[Run]:
     """Runs a model under a schedule inside a ``with`` block.
 
     Args:
@@ -41,6 +45,8 @@ def cached(model: Any, schedule: Schedule, *, check_finite: bool = False) -> Ite
         schedule: What to compute and what to reuse at every step.
         check_finite: Never reuse a value that has a NaN or an infinity in it, but compute the
             layer again and count it. The host then waits for every value that is kept.
+        store: Where kept values lie: on the "device" of the layer, or in host memory ("cpu"),
+            from where they are fetched for each reuse; on CUDA pinned, and ahead of time.
 
     Yields:
         The run, whose ``summary()`` says what happened; it can be asked after the block too.
@@ -49,6 +55,8 @@ def cached(model: Any, schedule: Schedule, *, check_finite: bool = False) -> Ite
         ScheduleMismatchError: If the schedule does not fit the model (nothing is altered then),
             or a generation has another number of steps than the schedule.
         AlreadyCachedError: If the model runs under a schedule already.
+        InvalidArgumentError: If ``store`` is none of the two.
+        SmoothCacheError: If a compiled model is to keep values in host memory.
 
     Example:
         >>> from diffusers import DiTTransformer2DModel
@@ -58,7 +66,7 @@ def cached(model: Any, schedule: Schedule, *, check_finite: bool = False) -> Ite
         >>> run.summary().finished
         0
     """
-    run = _enabled(model, schedule, check_finite, stacklevel=5)
+    run = _enabled(model, schedule, check_finite, store, stacklevel=5)
     try:
         yield run
     finally:
@@ -66,7 +74,9 @@ def cached(model: Any, schedule: Schedule, *, check_finite: bool = False) -> Ite
     run._refuse_too_few_steps()
 
 
-def enable(model: Any, schedule: Schedule, *, check_finite: bool = False) -> Run:
+def enable(
+    model: Any, schedule: Schedule, *, check_finite: bool = False, store: Store = "device"
+) -> Run:
     """Runs a model under a schedule until the returned handle is disabled.
 
     Arguments and errors are those of ``cached``.
@@ -77,17 +87,21 @@ def enable(model: Any, schedule: Schedule, *, check_finite: bool = False) -> Run
         >>> handle = enable(model, Schedule.uniform(model, num_steps=4, interval=2))
         >>> handle.disable()
     """
-    return _enabled(model, schedule, check_finite, stacklevel=4)
+    return _enabled(model, schedule, check_finite, store, stacklevel=4)
 
 
-def _enabled(model: Any, schedule: Schedule, check_finite: bool, stacklevel: int) -> Run:
+def _enabled(
+    model: Any, schedule: Schedule, check_finite: bool, store: Store, stacklevel: int
+) -> Run:
     if not isinstance(schedule, Schedule):
         raise InvalidArgumentError(
             f"expected a Schedule, got {type(schedule).__name__}; plan one, or Schedule.load a file"
         )
+    if store not in get_args(Store):
+        raise InvalidArgumentError(f"store must be 'device' or 'cpu', got {store!r}.")
     warn_of_randomness(model, stacklevel)
     layers = find_layers(model) if schedule.layers is None else schedule.layers
-    return Run(model, schedule.bind(layers, identify(model)), check_finite)
+    return Run(model, schedule.bind(layers, identify(model)), check_finite, store)
 
 
 class Run:
@@ -97,8 +111,11 @@ class Run:
         schedule: The schedule, bound to the model's layers.
     """
 
-    def __init__(self, model: Any, schedule: Schedule, check_finite: bool = False) -> None:
+    def __init__(
+        self, model: Any, schedule: Schedule, check_finite: bool = False, store: Store = "device"
+    ) -> None:
         self.schedule = schedule
+        self._on_host = store == "cpu"
         self._tally = Tally()
         layers = schedule.layers or ()
         self._layers = {layer.path: self._reused(layer, check_finite) for layer in layers}
@@ -122,6 +139,9 @@ class Run:
         self._clock = attachment.clock
         self._denoisers = attachment.denoisers
         self._by_denoiser = _by_denoiser(self._layers, list(attachment.denoisers))
+        for chain in self._by_denoiser.values():
+            for layer, following in pairwise(chain):
+                layer.following = following
 
     def _reused(self, layer: CacheLayer, check_finite: bool) -> ReusedLayer:
         schedule = self.schedule
@@ -136,6 +156,7 @@ class Run:
             gains=row.gains,
             residual=is_residual(layer),
             check_finite=check_finite,
+            on_host=self._on_host,
         )
 
     def _nest(self, modules: Mapping[str, nn.Module]) -> None:
@@ -210,9 +231,16 @@ class Run:
         self._refuse_mistaken_branch(denoiser, tick)
         self._tally.reason = self._refresh(denoiser, tick, branch, args, kwargs)
         compiled = self._attachment is not None and self._attachment.is_compiled
+        if compiled and self._on_host:
+            raise SmoothCacheError(
+                "a compiled model keeps its values where its graphs find them, on the device; "
+                "leave out store='cpu', or do not compile the model"
+            )
         must_be_seen = compiled and self._must_be_seen(denoiser, branch)
         for layer in self._by_denoiser[denoiser]:
             layer.begin(tick.step, branch, compiled=compiled)
+        if self._on_host and self._by_denoiser[denoiser]:
+            self._by_denoiser[denoiser][0].prefetch()
         return must_be_seen
 
     def after(self, denoiser: str, tick: Tick) -> None:

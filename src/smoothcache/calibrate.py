@@ -19,7 +19,7 @@ from ._attach import Attachment
 from ._checks import check_count
 from ._intercept import Handler
 from ._noise_levels import levels_at
-from ._outputs import taken_apart
+from ._outputs import bytes_of, taken_apart
 from .calibration import Calibration
 from .clock import Tick
 from .costs import MacCounter
@@ -327,8 +327,10 @@ class _Session:
             provenance["left_out"] = ", ".join(left_out)
         return Calibration(
             layers=tuple(
-                replace(layer, macs=self._observers[layer.path].macs)
-                for layer, did in zip(self._layers, ran, strict=True)
+                replace(layer, macs=observer.macs, nbytes=observer.nbytes)
+                for layer, observer, did in zip(
+                    self._layers, self._observers.values(), ran, strict=True
+                )
                 if did
             ),
             errors=errors[:, ran],
@@ -389,7 +391,7 @@ class _Observer:
         self._counter: MacCounter | None = None
         self._active = False
         self._step = self._branch = self._use = 0
-        self.macs = 0
+        self.macs = self.nbytes = 0
         self.steps_seen: set[int] = set()
 
     def begin(self, step: int, branch: int, counter: MacCounter | None) -> None:
@@ -424,6 +426,7 @@ class _Observer:
         output = forward(*args, **kwargs)
         if self._counter:
             self.macs += self._counter.total - before
+            self.nbytes += bytes_of(output)
         self._compare(self._taken(output))
         self.steps_seen.add(self._step)
         self._use += 1

@@ -74,12 +74,15 @@ class CacheLayer:
         block: Dotted path of the block that the layer belongs to.
         macs: Multiply-accumulates of the layer in one step (all of its calls, at the batch that
             was observed); None until a forward has been observed.
+        nbytes: Bytes of what the layer returns in one step (all of its calls, at the batch and
+            dtype that were observed): what keeping it takes; None until then.
     """
 
     path: str
     kind: str
     block: str
     macs: int | None = None
+    nbytes: int | None = None
 
 
 @dataclass(frozen=True)

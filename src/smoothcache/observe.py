@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from ._attach import Attachment
+from ._outputs import bytes_of
 from .clock import Tick
 from .costs import MacCounter
 from .errors import LayersNotFoundError
@@ -32,7 +34,7 @@ def observe_layers(
         select: As for ``find_layers``.
 
     Returns:
-        The layers that ran, with their MACs of one step.
+        The layers that ran, with their MACs and bytes of one step.
 
     Raises:
         LayersNotFoundError: If none of them ran.
@@ -69,7 +71,7 @@ def observe_layers(
             f"sample(0) ran none of the {len(layers)} layers of {type(model).__name__}; it must "
             "run the very object that was passed, before it is compiled"
         )
-    return seen
+    return [replace(layer, nbytes=watchers[layer.path].nbytes) for layer in seen]
 
 
 def blocks_of(layers: Sequence[CacheLayer]) -> list[CacheLayer]:
@@ -83,11 +85,13 @@ class Watcher:
 
     Attributes:
         macs: MACs in the first step; None if the module never ran.
+        nbytes: Bytes of what the module returned in the first step.
         counter: Counts while the first step is under way.
     """
 
     def __init__(self) -> None:
         self.macs: int | None = None
+        self.nbytes = 0
         self.counter: MacCounter | None = None
 
     def __call__(
@@ -99,6 +103,7 @@ class Watcher:
         before = self.counter.total
         output = forward(*args, **kwargs)
         self.macs += self.counter.total - before
+        self.nbytes += bytes_of(output)
         return output
 
 

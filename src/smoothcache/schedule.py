@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from . import _resample
 from ._checks import check_count, check_number, check_texts, listed
+from ._memory import buffer_bytes, peak_bytes
 from ._noise_levels import check_noise_levels, levels_of_solver
 from ._published import map_names
 from .denoisers import noise_scheduler
@@ -255,9 +256,9 @@ class Schedule:
             always = Row((True,) * self.num_steps)
             rows = {x.path: rows[owners[x.path]] if x.path in owners else always for x in layers}
         else:
-            macs = {layer.path: layer.macs for layer in self.layers}
+            known = {layer.path: layer for layer in self.layers}
             _check_same_layers(self.layers, layers)
-            layers = [x if x.macs is not None else replace(x, macs=macs[x.path]) for x in layers]
+            layers = [_with_costs_of(known[layer.path], layer) for layer in layers]
         return replace(self, rows=rows, layers=tuple(layers), model=model or self.model)
 
     def resample(self, num_steps: int, *, timesteps: Iterable[float] | None = None) -> Schedule:
@@ -342,6 +343,23 @@ class Schedule:
         return len(set(zip(*(row.computed for row in self.rows.values()), strict=True)))
 
     @property
+    def peak_bytes(self) -> int | None:
+        """The most bytes that an uncompiled run keeps at any moment; None if not known.
+
+        Exact if the denoiser is called once a step, at the batch and dtype that were calibrated,
+        and runs its layers in their order. Otherwise a run may keep less.
+        """
+        return None if self.layers is None else peak_bytes(self.rows, self.layers)
+
+    @property
+    def buffer_bytes(self) -> int | None:
+        """Bytes of the buffers that a compiled model keeps its values in; None if not known."""
+        needed = [buffer_bytes(self.rows[layer.path], layer) for layer in self.layers or ()]
+        if self.layers is None or None in needed:
+            return None
+        return sum(nbytes or 0 for nbytes in needed)
+
+    @property
     def is_all_compute(self) -> bool:
         """Whether nothing is ever reused."""
         return self.reused == 0
@@ -367,6 +385,13 @@ class Schedule:
         # A mapping proxy can be neither pickled nor deep-copied; the dict behind it can.
         values = (getattr(self, item.name) for item in fields(self))
         return type(self), tuple(dict(x) if isinstance(x, MappingProxyType) else x for x in values)
+
+
+def _with_costs_of(known: CacheLayer, layer: CacheLayer) -> CacheLayer:
+    """A layer with the costs that are known of it, where it was not observed itself."""
+    macs = known.macs if layer.macs is None else layer.macs
+    nbytes = known.nbytes if layer.nbytes is None else layer.nbytes
+    return replace(layer, macs=macs, nbytes=nbytes)
 
 
 def compute_fraction(

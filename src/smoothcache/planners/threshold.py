@@ -15,6 +15,7 @@ from ..layers import CacheLayer
 from ..schedule import Row, Schedule
 from ._assemble import assemble
 from ._patterns import with_few_patterns
+from ._within_memory import within_bytes
 
 
 def plan(
@@ -25,6 +26,7 @@ def plan(
     max_gap: int | None = None,
     predictor: str = "hold",
     patterns: int | None = None,
+    max_bytes: int | None = None,
     num_steps: int | None = None,
     timesteps: Iterable[float] | None = None,
 ) -> Schedule:
@@ -50,6 +52,8 @@ def plan(
         predictor: How reused values are made, a name in ``PREDICTORS``.
         patterns: Most different steps (sets of layers that are computed together), each of which
             ``torch.compile`` makes a graph of. More is computed then, and no error rises to alpha.
+        max_bytes: Most bytes that a run keeps, compiled or not, at the batch and dtype that were
+            calibrated. The layers that gain the fewest MACs for their bytes are computed instead.
         num_steps: Plan for so many steps instead, with the curves that ``Calibration.resample``
             reads off: carried over, not measured.
         timesteps: The model's own t at each of these steps, in running order [num_steps]; by
@@ -96,6 +100,10 @@ def plan(
     }
     rows = {layer.path: of_unit[_unit(layer, per)] for layer in calibration.layers}
     settings = {"alpha": alpha, "per": per, "max_gap": max_gap, "predictor": predictor}
+    if max_bytes is not None:
+        most = check_count("max_bytes", max_bytes, least=0)
+        rows = within_bytes(rows, calibration.layers, most)
+        settings["max_bytes"] = most
     if patterns is not None:
         settings["patterns"] = patterns
     return assemble(calibration, rows, {"planner": "threshold", **settings})
