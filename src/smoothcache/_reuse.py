@@ -212,6 +212,8 @@ class ReusedLayer:
         if not was_called:
             return
         self.ran = True
+        if not (self._passes or self._compiled):
+            return
         known = self._use if self._known_uses is None else self._known_uses
         self._count_as_computed(self._use - known)
         if self._compiled:
@@ -264,7 +266,8 @@ class ReusedLayer:
             newest = history[-1]
             if newest.step >= self._reusable and has_form(newest.form, args, kwargs):
                 self._tally.reused += 1
-                self._pass_over_inner()
+                if self.inner:
+                    self._pass_over_inner()
                 if newest.is_held_tensor and newest.last_use > self._step:  # the shortest way
                     return newest.leaves[0].clone()
                 return self._reuse((self._branch, use), history, args, kwargs)
