@@ -20,7 +20,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +102,11 @@ class Sampler:
         return time.perf_counter() - start
 
 
-def measure(way: str, options: argparse.Namespace, macs: dict[str, float]) -> list[dict[str, Any]]:
+def measure(
+    way: str, options: argparse.Namespace, macs: dict[str, float]
+) -> Iterator[dict[str, Any]]:
     """A row for each schedule; the bare model is timed in turn with every one."""
-    rows = []
-    for name, settings in tqdm(SCHEDULES.items(), way):
+    for name, settings in tqdm(SCHEDULES.items(), way, disable=None):
         torch.compiler.reset()
         counters.clear()
         bare, model = build(options.size, options.device), build(options.size, options.device)
@@ -122,22 +123,19 @@ def measure(way: str, options: argparse.Namespace, macs: dict[str, float]) -> li
             times = [[sampler.seconds() for sampler in samplers] for _ in range(options.rounds)]
             ratios = [plain / ours for plain, ours in times]
             kept = run.summary().peak_bytes
-        rows.append(
-            {
-                "way": way,
-                "schedule": name,
-                "milliseconds": 1000 * statistics.median(ours for _, ours in times) / options.steps,
-                "speedup": statistics.median(ratios),
-                "lowest": min(ratios),
-                "highest": max(ratios),
-                "macs": macs[name],
-                "efficiency": statistics.median(ratios) * macs[name],
-                "graphs": counters["stats"]["unique_graphs"] - of_bare,
-                "warm_up_seconds": warm_up,
-                "kept_bytes": kept,
-            }
-        )
-    return rows
+        yield {
+            "way": way,
+            "schedule": name,
+            "milliseconds": 1000 * statistics.median(ours for _, ours in times) / options.steps,
+            "speedup": statistics.median(ratios),
+            "lowest": min(ratios),
+            "highest": max(ratios),
+            "macs": macs[name],
+            "efficiency": statistics.median(ratios) * macs[name],
+            "graphs": counters["stats"]["unique_graphs"] - of_bare,
+            "warm_up_seconds": warm_up,
+            "kept_bytes": kept,
+        }
 
 
 def mac_fractions(options: argparse.Namespace) -> dict[str, float]:
@@ -164,18 +162,19 @@ def main() -> None:
     options = parser.parse_args()
     with torch.inference_mode():
         macs = mac_fractions(options)
-        rows = [row for way in options.ways for row in measure(way, options, macs)]
-    print(
-        "| way | schedule | ms a step | speed-up (range) | MACs | efficiency | graphs | kept MB |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['way']} | {row['schedule']} | {row['milliseconds']:.1f} "
-            f"| {row['speedup']:.2f} ({row['lowest']:.2f}-{row['highest']:.2f}) "
-            f"| {row['macs']:.3f} | {row['efficiency']:.2f} | {row['graphs']} "
-            f"| {row['kept_bytes'] / 1e6:.1f} |"
-        )
+        print("| way | schedule | ms a step | speed-up (range) | MACs | efficiency ", end="")
+        print("| graphs | kept MB |\n|---|---|---|---|---|---|---|---|", flush=True)
+        rows = []
+        for way in options.ways:
+            for row in measure(way, options, macs):
+                rows.append(row)
+                print(
+                    f"| {row['way']} | {row['schedule']} | {row['milliseconds']:.1f} "
+                    f"| {row['speedup']:.2f} ({row['lowest']:.2f}-{row['highest']:.2f}) "
+                    f"| {row['macs']:.3f} | {row['efficiency']:.2f} | {row['graphs']} "
+                    f"| {row['kept_bytes'] / 1e6:.1f} |",
+                    flush=True,
+                )
     if options.json:
         environment = {
             "torch": torch.__version__,

@@ -9,6 +9,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ import smoothcache as sc
 from smoothcache._reuse import NOT_FINITE
 
 STEPS = 6
+LEVELS = (0.95, 0.8, 0.6, 0.5, 0.3, 0.1)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -154,6 +156,56 @@ def test_coarse_granularities(granularity: Any, predictor: str) -> None:
         toy.compile(backend=backend, fullgraph=True)
         assert close([denoised(toy, seed) for seed in (0, 1)], under_schedule)
     assert len(backend.graphs) <= schedule.patterns + 1
+
+
+@pytest.mark.parametrize("granularity", ["layer", "model"])
+@pytest.mark.parametrize("predictor", ["taylor", "taylor2-angle"])
+def test_gains_and_axes(predictor: str, granularity: Any) -> None:
+    toy, backend = build("single", depth=1), Counting()
+    plain = uniform(toy, 3, predictor, granularity=granularity, noise_levels=LEVELS)
+    gains = tuple(0.5 + step / 10 for step in range(STEPS))
+    rows = {path: replace(row, gains=gains) for path, row in plain.rows.items()}
+    schedule = replace(plain, rows=rows)
+    under_schedule = expected(toy, schedule)
+    with sc.cached(toy, schedule):
+        toy.compile(backend=backend, fullgraph=True)
+        assert close([denoised(toy, seed) for seed in (0, 1)], under_schedule)
+    assert not close([expected(toy, plain)[0]], [under_schedule[0]])
+    assert len(backend.graphs) <= schedule.patterns + 1
+
+
+class TwiceBlock(Toy):
+    """Its first block is used twice, for all tokens and for half of them."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        h, c = self.x_embedder(x), self.condition(t, y)
+        for block in self.blocks:
+            h = block(h, c)
+            h = h + block(h[:, ::2], c).mean(dim=1, keepdim=True)
+        return self.head(h)
+
+
+def test_layers_in_a_block_that_is_used_twice() -> None:
+    """Where the block is reused, it is not known which uses of its layers are to come."""
+    torch.manual_seed(0)
+    toy, backend = TwiceBlock(depth=1).eval().requires_grad_(False), Counting()
+    block, mlp = (
+        sc.CacheLayer("blocks.0", "block", "blocks.0"),
+        sc.CacheLayer("blocks.0.mlp", "ffn", "blocks.0"),
+    )
+    rows = {block.path: sc.Row.uniform(STEPS, 2), mlp.path: sc.Row.uniform(STEPS, STEPS)}
+    schedule = sc.Schedule(STEPS, rows, (block, mlp))
+    under_schedule = expected(toy, schedule)
+    with sc.cached(toy, schedule) as run:
+        toy.compile(backend=backend, fullgraph=True)
+        assert close([denoised(toy, seed) for seed in (0, 1)], under_schedule)
+    with sc.cached(toy, schedule) as uncompiled:
+        torch.compiler.reset()
+        toy._compiled_call_impl = None
+        for seed in (0, 1):
+            denoised(toy, seed)
+    assert run.summary().reused == uncompiled.summary().reused
+    assert run.summary().computed == uncompiled.summary().computed
 
 
 def test_a_reused_step_of_the_whole_model_runs_nothing_of_it() -> None:
