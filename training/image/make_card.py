@@ -8,13 +8,13 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from common import RUNS
-from evaluate import FOLDER, load_pipeline, recognised, sample_images
 from PIL import Image
 from torch import Tensor
 
 from smoothcache.demo.classifier import load_classifier
 from smoothcache.demo.shapes import CLASS_NAMES, IMAGE_SIZE, generate
+from training.common import RUNS
+from training.image.evaluate import FOLDER, load_pipeline, recognised, sample_images
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -84,7 +84,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     options.add_argument("--folder", type=Path, default=FOLDER)
-    options.add_argument("--runs", type=Path, default=RUNS, help="where the training logs are")
+    options.add_argument(
+        "--runs", type=Path, default=RUNS / "image", help="where the training logs are"
+    )
     options.add_argument("--samples", type=int, default=300)
     options.add_argument("--steps", type=int, default=50)
     options.add_argument("--guidance", type=float, default=3.0)

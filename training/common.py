@@ -1,4 +1,4 @@
-"""What the three training scripts share: options, checkpoints, schedules, the loss log."""
+"""What the training scripts share: options, checkpoints, schedules, the loss log."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import parallel
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-RUNS = Path("runs/image")
+from training import parallel
+
+RUNS = Path("runs")
 
 
 def parser(
