@@ -13,7 +13,8 @@ from smoothcache import Calibration, InvalidArgumentError, Schedule
 from smoothcache.compare import REFERENCE
 from smoothcache.demo import image
 from smoothcache.demo.classifier import ShapeClassifier, save_classifier
-from smoothcache.demo.image import DemoResult, Judge, real_images, run_demo
+from smoothcache.demo.course import DemoResult, plan_at_cost
+from smoothcache.demo.image import Judge, real_images, run_demo
 
 STEPS = 6
 
@@ -103,7 +104,7 @@ def test_it_writes_what_it_says(result: DemoResult) -> None:
 
 def test_the_cost_of_a_threshold_is_that_of_fora(result: DemoResult) -> None:
     fora = result.schedules["FORA n = 2"].compute
-    threshold = image.plan_at_cost(result.calibration, fora or 1.0)
+    threshold = plan_at_cost(result.calibration, fora or 1.0)
     assert threshold.provenance["planner"] == "threshold"
     assert threshold.compute == pytest.approx(fora, abs=0.35)
 

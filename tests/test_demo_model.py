@@ -15,7 +15,6 @@ from smoothcache.demo.classifier import ShapeClassifier, load_classifier, save_c
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(shapes.__file__).with_name("shapes-dit")
-SCRIPTS = ROOT / "training" / "image"
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -131,10 +130,11 @@ def test_samples_are_recognised(pipe):
 def run_script(name: str, *options: object) -> str:
     """Run a training script briefly; its standard error holds the progress bar."""
     small = ["--pool", 32, "--batch-size", 4, "--threads", 1, "--device", "cpu"]
-    command = [sys.executable, SCRIPTS / f"{name}.py", *small, *options]
+    command = [sys.executable, "-m", f"training.image.{name}", *small, *options]
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [str(word) for word in command],
+        cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,

@@ -34,4 +34,3 @@ def export_pipeline(
     pipe.save_pretrained(fresh)
     forget_paths(fresh)
     move_files(fresh, folder)
-

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from training.common import Run, parser, random_rows
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from smoothcache.demo.shapes import IMAGE_SIZE, generate
+from training.common import Run, parser, random_rows
 
 
 def new_vae() -> AutoencoderKL:

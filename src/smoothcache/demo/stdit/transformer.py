@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import FeedForward
@@ -96,7 +97,9 @@ class STDiT(ModelMixin, ConfigMixin):
         super().__init__()
         patch = in_channels * patch_size**2
         self.patch_embed = nn.Linear(patch, width)
-        self.timestep_frequencies = Timesteps(FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.timestep_frequencies = Timesteps(
+            FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0
+        )
         self.timestep_embedder = TimestepEmbedding(FREQUENCIES, width)
         self.time_modulation = nn.Linear(width, MODULATIONS * width)
         self.caption_embedder = nn.Sequential(
@@ -185,7 +188,9 @@ def _positions(tokens: Tensor) -> Tensor:
     """
     _, frames, places, width = tokens.shape
     side = round(places**0.5)
-    axes = [torch.arange(n, device=tokens.device, dtype=torch.float32) for n in (frames, side, side)]
+    axes = [
+        torch.arange(n, device=tokens.device, dtype=torch.float32) for n in (frames, side, side)
+    ]
     grid = torch.meshgrid(*axes, indexing="ij")
     pairs = width // 6
     frequencies = 20.0 ** -(torch.arange(pairs, device=tokens.device) / pairs)
