@@ -7,23 +7,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ._attach import Attachment
+from ._modality import modality_of
 from .apply import cached
 from .clock import Tick
 from .errors import InvalidArgumentError
-from .metrics import psnr, relative_error, ssim
-from .metrics.fidelity import SSIM_WINDOW
-from .report import ReportRow
+from .report import COLUMNS, ReportRow
 from .schedule import Schedule
 from .summary import Summary
 
 Sample = Callable[[int, int], Tensor]
 Score = Callable[[Tensor], float]
+ACCURACY = "_accuracy"
 
 
 @dataclass(eq=False)
@@ -35,7 +35,7 @@ class Contest:
         asked: Number of steps that ``sample`` is asked for.
         schedule: What to run under, bound to the model; None for plain sampling.
         planned: Fraction of an uncached step's MACs that the schedule leaves on average.
-        images: What each generation returned, on the CPU.
+        images: What each generation returned, images or clips, on the CPU.
         seconds: Wall clock of each generation.
         steps: Solver steps that the last generation really ran.
         calls: Calls of the denoisers so far, of plain sampling.
@@ -61,7 +61,7 @@ class Contest:
 
         Raises:
             InvalidArgumentError: If ``sample`` did not run the model, or not as asked, or
-                returned something else than images like those of the reference.
+                returned something else than images or clips like those of the reference.
         """
         with self._watched(model):
             start = time.perf_counter()
@@ -121,18 +121,20 @@ class Contest:
         """What it cost and how good its images are."""
         images, uncached = torch.cat(self.images), torch.cat(reference.images)
         times = zip(self.seconds, reference.seconds, strict=True)
-        has_room = min(images.shape[-2:]) >= SSIM_WINDOW
-        judged: dict[str, Any] = {name: float(score(images)) for name, score in scores.items()}
+        judged: dict[str, Any] = dict(modality_of(images, "sample").measured(images, uncached))
+        accuracies: dict[str, float] = {}
+        for name, score in scores.items():
+            attribute = name.removesuffix(ACCURACY)
+            place, key = (judged, name) if name in COLUMNS else (accuracies, attribute)
+            place[key] = float(score(images))
         return ReportRow(
             self.name,
             steps=self.steps,
             compute=self.compute(reference),
             time=statistics.median(own / other for own, other in times),
             seconds=sum(self.seconds),
-            psnr=float(psnr(images, uncached).mean()),
-            ssim=float(ssim(images, uncached).mean()) if has_room else None,
-            relative_error=float(relative_error(images, uncached).mean()),
             peak_bytes=self.peak_bytes,
+            accuracies=accuracies,
             **judged,
         )
 
@@ -159,30 +161,24 @@ class _StepCounter:
         pass
 
 
-def _checked(images: object, call: str, like: list[Tensor]) -> Tensor:
-    """What ``sample`` returned, as images of float32 that can be compared with those in ``like``.
+def _checked(results: object, call: str, like: list[Tensor]) -> Tensor:
+    """What ``sample`` returned, in float32, if it can be compared with what is in ``like``.
 
     Raises:
-        InvalidArgumentError: If they cannot.
+        InvalidArgumentError: If it cannot.
     """
-    wanted = "[batch, channels, height, width] with values in [0, 1]"
-    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4:
-        got = (
-            f"{images.dtype} of shape {list(images.shape)}"
-            if isinstance(images, Tensor)
-            else type(images).__name__
-        )
-        raise InvalidArgumentError(f"{call} must return images {wanted}, got {got}.")
+    modality = modality_of(results, call)
+    noun, images = modality.noun, cast(Tensor, results)
     if not images.numel() or not images.isfinite().all():
-        raise InvalidArgumentError(f"{call} returned no image, or NaN or infinity in one.")
+        raise InvalidArgumentError(f"{call} returned no {noun}, or NaN or infinity in one.")
     low, high = images.min().item(), images.max().item()
-    if low < 0 or high > 1:
+    if modality.bounds and (low < modality.bounds[0] or high > modality.bounds[1]):
         raise InvalidArgumentError(
-            f"{call} must return images {wanted}, got values from {low:.3g} to {high:.3g}."
+            f"{call} must return {noun} {modality.wanted}, got values from {low:.3g} to {high:.3g}."
         )
     if like and images.shape != like[0].shape:
         raise InvalidArgumentError(
-            f"{call} returned images of shape {list(images.shape)}, where {list(like[0].shape)} "
+            f"{call} returned {noun} of shape {list(images.shape)}, where {list(like[0].shape)} "
             "came before; all must have the same shape."
         )
     return images.float()

@@ -6,6 +6,7 @@ document goes to stdout. Bad input ends in one line and exit code 2, Ctrl-C in e
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -42,6 +43,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
+    from torch import Tensor
 
     from .compare import Variant
     from .report import Report
@@ -112,6 +114,13 @@ class Grain(str, Enum):
     model = "model"
 
 
+class Modality(str, Enum):
+    """What the demo samples: names of the modules in `demo`, each with a ``run_demo``."""
+
+    image = "image"
+    video = "video"
+
+
 class Dtype(str, Enum):
     """Of the weights."""
 
@@ -177,16 +186,35 @@ def main(
 
 @app.command()
 def demo(
+    modality: Annotated[
+        Modality, typer.Option("--modality", help="What the pipeline makes.")
+    ] = Modality.image,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for pictures and tables.")
-    ] = Path("out/demo"),
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for pictures and tables. Default: out/demo, or out/demo-MODALITY.",
+        ),
+    ] = None,
     samples: Annotated[
-        int,
-        typer.Option(metavar="N", min=1, help="Images each way, a multiple of the ten classes."),
-    ] = 100,
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Samples each way, a multiple of 10 images or 12 clips. Default: 100 images, or "
+            "48 clips.",
+        ),
+    ] = None,
     steps: Annotated[
-        int, typer.Option(metavar="N", min=2, help="Solver steps of the uncached run.")
-    ] = 50,
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=2,
+            help="Solver steps of the uncached run. Default: 50 for images, 30 for video.",
+        ),
+    ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -194,17 +222,19 @@ def demo(
 
     Calibrates, plans, and compares schedules with the uncached run and with plain fewer steps.
 
-    [bold]Example:[/bold] smoothcache demo --samples 20
+    [bold]Example:[/bold] smoothcache demo --modality video --samples 24
     """
-    _check_output_folder(output)
-    from .demo.image import run_demo
+    name = modality.value
+    folder = output or Path("out", "demo" if modality is Modality.image else f"demo-{name}")
+    _check_output_folder(folder)
+    run_demo = importlib.import_module(f"{__package__}.demo.{name}").run_demo
+    chosen = {"num_samples": samples, "num_steps": steps}
 
     with _status("starting"):
         silence_libraries()
     result = run_demo(
-        output,
-        num_samples=samples,
-        num_steps=steps,
+        folder,
+        **{option: value for option, value in chosen.items() if value is not None},
         seed=seed,
         progress=sys.stderr.isatty(),
         tell=_to_stderr,
@@ -535,14 +565,14 @@ def generate(
         Path, typer.Option("--schedule", metavar="FILE", help="What plan wrote, or a 0/1 file.")
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the images.")
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for images or clips.")
     ],
     prompt: Prompts = None,
     class_label: ClassLabels = None,
     samples: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Images to make. Default: one for each prompt or label."
+            metavar="N", min=1, help="Samples to make. Default: one for each prompt or label."
         ),
     ] = None,
     steps: Annotated[
@@ -555,7 +585,7 @@ def generate(
     dtype: DtypeOption = Dtype.float32,
     as_json: AsJson = False,
 ) -> None:
-    """Run a pipeline under a schedule and write its images.
+    """Run a pipeline under a schedule and write its images as PNG, its clips as GIF.
 
     [bold]Example:[/bold] smoothcache generate ./my-dit --schedule dit.json --class-label 3 -o out
     """
@@ -574,7 +604,7 @@ def generate(
     started = time.perf_counter()
     with cached(pipeline, planned) as run:
         for i in _tracked(range(samples or max(1, len(sampler.inputs))), "generating"):
-            files += _write_images(output, i, sampler(i))
+            files += _write_samples(output, i, sampler(i))
     seconds = time.perf_counter() - started
     summary = run.summary()
     if as_json:
@@ -589,7 +619,7 @@ def generate(
         )
         return
     _print(str(summary))
-    _print(f"{len(files)} image(s) in {seconds:.1f} s, written to {output}")
+    _print(f"{len(files)} file(s) in {seconds:.1f} s, written to {output}")
 
 
 @app.command()
@@ -619,7 +649,11 @@ def compare(
     seed: Seed = 0,
     picture: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also draw the samples side by side: png, svg or pdf."),
+        typer.Option(
+            metavar="FILE",
+            help="Also draw the samples side by side, of clips the frames of the first: png, svg "
+            "or pdf.",
+        ),
     ] = None,
     device: Device = None,
     dtype: DtypeOption = Dtype.float32,
@@ -656,8 +690,8 @@ def compare(
     )
     if picture is not None and kind is not None:
         (_, reference), *others = comparison.images.items()
-        shown = [(name, images[:_MOST_IMAGES]) for name, images in others]
-        _write_picture(plot_image_grid(shown, reference[:_MOST_IMAGES]), picture, kind)
+        shown = [(name, _shown(samples)) for name, samples in others]
+        _write_picture(plot_image_grid(shown, _shown(reference)), picture, kind)
     report = comparison.report()
     if as_json:
         typer.echo(report.to_json())
@@ -712,25 +746,29 @@ def _write_picture(figure: Figure, path: Path, kind: str) -> None:
     _files.write_atomically(path, data.getvalue())
 
 
-def _write_images(folder: Path, index: int, images: Any) -> list[Path]:
-    """Writes images [batch, channels, height, width] in [0, 1] as PNG files."""
-    from PIL import Image
+def _write_samples(folder: Path, index: int, samples: Any) -> list[Path]:
+    """Writes a batch of images as PNG files, or of clips as animated GIF files."""
+    from .plots import encoded_picture
 
-    if images.ndim != 4:
+    if samples.ndim not in (4, 5):
         raise InvalidArgumentError(
-            f"the pipeline made a tensor of shape {list(images.shape)}, and only images can be "
-            "written, [batch, channels, height, width]; run it from Python instead"
+            f"the pipeline made a tensor of shape {list(samples.shape)}, and only images, [batch, "
+            "channels, height, width], and clips, [batch, frames, channels, height, width], can be "
+            "written; run it from Python instead"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    pixels = (images.detach().cpu().float().clamp(0, 1) * 255).round().byte()
+    ending = "png" if samples.ndim == 4 else "gif"
     written = []
-    for number, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
-        name = f"{index:04d}" if len(pixels) == 1 else f"{index:04d}-{number}"
-        data = io.BytesIO()
-        Image.fromarray(image.squeeze()).save(data, format="PNG")
-        _files.write_atomically(folder / f"{name}.png", data.getvalue())
-        written.append(folder / f"{name}.png")
+    for number, sample in enumerate(samples):
+        name = f"{index:04d}" if len(samples) == 1 else f"{index:04d}-{number}"
+        written.append(folder / f"{name}.{ending}")
+        _files.write_atomically(written[-1], encoded_picture(sample))
     return written
+
+
+def _shown(samples: Tensor) -> Tensor:
+    """The images of a picture: the first ones, or the frames of the first clip."""
+    return samples[:_MOST_IMAGES] if samples.ndim == 4 else samples[0]
 
 
 # ----------------------------------------------------------------------------------- the files

@@ -17,18 +17,18 @@ from tqdm.auto import tqdm
 
 from ._checks import check_count, listed
 from ._contest import Contest, Sample, Score
+from ._modality import Modality, modality_of
 from ._optional import optional_module
 from .apply import cached
 from .calibrate import calibrate
 from .calibration import Calibration, student_t_95
 from .errors import InvalidArgumentError
-from .metrics import psnr
 from .report import Report, ReportRow
 from .schedule import Schedule, compute_fraction
 
 REFERENCE = "uncached"
 WARM_UP_STEPS = 4
-HIGHEST_PSNR = 150.0  # dB, taken for identical images where differences are averaged
+HIGHEST_DECIBELS = 150.0  # taken for identical samples where differences are averaged
 SCORES = ("class_accuracy", "frechet_distance")
 QUOTED = {
     "psnr": ("PSNR {:.1f} against {:.1f} dB", 1),
@@ -78,13 +78,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Duel:
-    """A schedule against plain fewer steps of the same cost: who is closer to the uncached images?
+    """A schedule against plain fewer steps of the same cost: who is closer to the uncached samples?
 
     Attributes:
         name: The schedule's row.
         rival: The row of fewer steps.
         gain: Mean PSNR of the schedule over that of its rival, in dB; negative if it lost.
-        low: Lower end of the 95 % confidence interval of ``gain`` over images; NaN for one image.
+        low: Lower end of the 95 % confidence interval of ``gain`` over samples; NaN for one.
         high: Its upper end.
     """
 
@@ -96,7 +96,7 @@ class Duel:
 
     @property
     def is_won(self) -> bool | None:
-        """Whether the schedule is closer; None if the images do not tell."""
+        """Whether the schedule is closer; None if the samples do not tell."""
         if self.gain == 0 or self.low <= 0 <= self.high:
             return None
         return self.gain > 0
@@ -108,7 +108,8 @@ class Comparison:
 
     Attributes:
         rows: The uncached run first; rows of fewer steps follow the schedules of their cost.
-        images: What each row sampled, on the CPU; [samples, channels, height, width] in [0, 1].
+        images: What each row sampled, on the CPU; [samples, channels, height, width] in [0, 1],
+            or of clips [samples, frames, channels, height, width].
         rivals: Name of each schedule's row -> name of the row of fewer steps of the same cost.
         recomputed: Name of a row -> why layers ran that its schedule would have reused, and how
             often; empty if all went as planned.
@@ -118,6 +119,11 @@ class Comparison:
     images: Mapping[str, Tensor]
     rivals: Mapping[str, str]
     recomputed: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def modality(self) -> Modality:
+        """What kind of samples these are."""
+        return modality_of(self.images[REFERENCE], "sample")
 
     def row(self, name: str) -> ReportRow:
         """The row of this name.
@@ -132,10 +138,11 @@ class Comparison:
         raise InvalidArgumentError(f"there is no row {name!r}; there are {names}.")
 
     def duels(self) -> tuple[Duel, ...]:
-        """Each schedule against fewer steps of the same cost, image by image."""
+        """Each schedule against fewer steps of the same cost, sample by sample."""
+        decibels, uncached = self.modality.decibels, self.images[REFERENCE]
         quality = {
-            name: psnr(images, self.images[REFERENCE]).double().clamp(max=HIGHEST_PSNR)
-            for name, images in self.images.items()
+            name: decibels(x, uncached).double().clamp(max=HIGHEST_DECIBELS)
+            for name, x in self.images.items()
         }
         return tuple(
             Duel(name, rival, *_mean_with_interval(quality[name] - quality[rival]))
@@ -149,8 +156,8 @@ class Comparison:
             return []
         won = [duel for duel in duels if duel.is_won]
         conclusion = (
-            f"Schedules that beat plain fewer steps of the same cost, in PSNR against the uncached "
-            f"images: {len(won)} of {len(duels)}"
+            f"Schedules that beat plain fewer steps of the same cost, in {self.modality.title} "
+            f"against the uncached {self.modality.noun}: {len(won)} of {len(duels)}"
         )
         if won:
             best = max(won, key=lambda duel: duel.gain)
@@ -167,10 +174,11 @@ class Comparison:
         first, second = self.row(duel.name), self.row(duel.rival)
         if duel.is_won is False:
             first, second = second, first
+        noun = self.modality.noun
         close = (
-            "is no closer to the uncached images, and no farther from them, than"
+            f"is no closer to the uncached {noun}, and no farther from them, than"
             if duel.is_won is None
-            else "is closer to the uncached images than"
+            else f"is closer to the uncached {noun} than"
         )
         numbers = [
             text.format(factor * getattr(first, name), factor * getattr(second, name))
@@ -236,18 +244,19 @@ def compare(
     Args:
         model: A diffusers pipeline (all of its denoisers) or any module.
         sample: ``sample(i, num_steps)`` runs generation number i from start to end with its own
-            fixed seed and that many steps, and returns images in [0, 1], one or a batch;
-            [batch, channels, height, width].
+            fixed seed and that many steps, and returns a batch of one or more images in [0, 1],
+            [batch, channels, height, width], or clips, [batch, frames, channels, height, width].
         variants: What to compare. Each schedule brings a row of fewer steps with it; schedules
             of the same cost share one.
         num_steps: What ``sample`` is asked for in the uncached run.
         num_samples: How many generations to run each way.
-        scores: Further judgements of all images of a row, such as ``class_accuracy`` and
-            ``frechet_distance``, which are columns of the report.
+        scores: Further judgements of all samples of a row, which are columns of the report:
+            ``class_accuracy``, ``frechet_distance``, and for any attribute
+            such as a colour ``colour_accuracy``.
         progress: Whether to show a progress bar.
 
     Returns:
-        A row for each way of sampling, and the images.
+        A row for each way of sampling, and the samples.
 
     Raises:
         InvalidArgumentError: If an argument has no sensible value, or ``sample`` does not do as
@@ -364,13 +373,14 @@ def _check_variants(variants: Sequence[Variant]) -> None:
 
 def _check_scores(scores: Mapping[str, Score]) -> None:
     for name, score in scores.items():
-        if name not in SCORES:
+        if name not in SCORES and not name.endswith("_accuracy"):
             raise InvalidArgumentError(
-                f"the score {name!r} has no column; there are {listed(SCORES)}."
+                f"the score {name!r} has no column; there are {listed(SCORES)}, and accuracies of "
+                "attributes, such as 'colour_accuracy'."
             )
         if not callable(score):
             raise InvalidArgumentError(
-                f"the score {name!r} must be a function of images, got {type(score).__name__}."
+                f"the score {name!r} must be a function of samples, got {type(score).__name__}."
             )
 
 

@@ -6,6 +6,7 @@ path. Colours are those of Okabe and Ito, which also the colour-blind tell apart
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -272,20 +273,124 @@ def plot_image_grid(
     if not rows:
         raise InvalidArgumentError("give at least one row of images beside the reference.")
     quality = [float(psnr(images, reference).mean()) for _, images in rows]
+    titles = [_with_decibels(title, x) for (title, _), x in zip(rows, quality, strict=True)]
     pictures = [_pixels(images) for _, images in rows]
-    uncached = _pixels(reference)
-    differences = [np.abs(picture - uncached).mean(axis=-1) for picture in pictures]
+    lines = _beside_their_differences(titles, pictures, (reference_title, _pixels(reference)))
+    strips = [(title, _strip(line)) for title, line in lines]
+    return _saved(_stacked(strips, width=_width_of(len(reference))), path)
+
+
+def animate_clip_grid(
+    rows: Sequence[tuple[str, Tensor]],
+    reference: Tensor,
+    path: Path,
+    *,
+    reference_title: str = "uncached",
+    frames_per_second: float = 6.0,
+) -> None:
+    """An animated picture: uncached clips, and below them cached ones with what changed.
+
+    Each row is named with its mean PSNR. Differences are absolute, averaged over channels and
+    multiplied by one factor for the whole picture, which the labels name.
+
+    Args:
+        rows: A title and clips for each row, [batch, frames, channels, height, width] in [0, 1],
+            of the same seeds as the reference.
+        reference: The uncached clips; the same shape. Each becomes a column.
+        path: Where to save the GIF.
+        reference_title: Names the first row.
+        frames_per_second: How fast it runs.
+
+    Raises:
+        InvalidArgumentError: If there is no row, or clips are not as described.
+        MissingPackageError: If matplotlib or pillow is not installed.
+    """
+    from .metrics import psnr_per_frame  # brings torch with it
+
+    image = optional_module("PIL.Image", extra="video")
+    if not rows:
+        raise InvalidArgumentError("give at least one row of clips beside the reference.")
+    quality = [float(psnr_per_frame(clips, reference).mean()) for _, clips in rows]
+    titles = [_with_decibels(title, x) for (title, _), x in zip(rows, quality, strict=True)]
+    pictures = [_pixels(clips.flatten(0, 1)) for _, clips in rows]
+    uncached = _pixels(reference.flatten(0, 1))
+    lines = _beside_their_differences(titles, pictures, (reference_title, uncached))
+    count, length = reference.shape[:2]
+    shots = [
+        _stacked([(title, _strip(line[frame::length])) for title, line in lines],
+                 width=_width_of(count))
+        for frame in range(length)
+    ]  # fmt: skip
+    frames = [image.fromarray(_rendered(shot)) for shot in shots]
+    frames[0].save(path, **_as_gif(frames, frames_per_second))
+
+
+def encoded_picture(sample: Tensor, *, frames_per_second: float = 6.0) -> bytes:
+    """An image as the bytes of a PNG file, or a clip as those of an animated GIF.
+
+    Args:
+        sample: [channels, height, width] or [frames, channels, height, width]; what lies outside
+            [0, 1] is cut off.
+        frames_per_second: How fast a clip runs.
+
+    Raises:
+        InvalidArgumentError: If it has neither 1 nor 3 channels.
+        MissingPackageError: If pillow is not installed.
+    """
+    image = optional_module("PIL.Image", extra="demo")
+    pixels = np.round(255 * _pixels(sample if sample.ndim == 4 else sample[None]).clip(0, 1))
+    frames = [image.fromarray(frame) for frame in pixels.astype(np.uint8)]
+    settings = {"format": "PNG"} if sample.ndim == 3 else _as_gif(frames, frames_per_second)
+    data = io.BytesIO()
+    frames[0].save(data, **settings)
+    return data.getvalue()
+
+
+def _as_gif(frames: Sequence[Any], frames_per_second: float) -> dict[str, Any]:
+    """How pillow saves the first frame so that the others follow, again and again."""
+    return {
+        "format": "GIF",
+        "save_all": True,
+        "append_images": frames[1:],
+        "duration": round(1000 / frames_per_second),
+        "loop": 0,
+    }
+
+
+def _with_decibels(title: str, decibels: float) -> str:
+    measured = "identical" if math.isinf(decibels) else f"PSNR {decibels:.1f} dB"
+    return f"{title}\n{measured}"
+
+
+def _beside_their_differences(
+    titles: Sequence[str],
+    pictures: Sequence[npt.NDArray[np.float32]],
+    reference: tuple[str, npt.NDArray[np.float32]],
+) -> list[tuple[str, npt.NDArray[np.float32]]]:
+    """The reference, then each row of pictures and its difference from it, made visible.
+
+    All of one factor: pictures [batch, height, width, 3], differences [batch, height, width].
+    """
+    differences = [np.abs(picture - reference[1]).mean(axis=-1) for picture in pictures]
     factor = _amplification(differences)
+    lines = [reference]
+    for title, picture, difference in zip(titles, pictures, differences, strict=True):
+        lines += [(title, picture), (f"difference\n× {factor}", difference * factor)]
+    return lines
 
-    strips: list[tuple[str, npt.NDArray[np.float32]]] = [(reference_title, _strip(uncached, 1.0))]
-    for (title, _), decibels, picture, difference in zip(
-        rows, quality, pictures, differences, strict=True
-    ):
-        measured = "identical" if math.isinf(decibels) else f"PSNR {decibels:.1f} dB"
-        strips.append((f"{title}\n{measured}", _strip(picture, 1.0)))
-        strips.append((f"difference\n× {factor}", _strip(difference * factor, math.nan)))
 
-    return _saved(_stacked(strips, width=min(9.0, max(3.2, float(len(uncached))))), path)
+def _width_of(columns: int) -> float:
+    """Width of a grid in inches."""
+    return min(9.0, max(3.2, float(columns)))
+
+
+def _rendered(figure: Figure) -> npt.NDArray[np.uint8]:
+    """The pixels of a figure, [height, width, 3]."""
+    backend = optional_module("matplotlib.backends.backend_agg", extra="plots")
+    canvas = backend.FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels: npt.NDArray[np.uint8] = np.array(canvas.buffer_rgba(), dtype=np.uint8)
+    return pixels[..., :3]
 
 
 def _stacked(strips: Sequence[tuple[str, npt.NDArray[np.float32]]], *, width: float) -> Figure:
@@ -348,8 +453,9 @@ def _pixels(images: Tensor) -> npt.NDArray[np.float32]:
     return np.asarray(rgb.numpy(), dtype=np.float32)
 
 
-def _strip(images: npt.NDArray[np.float32], filling: float) -> npt.NDArray[np.float32]:
-    """Images [batch, height, width, ...] side by side, with a narrow gap between them."""
+def _strip(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Images [batch, height, width] or with colours, side by side with a narrow gap between."""
+    filling = 1.0 if images.ndim == 4 else math.nan
     gap = max(1, images.shape[2] // 16)
     padding = [(0, 0), (0, 0), (0, gap)] + [(0, 0)] * (images.ndim - 3)
     padded = np.pad(images, padding, constant_values=filling)

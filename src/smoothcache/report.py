@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 
 from .errors import InvalidArgumentError
 
@@ -25,7 +25,11 @@ class ReportRow:
         psnr: Against the uncached samples of the same seeds, in dB, mean over samples.
         ssim: Likewise; at most 1.
         relative_error: Likewise, relative L1 error.
+        motion_error: Of clips, likewise, of the changes from frame to frame.
+        temporal_consistency: Of clips, one minus the mean change from frame to frame.
         class_accuracy: Share of samples that a classifier recognises, in [0, 1].
+        accuracies: Name of an attribute -> share of samples in which a classifier recognises it,
+            in [0, 1]; a column each.
         frechet_distance: Between the features of the samples and of real data.
         peak_bytes: Most bytes of kept outputs at any moment.
     """
@@ -38,15 +42,18 @@ class ReportRow:
     psnr: float | None = None
     ssim: float | None = None
     relative_error: float | None = None
+    motion_error: float | None = None
+    temporal_consistency: float | None = None
     class_accuracy: float | None = None
+    accuracies: Mapping[str, float] = field(default_factory=dict)
     frechet_distance: float | None = None
     peak_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for field, value in asdict(self).items():
+        for name, value in {**asdict(self), **self.accuracies}.items():
             if isinstance(value, float) and math.isnan(value):
                 raise InvalidArgumentError(
-                    f"{field} of the row '{self.name}' is NaN; leave it out if it is not known."
+                    f"{name} of the row '{self.name}' is NaN; leave it out if it is not known."
                 )
 
 
@@ -79,12 +86,13 @@ class Report:
 
     def header(self) -> list[str]:
         """Names of the columns that some row has a value for; the first, of the names, is empty."""
-        return ["", *(COLUMNS[field][0] for field in self._fields())]
+        return ["", *(_heading(column) for column in self._columns())]
 
     def cells(self) -> list[list[str]]:
         """What the table shows: a list for each row, of the columns of `header`."""
+        columns = self._columns()
         return [
-            [row.name, *(_cell(getattr(row, field), COLUMNS[field][1]) for field in self._fields())]
+            [row.name, *(_cell(_value(row, column), _written(column)) for column in columns)]
             for row in self.rows
         ]
 
@@ -117,16 +125,34 @@ class Report:
         What was not measured is null; an infinite value, as the PSNR of identical images, is the
         string "inf", since JSON has no such number.
         """
-        rows = [
-            {field: _finite(value) for field, value in asdict(row).items()} for row in self.rows
-        ]
+        rows = [{name: _finite(value) for name, value in asdict(row).items()} for row in self.rows]
         document = {"title": self.title, "rows": rows, "notes": list(self.notes)}
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
 
-    def _fields(self) -> list[str]:
-        return [
-            field for field in COLUMNS if any(getattr(row, field) is not None for row in self.rows)
+    def _columns(self) -> list[str]:
+        """Fields, or ``accuracies.NAME``, that some row has a value for."""
+        attributes = dict.fromkeys(name for row in self.rows for name in row.accuracies)
+        names = [
+            column
+            for name in COLUMNS
+            for column in ([f"{name}.{x}" for x in attributes] if name == "accuracies" else [name])
         ]
+        return [x for x in names if any(_value(row, x) is not None for row in self.rows)]
+
+
+def _value(row: ReportRow, column: str) -> float | None:
+    name, _, attribute = column.partition(".")
+    value: float | None = row.accuracies.get(attribute) if attribute else getattr(row, name)
+    return value
+
+
+def _heading(column: str) -> str:
+    name, _, attribute = column.partition(".")
+    return f"{attribute} accuracy" if attribute else COLUMNS[name][0]
+
+
+def _written(column: str) -> Callable[[float], str]:
+    return COLUMNS[column.partition(".")[0]][1]
 
 
 def _size(count: float) -> str:
@@ -144,15 +170,22 @@ def _significant(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "steps": ("steps", "{:d}".format),
-    "compute": ("compute", lambda value: f"{100 * value:.1f} %"),
+    "compute": ("compute", _percent),
     "time": ("time", "× {:.2f}".format),
     "seconds": ("seconds", "{:.2f}".format),
     "psnr": ("PSNR, dB", "{:.1f}".format),
     "ssim": ("SSIM", "{:.4f}".format),
     "relative_error": ("relative error", _significant),
-    "class_accuracy": ("class accuracy", lambda value: f"{100 * value:.1f} %"),
+    "motion_error": ("motion error", _significant),
+    "temporal_consistency": ("temporal consistency", "{:.4f}".format),
+    "class_accuracy": ("class accuracy", _percent),
+    "accuracies": ("accuracy", _percent),
     "frechet_distance": ("Frechet distance", _significant),
     "peak_bytes": ("memory kept", _size),
 }

@@ -7,7 +7,6 @@ that of images, frame by frame; what only a clip has is change from one frame to
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 from torch import Tensor
 
@@ -126,7 +125,7 @@ def _frame_by_frame(
             f"the clips are {list(clips.shape)}, their reference is {list(reference.shape)}; "
             "each clip is compared with the one at its place."
         )
-    return measure(clips.flatten(0, 1), reference.flatten(0, 1)).unflatten(0, clips.shape[:2])
+    return measure(clips.flatten(0, 1), reference.flatten(0, 1)).view(clips.shape[:2])
 
 
 def _changes(clips: Tensor) -> Tensor:
@@ -134,7 +133,7 @@ def _changes(clips: Tensor) -> Tensor:
     _check_clips("clips", clips)
     if clips.shape[1] < 2:
         raise InvalidArgumentError("change needs clips of at least 2 frames, got 1.")
-    return cast(Tensor, clips.detach().float().diff(dim=1))
+    return clips.detach().float().diff(dim=1)
 
 
 def _check_clips(name: str, clips: object) -> None:

@@ -97,9 +97,7 @@ class STDiT(ModelMixin, ConfigMixin):
         super().__init__()
         patch = in_channels * patch_size**2
         self.patch_embed = nn.Linear(patch, width)
-        self.timestep_frequencies = Timesteps(
-            FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0
-        )
+        self.timestep_waves = Timesteps(FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.timestep_embedder = TimestepEmbedding(FREQUENCIES, width)
         self.time_modulation = nn.Linear(width, MODULATIONS * width)
         self.caption_embedder = nn.Sequential(
@@ -135,7 +133,7 @@ class STDiT(ModelMixin, ConfigMixin):
         """
         tokens = self.patch_embed(self._patches(hidden_states))
         tokens = tokens + _positions(tokens)
-        embedded = self.timestep_frequencies(timestep).to(tokens.dtype)
+        embedded = self.timestep_waves(timestep).to(tokens.dtype)
         embedded = nn.functional.silu(self.timestep_embedder(embedded))
         time = self.time_modulation(embedded).unflatten(1, (MODULATIONS, -1))
         text = self.caption_embedder(encoder_hidden_states)
