@@ -17,7 +17,7 @@ from .vae import FrameVAE
 
 
 @dataclass
-class ClipPipelineOutput(BaseOutput):  # type: ignore[misc]
+class ClipPipelineOutput(BaseOutput):
     """The clips that the pipeline made.
 
     Attributes:
@@ -129,7 +129,7 @@ class ClipPipeline(DiffusionPipeline):
 
     def _noise(self, clips: int, frames: int, generator: Any) -> Tensor:
         config = self.vae.config
-        side = config.sample_size // 2 ** (len(config.block_out_channels) - 1)
+        side = config.sample_size // self.vae.patch
         shape = (clips, config.latent_channels, frames, side, side)
         noise: Tensor = randn_tensor(
             shape, generator, device=self._execution_device, dtype=self.transformer.dtype

@@ -61,7 +61,7 @@ class STDiTBlock(nn.Module):
 
 
 @dataclass
-class STDiTOutput(BaseOutput):  # type: ignore[misc]
+class STDiTOutput(BaseOutput):
     """What the transformer predicts, like its input [batch, channels, frames, height, width]."""
 
     sample: Tensor

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 @dataclass
-class Encoded(BaseOutput):  # type: ignore[misc]
+class Encoded(BaseOutput):
     """Means and log-variances of the latents, [frames, latent_channels, height, width] each."""
 
     mean: Tensor
@@ -19,7 +19,7 @@ class Encoded(BaseOutput):  # type: ignore[misc]
 
 
 @dataclass
-class Decoded(BaseOutput):  # type: ignore[misc]
+class Decoded(BaseOutput):
     """Pictures, [frames, 3, height, width], about in [-1, 1]."""
 
     sample: Tensor
