@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
 import shutil
@@ -13,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_pipeline import save_pipeline
+from tiny_pipeline import build_clip_pipeline, save_pipeline
 from typer.testing import CliRunner
 
 from smoothcache import Calibration, Schedule, SmoothCacheWarning, cli
-from smoothcache.cli import app
+from smoothcache.cli import Modality, app
 from smoothcache.compare import Comparison
 from smoothcache.report import Report, ReportRow
 
@@ -233,6 +235,41 @@ def test_demo_shows_its_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert "Title" in result.stdout and "[x]" in result.stdout and str(tmp_path) in result.stdout
     assert result.stderr == "planning\n"
     assert json.loads(succeed("demo", "-o", tmp_path, "--json").stdout)["title"] == "Title"
+
+
+@pytest.mark.parametrize("modality", list(Modality))
+def test_every_modality_has_a_demo(monkeypatch: pytest.MonkeyPatch, modality: Modality) -> None:
+    module = importlib.import_module(f"smoothcache.demo.{modality.value}")
+    given = inspect.signature(module.run_demo).parameters
+    assert {"num_samples", "num_steps", "seed", "progress", "tell"} <= set(given)
+    asked: dict[str, Any] = {}
+
+    def fake(output: Path, **options: Any) -> Any:
+        asked.update(options, output=output)
+        return type("Result", (), {"report": Report((), "Title"), "folder": output})
+
+    monkeypatch.setattr(module, "run_demo", fake)
+    succeed("demo", "--modality", modality.value, "--json")
+    assert not {"num_samples", "num_steps"} & set(asked), "each has defaults of its own"
+    assert asked["output"] == Path(given["output_dir"].default)
+
+
+def test_a_pipeline_of_clips_goes_all_the_way(tmp_path: Path) -> None:
+    from PIL import Image
+
+    build_clip_pipeline(depth=1).save_pretrained(tmp_path / "model")
+    model, plan, picture = tmp_path / "model", tmp_path / "s.json", tmp_path / "frames.png"
+    prompt = ("--prompt", "a red circle moving left slowly")
+    measured = tmp_path / "c.safetensors"
+    succeed("calibrate", model, "-o", measured, "--samples", 1, "--steps", 3, *prompt)
+    shown = succeed("plan", measured, "--alpha", 10, "-o", plan).stdout
+    assert "spatial_self_attn" in shown and "temporal_ffn" in shown
+    succeed("generate", model, "--schedule", plan, "-o", tmp_path / "out", *prompt)
+    with Image.open(tmp_path / "out" / "0000.gif") as clip:
+        assert clip.size == (32, 32) and clip.n_frames == 8
+    table = succeed("compare", model, "--schedule", plan, "--picture", picture, *prompt).stdout
+    assert "motion error" in table
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_json_is_all_there_is_on_stdout(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,8 +132,6 @@ def test_text_and_guidance_matter_and_padding_does_not(pipe: Any) -> None:
     other = "a blue triangle moving right quickly"
     assert not torch.equal(run(pipe), run(pipe, other))
     assert not torch.equal(run(pipe), run(pipe, guidance_scale=1.0))
-    longer = run(pipe, [PROMPT, other], output_type="latent", generator=None)
-    assert longer.isfinite().all()
     noise = [torch.Generator().manual_seed(i) for i in range(2)]
     settings: dict[str, Any] = {"num_inference_steps": 3, "output_type": "pt"}
     together = pipe([PROMPT, other], generator=noise, **settings).frames

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from dataclasses import replace
@@ -173,6 +174,25 @@ def test_image_grid_has_square_pixels() -> None:
         place = panel.get_position()
         ratio = place.height * figure.get_figheight() / (place.width * figure.get_figwidth())
         assert ratio == pytest.approx(height / width)
+
+
+def test_clips_are_animated_beside_their_differences(tmp_path: Path) -> None:
+    reference = torch.rand(2, 3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    plots.animate_clip_grid([("cached", 0.9 * reference)], reference, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as moving:
+        assert moving.n_frames == 3 and moving.info["loop"] == 0
+        shots = [np.array(moving.convert("RGB")) for _ in map(moving.seek, range(3))]
+    assert not np.array_equal(shots[0], shots[1])
+    with pytest.raises(InvalidArgumentError, match="at least one row of clips"):
+        plots.animate_clip_grid([], reference, tmp_path / "b.gif")
+
+
+def test_samples_are_encoded_as_what_they_are() -> None:
+    clip = torch.linspace(-0.5, 1.5, 4).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    with Image.open(io.BytesIO(plots.encoded_picture(clip[2]))) as image:
+        assert image.format == "PNG" and image.getpixel((0, 0)) == (213, 213, 213)
+    with Image.open(io.BytesIO(plots.encoded_picture(clip))) as moving:
+        assert moving.format == "GIF" and moving.n_frames == 4
 
 
 def test_images_that_cannot_be_compared_are_refused() -> None:

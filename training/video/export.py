@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -31,4 +32,12 @@ def export_pipeline(
     fresh = folder.with_name(f"{folder.name}.new")
     pipe.save_pretrained(fresh)
     forget_paths(fresh)
+    _load_as_float32(fresh / "text_encoder" / "config.json")
     move_files(fresh, folder)
+
+
+def _load_as_float32(config: Path) -> None:
+    """Make transformers load the weights as diffusers loads the other parts."""
+    content = json.loads(config.read_text())
+    content["dtype"] = "float32"
+    config.write_text(json.dumps(content, indent=2) + "\n")

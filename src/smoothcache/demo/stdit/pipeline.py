@@ -93,6 +93,8 @@ class ClipPipeline(DiffusionPipeline):
                 encoder takes.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise InvalidArgumentError("there is no prompt; give at least one text.")
         is_guided = guidance_scale > 1
         texts = [*[negative_prompt] * len(prompts), *prompts] if is_guided else prompts
         text, mask = self._encode(texts)
@@ -113,19 +115,17 @@ class ClipPipeline(DiffusionPipeline):
     def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """The text encoder's output [texts, tokens, width] and the mask of its tokens."""
         tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
-        lengths = tokens.attention_mask.sum(1)
-        limit = self.config.max_text_tokens
-        if not texts or lengths.max() > limit:
-            longest = texts[int(lengths.argmax())] if texts else ""
+        lengths, limit = tokens.attention_mask.sum(1), self.config.max_text_tokens
+        if lengths.max() > limit:
+            longest = texts[int(lengths.argmax())]
             raise InvalidArgumentError(
                 f"the text {longest!r} is {len(longest.encode())} bytes long, and the text encoder "
                 f"takes {limit - 1}; say it in fewer words."
-                if texts
-                else "there is no prompt; give at least one text."
             )
         device = self._execution_device
         mask = tokens.attention_mask.to(device)
-        return self.text_encoder(tokens.input_ids.to(device), mask).last_hidden_state, mask
+        encoded = self.text_encoder(tokens.input_ids.to(device), mask).last_hidden_state
+        return encoded.to(self.transformer.dtype), mask
 
     def _noise(self, clips: int, frames: int, generator: Any) -> Tensor:
         config = self.vae.config
