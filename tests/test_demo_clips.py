@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import importlib
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from smoothcache.demo.classifier import load_as, save_classifier
 from smoothcache.demo.clip_classifier import ClipClassifier
 from smoothcache.demo.clips import ATTRIBUTES, all_labels, caption, generate, spread_labels
 from smoothcache.diffusers_io import PipelineSampler, load_pipeline
+from smoothcache.metrics import attribute_accuracy
 
-ROOT = Path(__file__).parents[1]
 FOLDER = Path(clips.__file__).with_name("clips-stdit")
 PROMPT = "a red circle moving left slowly"
 
@@ -173,8 +173,9 @@ def calibration(pipe: Any) -> sc.Calibration:
 
 
 def test_a_schedule_runs_on_clips_of_another_length(pipe: Any, calibration: sc.Calibration) -> None:
-    """Curves are a number for each step, so nothing in a schedule depends on the length."""
+    """Curves are a number for each step; the file says on what they were measured."""
     schedule = sc.plan(calibration, alpha=0.3)
+    assert schedule.provenance["calibration input"] == "2 x 4 x 8 x 8 x 8"
     with sc.cached(pipe, schedule) as cached:
         assert run(pipe, num_frames=12).shape[1] == 12
         assert run(pipe, num_frames=4).shape[1] == 4
@@ -208,26 +209,50 @@ def test_a_solver_of_more_calls_than_steps_is_followed(pipe: Any) -> None:
         pipe.scheduler = euler
 
 
+# --- trained weights ----------------------------------------------------------------------------
+
+
+def test_the_folder_is_small_and_names_no_machine() -> None:
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12e6
+    for path in files:
+        if path.suffix in {".json", ".md"}:
+            assert "_name_or_path" not in path.read_text(encoding="utf-8")
+
+
+@torch.no_grad()
+def test_every_attribute_is_recognised_in_real_clips_and_in_samples() -> None:
+    trained = load_pipeline(FOLDER)
+    trained.set_progress_bar_config(disable=True)
+    assert {p.dtype for p in trained.text_encoder.parameters()} == {torch.float32}
+    labels = spread_labels(24)
+    prompts = [caption(row) for row in labels]
+    samples = run(trained, prompts, num_inference_steps=15, guidance_scale=3.0)
+    classifier = load_as(ClipClassifier, FOLDER / "classifier")
+    wanted = dict(zip(ATTRIBUTES, labels.unbind(1), strict=True))
+    real = attribute_accuracy(classifier(generate(labels, seed=77)[0]), wanted)
+    drawn = attribute_accuracy(classifier(2 * samples - 1), wanted)
+    assert min(real.values()) >= 0.95 and min(drawn.values()) >= 0.8, (real, drawn)
+
+
 # --- training scripts ---------------------------------------------------------------------------
 
 
-def run_script(name: str, *options: object) -> None:
-    small = ["--batch-size", 2, "--threads", 1, "--device", "cpu"]
-    command = [sys.executable, "-m", f"training.video.{name}", *small, *options]
-    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Runs a training script briefly, in this process."""
+    threads = torch.get_num_threads()
+
+    def run_it(name: str, *options: object) -> None:
+        small = ["--batch-size", 2, "--threads", 1, "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [name, *map(str, small + list(options))])
+        importlib.import_module(f"training.video.{name}").main()
+
+    yield run_it
+    torch.set_num_threads(threads)
 
 
-def test_training_runs_and_resumes(tmp_path: Path) -> None:
+def test_training_runs_and_resumes(run_script: Callable[..., None], tmp_path: Path) -> None:
     vae, text, dit, exported = (tmp_path / name for name in ("vae", "text", "dit", "pipeline"))
     run_script("train_vae", "--out", vae, "--steps", 1, "--pool", 4)
     run_script("train_text_encoder", "--out", text, "--steps", 1)
@@ -241,7 +266,7 @@ def test_training_runs_and_resumes(tmp_path: Path) -> None:
     assert run(pipe).shape == (1, 8, 3, 32, 32)
 
 
-def test_classifier_training_runs(tmp_path: Path) -> None:
+def test_classifier_training_runs(run_script: Callable[..., None], tmp_path: Path) -> None:
     run_script("train_classifier", "--out", tmp_path, "--steps", 1, "--pool", 4)
     made, _ = generate(2, seed=0)
     assert load_as(ClipClassifier, tmp_path / "final")(made)["speed"].shape == (2, 2)
