@@ -58,7 +58,7 @@ def main() -> None:
     options.add_argument("--classifier", type=Path, help="its folder, if not <folder>/classifier")
     options.add_argument("--samples", type=int, default=96)
     options.add_argument("--steps", type=int, default=30)
-    options.add_argument("--guidance", type=float, default=3.0)
+    options.add_argument("--guidance", type=float, default=2.0)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--threads", type=int, default=2)
     args = options.parse_args()

@@ -18,7 +18,7 @@ from training.video.evaluate import FOLDER, load_pipeline, recognised, sample_cl
 
 TEMPLATE = Path(__file__).with_name("card.md")
 SCALE = 2  # the strips show every pixel as 2x2
-PARTS = ("vae", "text_encoder", "classifier", "dit")
+PARTS = ("vae", "decoder", "text_encoder", "classifier", "dit")
 
 
 def sample_strips(samples: Tensor) -> Image.Image:
@@ -45,7 +45,7 @@ def main() -> None:
     options.add_argument("--runs", type=Path, default=RUNS / "video", help="the training logs")
     options.add_argument("--samples", type=int, default=192)
     options.add_argument("--steps", type=int, default=30)
-    options.add_argument("--guidance", type=float, default=3.0)
+    options.add_argument("--guidance", type=float, default=2.0)
     options.add_argument("--threads", type=int, default=2)
     args = options.parse_args()
     torch.set_num_threads(args.threads)

@@ -87,7 +87,7 @@ def encoded_pool(vae: FrameVAE, size: int, seed: int, folder: Path) -> tuple[Ten
 
 def main() -> None:
     """Train, exporting the averaged weights every few minutes and at the end."""
-    options = parser(__doc__, steps=6000, batch=32, lr=1.5e-3, out="video/dit")
+    options = parser(__doc__, steps=10000, batch=16, lr=1.5e-3, out="video/dit")
     options.add_argument("--vae", type=Path, default=Path("runs/video/vae/final"))
     options.add_argument("--text", type=Path, default=Path("runs/video/text_encoder/final"))
     options.add_argument("--pool", type=int, default=6000, help="number of training clips")

@@ -1,10 +1,13 @@
 """Train the autoencoder that sees a clip frame by frame.
 
 Frames of 32x32 pixels become latents of 4x8x8, scaled to unit standard deviation by the
-`scaling_factor` in the saved config.
+`scaling_factor` in the saved config. With `--decoder-of` only the decoder is trained, and the
+latents that a transformer has learned stay what they are.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -37,25 +40,29 @@ def main() -> None:
     options = parser(__doc__, steps=2000, batch=32, lr=2e-3, out="video/vae")
     options.add_argument("--kl-weight", type=float, default=1e-3)
     options.add_argument("--pool", type=int, default=4000, help="number of training clips")
+    options.add_argument("--decoder-of", type=Path, help="autoencoder whose decoder to go on with")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     # Two frames of each clip suffice: where its shape is, and where it will be.
     pool, _ = generate(args.pool, seed=args.seed, frames=2)
     frames = pool.flatten(0, 1)
-    vae = FrameVAE().to(args.device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, weight_decay=0.01)
+    vae = FrameVAE.from_pretrained(args.decoder_of) if args.decoder_of else FrameVAE()
+    trained = vae.to(args.device).decoder if args.decoder_of else vae.to(args.device)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=args.lr, weight_decay=0.01)
     run = Run(args, {"vae": vae}, optimizer)
     for step in run:
         batch = frames[random_rows(frames, args.batch_size)].to(args.device)
         loss, error = losses(vae, batch, args.kl_weight)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         if step % 20 == 0:
             run.record(loss=loss.item(), error=error.item())
-    standardise(vae.eval(), frames[:1024].to(args.device))
+    vae.eval()
+    if not args.decoder_of:
+        standardise(vae, frames[:1024].to(args.device))
     held_out = generate(32, seed=args.seed + 1)[0].flatten(0, 1)
     with torch.no_grad():
         rebuilt = vae(held_out.to(args.device)).sample.cpu()

@@ -34,7 +34,7 @@ from .course import (
 )
 
 FOLDER = Path(__file__).with_name("clips-stdit")
-NUM_STEPS, GUIDANCE = 30, 3.0
+NUM_STEPS, GUIDANCE = 30, 2.0
 BATCH, NUM_CALIBRATION, NUM_REAL = 12, 10, 600
 SHOWN = 2  # clips of which all frames are drawn
 

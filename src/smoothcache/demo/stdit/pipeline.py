@@ -70,7 +70,7 @@ class ClipPipeline(DiffusionPipeline):
         negative_prompt: str = "",
         num_frames: int | None = None,
         num_inference_steps: int = 30,
-        guidance_scale: float = 3.0,
+        guidance_scale: float = 2.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: Literal["pil", "pt", "latent"] = "pil",
         return_dict: bool = True,
