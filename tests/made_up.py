@@ -82,10 +82,12 @@ def schedules(draw: st.DrawFn) -> Schedule:
     """Schedules of every form: bound and not, rows shared by a kind and not."""
     num_steps = draw(st.integers(1, 8))
     later = st.lists(st.booleans(), min_size=num_steps - 1, max_size=num_steps - 1)
+    gain = st.floats(-2, 3, allow_nan=False)
     row = st.builds(
-        lambda steps, predictor: Row((True, *steps), predictor),
+        lambda steps, predictor, gains: Row((True, *steps), predictor, gains),
         later,
         st.sampled_from([*PREDICTORS]),
+        st.none() | st.lists(gain, min_size=num_steps, max_size=num_steps).map(tuple),
     )
     texts = st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3)
     numbers = st.floats(allow_nan=False, allow_infinity=False)
@@ -108,4 +110,5 @@ def schedules(draw: st.DrawFn) -> Schedule:
         compute=draw(st.none() | st.floats(0, 1, exclude_min=True)),
         quality=draw(st.dictionaries(st.text(max_size=8), st.floats(allow_nan=False), max_size=2)),
         provenance=draw(texts),
+        noise_levels=tuple(1 - i / num_steps for i in range(num_steps)),
     )

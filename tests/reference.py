@@ -22,6 +22,11 @@ from smoothcache import PREDICTORS, Schedule
 STEPS = 8
 
 
+def levels(num_steps: int = STEPS) -> tuple[float, ...]:
+    """Noise levels for predictors that run over them, not evenly spaced."""
+    return tuple(1 - ((i + 0.5) / num_steps) ** 1.5 for i in range(num_steps))
+
+
 def times(num_steps: int = STEPS) -> list[float]:
     return [1000 * (1 - i / num_steps) for i in range(num_steps)]
 
@@ -101,7 +106,8 @@ class ByHand:
                 history.append((self._step, [leaf.clone() - base for leaf in leaves], spec))
                 return output
             known = history[-order - 1 :]
-            weights = polynomial_weights([step for step, _, _ in known], self._step)
+            places = places_of(row.predictor, self._schedule)
+            weights = polynomial_weights([places[s] for s, _, _ in known], places[self._step])
             leaves = [
                 sum(w * v for w, v in zip(weights, values, strict=True)) + base
                 for values in zip(*(leaves for _, leaves, _ in known), strict=True)
@@ -111,7 +117,17 @@ class ByHand:
         return replacement
 
 
-def polynomial_weights(steps: Sequence[int], at: int) -> list[float]:
+def places_of(predictor: str, schedule: Schedule) -> list[float]:
+    """Where each step lies on the axis of a predictor."""
+    if PREDICTORS[predictor].axis == "step":
+        return [float(step) for step in range(schedule.num_steps)]
+    noise = np.array(schedule.noise_levels)
+    ratio = (1 - noise) / noise
+    on_axis = {"log_snr": np.log(ratio**2), "angle": np.arctan(1 / ratio)}
+    return list(on_axis[PREDICTORS[predictor].axis])
+
+
+def polynomial_weights(steps: Sequence[float], at: float) -> list[float]:
     """Weights w with sum w_i p(steps_i) = p(at) for every polynomial p of the right degree."""
     powers = np.vander(np.array(steps, dtype=np.float64), increasing=True).T
     weights = np.linalg.solve(powers, np.array([float(at) ** k for k in range(len(steps))]))

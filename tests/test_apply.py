@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import STEPS, ByHand, same, sample, times
+from reference import STEPS, ByHand, levels, same, sample, times
 from torch import Tensor, nn
 from toys import TOYS, WIDTH, Attention, Block, Mlp, SharedLayerToy, Toy, build
 
@@ -34,7 +34,7 @@ def toy() -> Toy:
 
 
 def uniform(model: Any, interval: int = 2, predictor: str = "hold") -> sc.Schedule:
-    return sc.Schedule.uniform(model, STEPS, interval, predictor=predictor)
+    return sc.Schedule.uniform(model, STEPS, interval, predictor=predictor, noise_levels=levels())
 
 
 # --------------------------------------------------------------------- the value of a reuse

@@ -23,7 +23,7 @@ def numbers(
         return {argument + "_more" * i: [value] for i, value in enumerate(values)}
 
     return [
-        [branches.number(step, conditioning(call), None) for call in calls]
+        [branches.number(step, conditioning(call), None, torch.randn(1, 2)) for call in calls]
         for step, calls in enumerate(steps)
     ]
 
@@ -63,7 +63,7 @@ def test_a_branch_that_begins_later_is_not_taken_for_the_first() -> None:
     assert numbers(Branches(), [[c], [u, c], [u, c], [c]]) == [[0], [1, 0], [1, 0], [0]]
 
 
-def test_equal_conditioning_is_taken_in_order() -> None:
+def test_equal_conditioning_is_taken_in_order_where_latents_differ() -> None:
     c = embedding(1)
     assert numbers(Branches(), [[c], [c, c], [c, c]]) == [[0], [0, 1], [0, 1]]
     assert numbers(Branches(), [[[], []], [[], []]]) == [[0, 1], [0, 1]]
@@ -90,16 +90,39 @@ def test_a_prompt_that_varies_with_the_step_cannot_be_told() -> None:
 
 
 def test_more_calls_alike_than_the_solver_makes_cannot_be_told() -> None:
-    x, preview, c = embedding(1), embedding(2), {"text": [embedding(3)]}
+    c = {"text": [embedding(3)]}
     branches = Branches()
-    assert branches.number(0, c, None, x, one_stage=True) == 0
-    assert branches.number(0, c, None, preview, one_stage=True) is None
-    assert branches.number(1, c, None, x, one_stage=True) is None
+
+    def number(step: int, stages: int | None) -> int | None:
+        return branches.number(step, c, None, torch.randn(1, 4), stages=stages)
+
+    assert [number(0, 1), number(1, 2), number(1, 2), number(2, 1)] == [0, 0, 1, 0]
+    assert [number(3, 1), number(3, 1), number(4, 1)] == [0, None, None]
     branches.forget()
-    assert branches.number(0, c, None, x, one_stage=True) == 0
-    assert branches.number(0, c, None, x, one_stage=True) == 1
-    assert branches.number(1, c, None, preview, one_stage=True) == 0
-    assert [branches.number(2, c, None, x) for _ in range(6)] == [0, 1, 2, 3, None, None]
+    assert [number(step, None) for step in (0, 0, 1, 1, 2, 2)] == [0, 1, 0, 1, 0, 1]
+    assert [number(3, None) for _ in range(6)] == [0, 1, 2, 3, None, None]
+    assert [number(4, None) for _ in range(2)] == [None, None]  # their number varies
+
+
+@pytest.mark.parametrize("named", [None, "a name"])
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_calls_with_the_same_latents_cannot_be_told_if_conditioned_alike(
+    named: str | None, made_anew: bool
+) -> None:
+    x, c = embedding(1), {"text": [embedding(3)]}
+    branches = Branches()
+
+    def number(step: int, conditioning: Any = c) -> tuple[int | None, int | None]:
+        branch = branches.number(step, conditioning, named, x.clone() if made_anew else x)
+        return branch, branches.mistaken
+
+    assert [number(0), number(1)] == [(0, None), (0, None)]
+    assert [number(1), number(1), number(2)] == [(None, 0), (None, None), (None, None)]
+    if named is None:
+        assert number(2, {"text": [embedding(4)]}) == (1, None)
+    x.add_(1)
+    branches.forget()
+    assert number(0) == (0, None)
 
 
 def test_a_prompt_that_changes_is_a_branch_of_its_own() -> None:

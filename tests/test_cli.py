@@ -23,7 +23,7 @@ from smoothcache.cli import Modality, app
 from smoothcache.compare import Comparison
 from smoothcache.report import Report, ReportRow
 
-COMMANDS = ("demo", "inspect", "calibrate", "plan", "search", "generate", "compare")
+COMMANDS = ("demo", "inspect", "calibrate", "plan", "search", "generate", "compare", "benchmark")
 STEPS = 6
 
 
@@ -459,3 +459,24 @@ def test_comparison_names_schedules_by_their_files(
     files = (schedule, same, other)
     succeed("compare", "x", *(word for file in files for word in ("--schedule", file)))
     assert names == [str(schedule), str(same), "other"]
+
+
+def test_benchmark_shows_every_family(model: Path) -> None:
+    results, picture = model.parent / "results.json", model.parent / "results.png"
+    options = ("--class-label", 1, "--steps", STEPS, "--no-converged")
+    shown = succeed("benchmark", model, *options, "-o", results, "--picture", picture).stdout
+    for name in ("uncached", "3 steps", "UniPC", "FORA, n = 2", "uniform, Taylor 2", "SmoothCache"):
+        assert name in shown
+    assert picture.read_bytes().startswith(b"\x89PNG") and "to converged" not in shown
+    rows = json.loads(results.read_text())["rows"]
+    assert {row["family"] for row in rows} >= {"uncached", "fewer steps", "FORA", "SmoothCache"}
+    assert rows[0]["compute"] == 1 and all(row["compute"] <= 1 for row in rows)
+
+
+def test_benchmark_refuses_what_makes_no_sense(model: Path, tmp_path: Path) -> None:
+    base = ("benchmark", model, "--class-label", 1)
+    assert "(0, 1]" in refused(*base, "--search", 2)
+    assert "finite" in refused(*base, "--search", "nan")
+    assert "no folder" in refused(*base, "-o", tmp_path / "none" / "x.json")
+    assert ".png" in refused(*base, "--picture", tmp_path / "x.gif")
+    assert "class label" in refused("benchmark", model)

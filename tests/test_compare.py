@@ -14,6 +14,7 @@ from toys import Toy, build
 import smoothcache as sc
 from smoothcache.compare import REFERENCE, Comparison, Variant, compare, fewer_steps
 from smoothcache.errors import InvalidArgumentError, ScheduleMismatchError
+from smoothcache.metrics import signal_to_noise_ratio
 from smoothcache.report import ReportRow
 
 STEPS = 8
@@ -299,6 +300,48 @@ def test_clips_of_one_frame_do_not_move(toy: Toy) -> None:
         progress=False,
     )
     assert found.row("half").motion_error is None
+
+
+def sound_sampler(toy: Toy) -> Callable[[int, int], Tensor]:
+    def sample(i: int, num_steps: int) -> Tensor:
+        return toy.generate(num_steps, seed=i, batch=2, tokens=64).reshape(2, 1, -1)
+
+    return sample
+
+
+def test_sounds_are_compared_by_what_one_hears(toy: Toy) -> None:
+    sample = sound_sampler(toy)
+    scores = {
+        "timbre_accuracy": lambda sounds: 0.5,
+        "label_divergence": lambda sounds: float(sounds.shape[2]),
+    }
+    result = compare(
+        toy, sample, [Variant("half", every(toy, 2))], num_steps=STEPS, num_samples=2,
+        scores=scores, progress=False,
+    )  # fmt: skip
+    reference, half = result.row(REFERENCE), result.row("half")
+    uncached = torch.cat([sample(i, STEPS) for i in range(2)])
+    assert torch.equal(result.images[REFERENCE], uncached)
+    expected = signal_to_noise_ratio(result.images["half"], uncached)
+    assert half.snr == pytest.approx(float(expected.mean()))
+    assert reference.snr == math.inf and reference.log_spectral_distance == 0
+    assert half.log_spectral_distance and half.stft_distance and half.relative_error
+    assert (half.psnr, half.ssim) == (None, None)
+    assert dict(half.accuracies) == {"timbre": 0.5}
+    assert half.label_divergence == uncached.shape[2]
+    assert "SNR" in result.verdict()[0] and "the uncached sounds" in result.verdict()[0]
+    rival = signal_to_noise_ratio(result.images[result.rivals["half"]], uncached)
+    assert result.duels()[0].gain == pytest.approx(float((expected - rival).mean()), abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (3, 64, 64), (1, 1, 512), (2, 600, 2048)])
+def test_neither_images_nor_sounds_are_refused(toy: Toy, shape: tuple[int, ...]) -> None:
+    def sample(i: int, num_steps: int) -> Tensor:
+        toy.generate(num_steps, seed=i, batch=2, tokens=16)
+        return torch.zeros(shape)
+
+    with pytest.raises(InvalidArgumentError, match=r"must return images .*, or sounds .*; got"):
+        compare(toy, sample, [Variant("four", num_steps=4)], num_steps=STEPS, progress=False)
 
 
 def test_the_model_is_left_as_it_was(toy: Toy) -> None:

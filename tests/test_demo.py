@@ -13,8 +13,9 @@ from smoothcache import Calibration, InvalidArgumentError, Schedule
 from smoothcache.compare import REFERENCE
 from smoothcache.demo import image
 from smoothcache.demo.classifier import ShapeClassifier, save_classifier
-from smoothcache.demo.course import DemoResult, plan_at_cost
+from smoothcache.demo.course import DemoResult
 from smoothcache.demo.image import Judge, real_images, run_demo
+from smoothcache.methods import plan_at_cost
 
 STEPS = 6
 
@@ -82,7 +83,7 @@ def test_it_calibrates_on_one_sample_of_each_class(result: DemoResult) -> None:
 
 def test_stages_are_told_and_timed(result: DemoResult, told: list[str]) -> None:
     assert [line.partition(" ")[0].strip(",") for line in told] == [
-        "loading", "calibrating", "planning", "sampling", "drawing",
+        "loading", "calibrating", "planning", "sampling", "writing",
     ]  # fmt: skip
     assert len(result.seconds) == len(told)
 

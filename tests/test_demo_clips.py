@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -238,28 +236,14 @@ def test_every_attribute_is_recognised_in_real_clips_and_in_samples() -> None:
 # --- training scripts ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Runs a training script briefly, in this process."""
-    threads = torch.get_num_threads()
-
-    def run_it(name: str, *options: object) -> None:
-        small = ["--batch-size", 2, "--threads", 1, "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", [name, *map(str, small + list(options))])
-        importlib.import_module(f"training.video.{name}").main()
-
-    yield run_it
-    torch.set_num_threads(threads)
-
-
 def test_training_runs_and_resumes(run_script: Callable[..., None], tmp_path: Path) -> None:
     vae, text, dit, exported = (tmp_path / name for name in ("vae", "text", "dit", "pipeline"))
-    run_script("train_vae", "--out", vae, "--steps", 1, "--pool", 4)
-    run_script("train_text_encoder", "--out", text, "--steps", 1)
+    run_script("video.train_vae", "--out", vae, "--steps", 1, "--pool", 4)
+    run_script("video.train_text_encoder", "--out", text, "--steps", 1)
     options = ["--vae", vae / "final", "--text", text / "final", "--out", dit, "--pool", 4]
     small = ["--width", 24, "--depth", 1, "--export", exported]
     for steps in (1, 2):
-        run_script("train_dit", *options, *small, "--steps", steps)
+        run_script("video.train_dit", *options, *small, "--steps", steps)
         assert torch.load(dit / "checkpoint.pt", weights_only=True)["step"] == steps
     pipe = load_pipeline(exported)
     pipe.set_progress_bar_config(disable=True)
@@ -267,6 +251,6 @@ def test_training_runs_and_resumes(run_script: Callable[..., None], tmp_path: Pa
 
 
 def test_classifier_training_runs(run_script: Callable[..., None], tmp_path: Path) -> None:
-    run_script("train_classifier", "--out", tmp_path, "--steps", 1, "--pool", 4)
+    run_script("video.train_classifier", "--out", tmp_path, "--steps", 1, "--pool", 4)
     made, _ = generate(2, seed=0)
     assert load_as(ClipClassifier, tmp_path / "final")(made)["speed"].shape == (2, 2)

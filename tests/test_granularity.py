@@ -19,7 +19,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers.utils import BaseOutput
-from reference import STEPS, Liveness, polynomial_weights, same, sample, times, watched_layers
+from reference import (
+    STEPS,
+    Liveness,
+    levels,
+    places_of,
+    polynomial_weights,
+    same,
+    sample,
+    times,
+    watched_layers,
+)
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,7 +60,14 @@ def toy(toy_name: str) -> Toy:
 
 
 def uniform(model: Any, granularity: Any, interval: int = 2, predictor: str = "hold") -> Any:
-    return sc.Schedule.uniform(model, STEPS, interval, predictor=predictor, granularity=granularity)
+    return sc.Schedule.uniform(
+        model,
+        STEPS,
+        interval,
+        predictor=predictor,
+        granularity=granularity,
+        noise_levels=levels(),
+    )
 
 
 def paths(layers: Sequence[sc.CacheLayer]) -> list[str]:
@@ -75,6 +92,7 @@ class Reference:
     def __init__(self, toy: Toy, schedule: sc.Schedule) -> None:
         self.toy = copy.deepcopy(toy)
         self.computed = self.reused = self.recomputed = 0
+        self._schedule = schedule
         self._held: dict[tuple[str, int, int], list[tuple[int, list[Any], Any]]] = {}
         for layer in schedule.layers or ():
             module = self.toy.get_submodule(layer.path)
@@ -92,6 +110,7 @@ class Reference:
         self, layer: sc.CacheLayer, row: sc.Row, forward: Callable[..., Any]
     ) -> Callable[..., Any]:
         order = sc.PREDICTORS[row.predictor].order
+        places = places_of(row.predictor, self._schedule)
 
         def replacement(*args: Any, **kwargs: Any) -> Any:
             use = self._uses[layer.path] = self._uses.get(layer.path, -1) + 1
@@ -108,7 +127,7 @@ class Reference:
                 return output
             self.reused += 1
             known = history[-order - 1 :]
-            weights = polynomial_weights([step for step, _, _ in known], self._step)
+            weights = polynomial_weights([places[s] for s, _, _ in known], places[self._step])
             values = [
                 sum(weight * leaf for weight, leaf in zip(weights, leaves, strict=True))
                 for leaves in zip(*(leaves for _, leaves, _ in known), strict=True)
@@ -342,10 +361,12 @@ def test_choosing_nothing_is_refused(nothing: Any) -> None:
         sc.observe_layers(toy, lambda i: sample(toy), select=lambda path, module: nothing)
 
 
-@pytest.mark.xfail(strict=True, reason="a list of modules, which nobody calls, is taken for an ffn")
-def test_choosing_a_list_of_modules_is_refused() -> None:
+@pytest.mark.parametrize("kind", [nn.ModuleList, lambda x: nn.ModuleDict({"0": x[0]})])
+def test_choosing_what_has_no_forward_is_refused(kind: Callable[[list[nn.Module]], Any]) -> None:
     toy = build("single", depth=1)
-    with pytest.raises(sc.InvalidArgumentError, match=r"'blocks'.*is never called"):
+    toy.blocks = kind([toy.blocks[0]])
+    words = r"'blocks', a Module(List|Dict) that has no forward and so is never called"
+    with pytest.raises(sc.InvalidArgumentError, match=words):
         sc.find_layers(toy, select=lambda path, module: path == "blocks")
 
 
@@ -846,7 +867,9 @@ def outputs(model: nn.Module, predictor: str, times: Sequence[float]) -> tuple[l
     layers = tuple(sc.find_layers(model, granularity="model"))
     row = sc.Row((True, True, *(False for _ in times[2:])), predictor)
     got = []
-    with sc.cached(model, sc.Schedule(len(times), {"": row}, layers)) as run:
+    with sc.cached(
+        model, sc.Schedule(len(times), {"": row}, layers, noise_levels=levels(len(times)))
+    ) as run:
         for time in times:
             got.append(model(torch.arange(1.0, 5.0).reshape(1, 4), torch.tensor([time])))
     return got, run
@@ -937,15 +960,34 @@ class HomeMade(OrderedDict):  # type: ignore[type-arg]
         self["sample"] = self.sample
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="an output that is both mapping and dataclass is refilled as a dataclass alone",
-)
-def test_an_output_that_is_mapping_and_dataclass() -> None:
-    got, _ = outputs(Returning(lambda x: HomeMade(sample=x)), "taylor", FALLING)
+class MadeByHand(dict):  # type: ignore[type-arg]
+    """A mapping whose items are attributes too, unknown to PyTorch."""
+
+    def __init__(self, **items: Any) -> None:
+        super().__init__(items)
+        self.__dict__.update(items)
+
+
+@pytest.mark.parametrize("make", [HomeMade, MadeByHand])
+def test_an_output_that_is_a_mapping_with_attributes(make: Callable[..., Any]) -> None:
+    got, run = outputs(Returning(lambda x: make(sample=x)), "taylor", FALLING)
     for value, time in zip(got, FALLING, strict=True):
         assert value.sample.flatten().tolist() == [k * time for k in range(1, 5)]
-        assert value["sample"].flatten().tolist() == [k * time for k in range(1, 5)]
+        assert value["sample"] is value.sample and type(value) is make
+    assert run.summary().peak_bytes == 2 * got[0].sample.nbytes
+
+
+def test_a_tensor_in_two_places_of_an_output_is_one() -> None:
+    got, run = outputs(Returning(lambda x: (x, {"again": x}, x[:])), "hold", FALLING)
+    for first, mapping, other in got:
+        assert mapping["again"] is first is not other
+    assert run.summary().peak_bytes == 2 * got[0][0].nbytes
+
+
+def test_tensors_in_an_object_that_cannot_be_taken_apart_are_refused() -> None:
+    model = Returning(lambda x: (x, SimpleNamespace(extra=[x + 1])))
+    with pytest.raises(sc.ScheduleMismatchError, match=r"a SimpleNamespace with tensors in it"):
+        outputs(model, "hold", FALLING)
 
 
 @pytest.mark.parametrize(
@@ -978,7 +1020,7 @@ def mixed(toy: Toy, outer: str, predictor: str = "hold") -> sc.Schedule:
     inside = [x for x in sc.find_layers(toy, granularity="layer") if x not in outside]
     rows = {x.path: sc.Row(BLOCK, predictor) for x in outside}
     rows |= {x.path: sc.Row((INNER, LATER)[i % 2], predictor) for i, x in enumerate(inside)}
-    return sc.Schedule(STEPS, rows, tuple(outside + inside))
+    return sc.Schedule(STEPS, rows, tuple(outside + inside), noise_levels=levels())
 
 
 @every_toy
@@ -1061,11 +1103,6 @@ class TwiceToy(Toy):
         return out + again.nan_to_num()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="uses are counted per call of the denoiser: where the first use of a block is reused, "
-    "the layers in its second use are taken for those in the first",
-)
 def test_a_block_used_twice_whose_second_use_alone_must_compute() -> None:
     torch.manual_seed(0)
     toy = TwiceToy(depth=1).eval()
@@ -1073,14 +1110,21 @@ def test_a_block_used_twice_whose_second_use_alone_must_compute() -> None:
     toy.blocks[0].calls, toy.blocks[0].spoils = 0, (2,)
     row = sc.Row(steps("#.#####"))
     schedule = sc.Schedule(7, {block.path: row, attention.path: row}, (block, attention))
-    seen: list[Tensor] = []
-    toy.blocks[0].attn.register_forward_hook(lambda _, args, output: seen.append(output.clone()))
-    with sc.cached(toy, schedule, check_finite=True):
+    seen: list[tuple[Tensor, Tensor]] = []
+    toy.blocks[0].attn.register_forward_hook(
+        lambda _, args, output: seen.append((args[0].clone(), output.clone()))
+    )
+    with sc.cached(toy, schedule, check_finite=True) as run:
         for time in times(7):
             toy(torch.ones(1, 6, WIDTH), torch.tensor([time]), torch.tensor([0]))
-    first, second, second_again = seen[:3]
+    (_, first), (_, second), (given, second_again) = seen[:3]
     assert not torch.equal(first, second)
-    assert torch.equal(second_again, second)
+    # In step 1 the block is reused, then computed: its attention too, as it is not its first use.
+    assert torch.equal(second_again, toy.blocks[0].attn(given))
+    assert run.summary().recomputed == {
+        "what had been computed was not finite": 1,
+        "no value had been computed for this call": 1,
+    }
 
 
 # ------------------------------------------------------- the invariants, for blocks and for models

@@ -19,10 +19,10 @@ PACKAGE = Path(smoothcache.__file__).parent
 # no rank of their own. `schedule` refuses unknown predictors, so their table lies below it.
 RANKS = (
     {"errors", "distance", "costs", "predictors", "denoisers", "diffusers_io", "version"},
-    {"layers", "calibration", "schedule"},
+    {"layers", "calibration", "schedule", "routers"},
     {"planners"},
-    {"calibrate", "apply", "clock", "observe", "summary"},
-    {"search", "metrics", "plots", "report", "compare"},
+    {"calibrate", "apply", "clock", "learn", "observe", "summary"},
+    {"search", "metrics", "plots", "report", "compare", "benchmark", "methods"},
     {"demo", "cli", "__main__"},
 )
 RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import STEPS, ByHand, Liveness, same, sample, times, watched_layers
+from reference import STEPS, ByHand, Liveness, levels, same, sample, times, watched_layers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import TOYS, Toy, build
@@ -75,7 +75,7 @@ def test_1_a_schedule_that_computes_everything_changes_no_bit(
     toy: Toy, predictor: str, calls: int
 ) -> None:
     plain = sample(toy, calls=calls)
-    everything = sc.Schedule.uniform(toy, STEPS, 1, predictor=predictor)
+    everything = sc.Schedule.uniform(toy, STEPS, 1, predictor=predictor, noise_levels=levels())
     with sc.cached(toy, everything) as run:
         under_schedule = sample(toy, calls=calls)
     assert same(plain, under_schedule)

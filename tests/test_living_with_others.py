@@ -38,17 +38,6 @@ CPU = torch.device("cpu")
 Undo = Callable[[], Any]
 Put = Callable[[Toy], Undo]
 
-RECURSION = "a class generated for an earlier interception is taken for a class of the user"
-
-
-def failing(reason: str) -> Any:
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
-def fails(reason: str, *values: Any, when: bool = True) -> Any:
-    """Parameters with which a test fails at present."""
-    return pytest.param(*values, marks=[failing(reason)] if when else [])
-
 
 @pytest.fixture(autouse=True)
 def without_gradients() -> Iterator[None]:
@@ -1456,26 +1445,33 @@ def raw_toy() -> Toy:
     return RawToy(depth=2).eval().requires_grad_(False)
 
 
-CLASS_STAYS = (
-    "a class that another made from ours keeps ours as its base, and its remover leaves it"
-)
-HALF_REMOVED = "torch looks for its property in the class that the layer has, which is ours"
-
-
-@pytest.mark.parametrize(
-    "order",
-    [
-        "AEDU",
-        "EAUD",
-        fails(CLASS_STAYS, "EADU"),
-        fails(HALF_REMOVED, "AEUD"),
-        fails(HALF_REMOVED, "AEUADU"),
-        fails(f"{RECURSION}; then, {CLASS_STAYS}", "EADEDU"),
-        "EAUAUD",
-    ],
-)
+@pytest.mark.parametrize("order", ORDERS)
 def test_a_layer_that_is_parametrized_itself(order: str) -> None:
     play(order, parametrized("blocks.0.mlp", "scale"), raw_toy, unidentified(raw_toy()))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_parametrized_layer_and_its_copy_share_a_class_but_no_schedule(first: int) -> None:
+    toy = raw_toy()
+    plain, schedule = denoised(toy), unidentified(toy)
+    undo = parametrized("blocks.0.mlp", "scale")(toy)
+    toys = [toy, copy.deepcopy(toy)]
+    before = type(toys[0].blocks[0].mlp)
+    assert type(toys[1].blocks[0].mlp) is before and before.__bases__ == (RawMlp,)
+    with sc.cached(toy, schedule):
+        under_schedule = denoised(toy)
+        third = copy.deepcopy(toy)
+        assert torch.equal(denoised(third), plain)
+    handles = [sc.enable(x, schedule) for x in toys]
+    handles[first].disable()
+    assert torch.equal(denoised(toys[first]), plain)
+    assert torch.equal(denoised(toys[1 - first]), under_schedule)
+    assert handles[1 - first].summary().reused == schedule.reused
+    handles[1 - first].disable()
+    assert torch.equal(denoised(toys[1 - first]), plain)
+    assert before.__bases__ == (RawMlp,)
+    undo()
+    assert type(toy.blocks[0].mlp) is RawMlp
 
 
 def test_a_layer_parametrized_while_enabled_can_be_enabled_again() -> None:

@@ -188,9 +188,9 @@ def test_clips_are_animated_beside_their_differences(tmp_path: Path) -> None:
 
 
 def test_samples_are_encoded_as_what_they_are() -> None:
-    clip = torch.linspace(-0.5, 1.5, 4).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    clip = torch.tensor([-0.5, 0.2, 0.6, 1.5]).view(4, 1, 1, 1).expand(4, 3, 8, 8)
     with Image.open(io.BytesIO(plots.encoded_picture(clip[2]))) as image:
-        assert image.format == "PNG" and image.getpixel((0, 0)) == (213, 213, 213)
+        assert image.format == "PNG" and image.getpixel((0, 0)) == (153, 153, 153)
     with Image.open(io.BytesIO(plots.encoded_picture(clip))) as moving:
         assert moving.format == "GIF" and moving.n_frames == 4
 
@@ -202,6 +202,23 @@ def test_images_that_cannot_be_compared_are_refused() -> None:
         plots.plot_image_grid([("a", images(1)[:2])], images(0))
     with pytest.raises(InvalidArgumentError, match="1 or 3 channels, got 2"):
         plots.plot_image_grid([("a", images(1, 2))], images(0, 2))
+
+
+def test_spectrograms_have_a_strip_each_and_its_difference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sounds = 0.1 * torch.randn(3, 1, 4096, generator=generator)
+    rows = [("same", sounds), ("softer", 0.1 * sounds)]
+    figure = plots.plot_spectrograms(rows, sounds, 16_000)
+    assert len(figure.axes) == 5
+    written = texts(figure)
+    assert "same\n0.0 dB off" in written and "softer\n20.0 dB off" in written
+    uncached, same, no_change, _, change = (axes.images[0].get_array() for axes in figure.axes)
+    assert uncached.shape[0] == 64
+    np.testing.assert_array_equal(uncached, same)
+    assert no_change.max() == 0
+    assert np.median(change.compressed()) == pytest.approx(20 / 30, abs=0.01)
+    with pytest.raises(InvalidArgumentError, match="at least one row of sounds"):
+        plots.plot_spectrograms([], sounds, 16_000)
 
 
 def test_pictures_are_saved_where_they_should_be(tmp_path: Path) -> None:

@@ -5,7 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smoothcache.predictors import PREDICTORS, extrapolation_weights, last_uses
+from smoothcache.predictors import (
+    PREDICTORS,
+    axis_positions,
+    extrapolation_weights,
+    last_uses,
+)
 
 masks = st.lists(st.booleans(), max_size=12).map(lambda rest: (True, *rest))
 
@@ -49,3 +54,46 @@ def test_last_uses_by_running_the_mask(order: int, computed: tuple[bool, ...]) -
 def test_a_predictor_has_the_name_of_its_entry(name: str) -> None:
     assert PREDICTORS[name].name == name
     assert PREDICTORS[name].order >= 0
+
+
+@given(
+    known=st.lists(st.integers(0, 30), min_size=1, max_size=3, unique=True).map(sorted),
+    ahead=st.integers(1, 10),
+    gain=st.floats(-2, 3),
+)
+def test_a_gain_scales_the_predicted_change(known: list[int], ahead: int, gain: float) -> None:
+    values = [float(step * step - 3 * step) for step in known]
+    at = known[-1] + ahead
+
+    def predicted(gain: float) -> float:
+        weights = extrapolation_weights(known, at, gain)
+        assert sum(weights) == pytest.approx(1)
+        return sum(w * v for w, v in zip(weights, values, strict=True))
+
+    change = predicted(1.0) - values[-1]
+    assert predicted(gain) == pytest.approx(values[-1] + gain * change, rel=1e-6, abs=1e-6)
+    assert predicted(0.0) == values[-1]
+
+
+NOISE = (1.0, 0.8, 0.5, 0.1)
+
+
+def test_positions_on_the_axes() -> None:
+    assert axis_positions("step", 4, NOISE) == [0, 1, 2, 3]
+    assert axis_positions("angle", 4, NOISE) == pytest.approx(
+        [np.pi / 2, np.arctan(4), np.pi / 4, np.arctan(1 / 9)]
+    )
+    log_snr = axis_positions("log_snr", 4, NOISE)
+    assert log_snr[1:] == pytest.approx([-np.log(16), 0, np.log(81)])
+    assert np.isfinite(log_snr[0]) and log_snr[0] < -15  # pure noise
+
+
+@pytest.mark.parametrize("name", [name for name, p in PREDICTORS.items() if p.axis != "step"])
+def test_a_predictor_over_the_noise_level_is_exact_for_polynomials_in_it(name: str) -> None:
+    predictor = PREDICTORS[name]
+    places = axis_positions(predictor.axis, 4, NOISE)
+    polynomial = np.polynomial.Polynomial([2.0, -1.0, 0.5][: predictor.order + 1])
+    known = places[: predictor.order + 1]
+    weights = extrapolation_weights(known, places[3])
+    predicted = sum(w * polynomial(x) for w, x in zip(weights, known, strict=True))
+    assert predicted == pytest.approx(polynomial(places[3]))

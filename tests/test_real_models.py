@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference import levels
 from torch import Tensor, nn
 
 import smoothcache as sc
@@ -323,7 +324,7 @@ def test_computing_everything_changes_no_bit(name: str) -> None:
 def test_every_kind_is_reused(name: str, predictor: str) -> None:
     model = build(name)
     plain = generate(name, model)
-    schedule = sc.Schedule.uniform(model, STEPS, 2, predictor=predictor)
+    schedule = sc.Schedule.uniform(model, STEPS, 2, predictor=predictor, noise_levels=levels(STEPS))
     with sc.cached(model, schedule) as run:
         first, second = generate(name, model, batch=2), generate(name, model)
     summary = run.summary()

@@ -68,7 +68,15 @@ def test_json_is_strict_and_keeps_every_digit() -> None:
     assert first["psnr"] == "inf"
     assert first["frechet_distance"] == 3.14159
     assert last["class_accuracy"] is None and last["peak_bytes"] is None
-    assert set(first) == {"name", *COLUMNS}
+    assert set(first) == {"name", "family", "margins", *COLUMNS}
+
+
+def test_intervals_stand_behind_their_means() -> None:
+    margins = {"psnr": 0.53, "class_accuracy": 0.04, "time": 0.02}
+    row = ReportRow("a", psnr=30.0, class_accuracy=0.9, time=0.5, ssim=0.9, margins=margins)
+    assert Report((row,)).cells() == [
+        ["a", "× 0.50 ± 0.02", "30.0 ± 0.5", "0.9000", "90.0 ± 4.0 %"]
+    ]
 
 
 def test_columns_without_values_are_left_out() -> None:
@@ -76,6 +84,23 @@ def test_columns_without_values_are_left_out() -> None:
     assert report.to_text() == "   PSNR, dB\na      30.0\nb         -"
     assert Report((ReportRow("a"),)).to_text() == "\na"
     assert Report(()).to_text() == ""
+
+
+def test_every_attribute_is_a_column() -> None:
+    rows = (
+        ReportRow("a", snr=12.34, accuracies={"pitch": 1.0, "rhythm": 0.25}),
+        ReportRow("b", accuracies={"timbre": 0.5}),
+    )
+    report = Report(rows)
+    assert report.header() == [
+        "", "SNR, dB", "pitch accuracy", "rhythm accuracy", "timbre accuracy"
+    ]  # fmt: skip
+    assert report.cells() == [
+        ["a", "12.3", "100.0 %", "25.0 %", "-"], ["b", "-", "-", "-", "50.0 %"]
+    ]  # fmt: skip
+    assert json.loads(report.to_json())["rows"][0]["accuracies"] == {"pitch": 1.0, "rhythm": 0.25}
+    with pytest.raises(InvalidArgumentError, match="pitch of the row 'a' is NaN"):
+        ReportRow("a", accuracies={"pitch": math.nan})
 
 
 def test_a_bar_in_a_name_does_not_break_markdown() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import STEPS, same, sample, times
+from reference import STEPS, levels, same, sample, times
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import TOKENS, TOYS, WIDTH, Toy, build
@@ -45,7 +45,7 @@ def often() -> Iterator[None]:
 
 
 def uniform(model: Any, interval: int = 3, **options: Any) -> sc.Schedule:
-    return sc.Schedule.uniform(model, STEPS, interval, **options)
+    return sc.Schedule.uniform(model, STEPS, interval, noise_levels=levels(), **options)
 
 
 def generate(toy: Toy, **options: Any) -> list[Tensor]:
@@ -239,10 +239,6 @@ def test_threads_that_take_turns(toy_name: str, calls: int, often: None) -> None
 
 
 @pytest.mark.parametrize("same_thread", [True, False], ids=["long-lived", "one for each"])
-@pytest.mark.xfail(
-    strict=True,
-    reason="a thread is held to the first timestep it began at, also when its generation is over",
-)
 def test_threads_that_take_turns_from_other_beginnings(same_thread: bool) -> None:
     """As image to image does with another strength."""
     pipe = Pipe(0)

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from model_coverage import build, measure
+from reference import levels
 from torch import Tensor, nn
 from zoo import TinyModel, all_models, noise
 
@@ -63,7 +64,12 @@ def test_the_same_call_repeated_gives_the_same_output_under_any_schedule(name: s
         exact = not any(layer.kind.endswith("block") for layer in layers)
         for interval, predictor in ((1, "hold"), (2, "hold"), (5, "hold"), (2, "taylor2")):
             schedule = sc.Schedule.uniform(
-                model, len(times), interval, predictor=predictor, layers=layers
+                model,
+                len(times),
+                interval,
+                predictor=predictor,
+                layers=layers,
+                noise_levels=levels(len(times)),
             )
             with sc.cached(model, schedule) as run:
                 outputs = [model(x, t) for t in times]

@@ -32,7 +32,7 @@ def parser(
     options.add_argument("--minutes", type=float, default=math.inf, help="wall-clock budget")
     options.add_argument("--batch-size", type=int, default=batch)
     options.add_argument("--lr", type=float, default=lr, help="peak learning rate")
-    options.add_argument("--warm-up", type=int, default=min(500, steps // 10), help="steps")
+    options.add_argument("--warm-up", type=int, help="steps; else a tenth of all, at most 500")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -135,7 +135,9 @@ class Run:
         return int(self.options.seed) * 1_000_003 + own
 
     def _set_lr(self) -> None:
-        warm = min(1.0, (self.step + 1) / max(1, self.options.warm_up))
+        options = self.options
+        steps = min(500, options.steps // 10) if options.warm_up is None else options.warm_up
+        warm = min(1.0, (self.step + 1) / max(1, steps))
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.progress)))
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.lr * warm * max(0.01, cosine)

@@ -396,24 +396,33 @@ class T2IFinalLayer(nn.Module):
 
 
 class STDiT3(nn.Module):
+    """Open-Sora v1.2; its published size is 1152, 16, 28, 4096, 300."""
+
     patch_size = (1, 2, 2)
     input_sq_size = 512
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        width: int = WIDTH,
+        heads: int = HEADS,
+        depth: int = DEPTH,
+        caption_width: int = CAPTION_WIDTH,
+        caption_tokens: int = CAPTION_TOKENS,
+    ) -> None:
         super().__init__()
-        self.pos_embed = PositionEmbedding2D(WIDTH)
-        self.rope = Rotary(WIDTH // HEADS)
-        self.x_embedder = PatchEmbed3D(self.patch_size, CHANNELS, WIDTH)
-        self.t_embedder = TimestepEmbedder()
-        self.fps_embedder = SizeEmbedder()
-        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, 6 * WIDTH))
-        self.y_embedder = CaptionEmbedder(CAPTION_WIDTH, WIDTH, CAPTION_TOKENS)
-        self.spatial_blocks = nn.ModuleList(STDiT3Block(WIDTH, HEADS) for _ in range(DEPTH))
+        self.pos_embed = PositionEmbedding2D(width)
+        self.rope = Rotary(width // heads)
+        self.x_embedder = PatchEmbed3D(self.patch_size, CHANNELS, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.fps_embedder = SizeEmbedder(width)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.y_embedder = CaptionEmbedder(caption_width, width, caption_tokens)
+        self.spatial_blocks = nn.ModuleList(STDiT3Block(width, heads) for _ in range(depth))
         self.temporal_blocks = nn.ModuleList(
-            STDiT3Block(WIDTH, HEADS, temporal=True, rope=self.rope.rotate_queries_or_keys)
-            for _ in range(DEPTH)
+            STDiT3Block(width, heads, temporal=True, rope=self.rope.rotate_queries_or_keys)
+            for _ in range(depth)
         )
-        self.final_layer = T2IFinalLayer(WIDTH, math.prod(self.patch_size) * 2 * CHANNELS)
+        self.final_layer = T2IFinalLayer(width, math.prod(self.patch_size) * 2 * CHANNELS)
 
     def forward(
         self,

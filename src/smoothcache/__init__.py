@@ -20,9 +20,12 @@ from .errors import SmoothCacheError as SmoothCacheError
 from .errors import SmoothCacheWarning as SmoothCacheWarning
 from .layers import CacheLayer as CacheLayer
 from .layers import find_layers as find_layers
+from .learn import learn_routers as learn_routers
 from .observe import observe_layers as observe_layers
 from .planners import plan as plan
+from .planners import plan_learned as plan_learned
 from .predictors import PREDICTORS as PREDICTORS
+from .routers import Routers as Routers
 from .schedule import Row as Row
 from .schedule import Schedule as Schedule
 from .search import SearchedSchedule as SearchedSchedule

@@ -74,6 +74,7 @@ class Attachment:
             lambda: solver_stages(noise_scheduler(model)),
         )
         self.listener = listener
+        self.planned = planned
         self.branches = {name: Branches() for name in denoisers}
         self.turn = _Turn()
         wanted: list[tuple[nn.Module, Handler]] = [
@@ -102,7 +103,7 @@ class _Turn:
     def __init__(self) -> None:
         self._in_call = threading.RLock()
         self._thread: int | None = None
-        self._began_at: dict[int, float] = {}
+        self._began_at: dict[int, float] = {}  # generations that may be under way, by thread
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -114,10 +115,11 @@ class _Turn:
         finally:
             self._in_call.release()
 
-    def may_take(self, tick: Tick, first_timestep: float) -> bool:
+    def may_take(self, tick: Tick, first_timestep: float, *, is_last: bool) -> bool:
         """Lets the thread of a generation's first call go on with it, and no other.
 
-        One that another thread overtook may begin anew, where it began before, but not go on.
+        One that another thread overtook may begin anew, where it began before, but not go on. One
+        whose generation has come to its last step may begin anywhere.
         """
         thread = threading.get_ident()
         if thread != self._thread:
@@ -126,6 +128,8 @@ class _Turn:
                 return False
         self._thread = thread
         self._began_at[thread] = first_timestep
+        if is_last:
+            del self._began_at[thread]
         return True
 
 
@@ -182,7 +186,7 @@ class _Placed:
         if call.timestep is None:
             raise ScheduleMismatchError(
                 f"{type(self._denoiser).__name__} was called without a timestep, so the step "
-                "cannot be told; run it outside of the cached block"
+                "cannot be told; keep such calls apart from sampling"
             )
         attachment = self._attachment
         before = attachment.clock.snapshot()
@@ -190,7 +194,8 @@ class _Placed:
         if not tick.inside:
             attachment.listener.outside()
             return tick
-        if not attachment.turn.may_take(tick, attachment.clock.first_timestep):
+        first, is_last = attachment.clock.first_timestep, tick.step + 1 == attachment.planned
+        if not attachment.turn.may_take(tick, first, is_last=is_last):
             attachment.clock.restore(before)
             raise _two_threads()
         if tick.starts:
@@ -202,7 +207,8 @@ class _Placed:
             call.conditioning,
             context,
             call.latents,
-            one_stage=attachment.clock.asks_once,
+            stages=attachment.clock.stages(tick.step),
+            position=attachment.clock.position,
         )
         attachment.listener.before(self._name, tick, branch, args, kwargs)
         return tick

@@ -3,8 +3,11 @@
 Guidance calls the denoiser several times in a step, with and without the prompt, and may do so in
 some steps only. The values of one such *branch* must never be reused in another. A branch is told
 by the name that ``cache_context`` gives it, else by its conditioning: all that the denoiser is
-given but the timestep and the latents. Several calls that this cannot tell apart (the two stages
-of a Heun step) are taken in their order.
+given but the timestep and the latents.
+
+Several calls that this cannot tell apart are the stages of a solver's step (Heun's, say) if their
+latents differ, and are taken in their order. If their latents are the same too, what differs is
+hidden, as in guidance by a perturbed model: such calls are told no branch.
 """
 
 from __future__ import annotations
@@ -26,7 +29,12 @@ _MOST_USES = 4
 
 
 class Branches:
-    """Numbers the calls of a denoiser so that a branch has the same number in every step."""
+    """Numbers the calls of a denoiser so that a branch has the same number in every step.
+
+    Attributes:
+        mistaken: The branch that an earlier call of the step was given, if the last call was the
+            first in this generation that nothing tells from such a one; either may be the other.
+    """
 
     def __init__(self) -> None:
         self.forget()
@@ -37,9 +45,11 @@ class Branches:
         self._groups: list[tuple[int, ...]] = []
         self._numbers: dict[tuple[Hashable, int], int] = {}
         self._uses: dict[Hashable, int] = {}
-        self._latents: dict[Hashable, tuple[weakref.ref[Tensor], int | None]] = {}
+        self._counts: dict[Hashable, list[int]] = {}  # calls in each step, where nobody says
+        self._latents: dict[Hashable, list[tuple[_Value | None, int]]] = {}
         self._unsure: set[Hashable] = set()
         self._step = -1
+        self.mistaken: int | None = None
 
     def number(
         self,
@@ -48,7 +58,8 @@ class Branches:
         name: str | None,
         latents: Tensor | None = None,
         *,
-        one_stage: bool = False,
+        stages: int | None = None,
+        position: int | None = None,
     ) -> int | None:
         """The branch of a call; None if it cannot be told.
 
@@ -58,26 +69,54 @@ class Branches:
                 name of the argument.
             name: What ``cache_context`` calls it; None outside of one.
             latents: What is denoised.
-            one_stage: Whether the solver is known to ask once in a step for each branch.
+            stages: How often the solver asks in this step for each branch, if it says.
+            position: Where the solver is, if it counts; no two of its stages are at the same.
         """
         if step != self._step:
-            self._step, self._uses = step, {}
+            self._begin(step)
         group = self._group(step, conditioning) if name is None else name
+        self.mistaken = None
         if group is None:
             return None
         use = self._uses[group] = self._uses.get(group, -1) + 1
-        if use and one_stage and not self._has_latents(group, latents):
-            self._unsure.add(group)  # one of them is not the solver's, and either may be
-        elif latents is not None:
-            self._latents[group] = weakref.ref(latents), version(latents)
+        alike = self._use_with(latents, group, position)
+        if alike is not None and group not in self._unsure:
+            self.mistaken = self._numbers.get((group, alike))
+        if alike is not None or (stages is not None and use >= stages):
+            self._unsure.add(group)
+        if stages is not None:
+            self._counts.pop(group, None)
+        elif use == 0:
+            self._counts.setdefault(group, []).append(1)
+        elif group in self._counts:
+            self._counts[group][-1] += 1
         if group in self._unsure or use >= _MOST_USES:
             return None
         return self._numbers.setdefault((group, use), len(self._numbers))
 
-    def _has_latents(self, group: Hashable, latents: Tensor | None) -> bool:
-        """Whether a group's last call was given the same latents."""
-        known, count = self._latents.get(group, (lambda: None, None))
-        return latents is not None and known() is latents and count == version(latents)
+    def _begin(self, step: int) -> None:
+        """Turns to another step; from now on, calls that came in varying number are not trusted.
+
+        One that was left out is noticed only here. A solver's first step may have fewer.
+        """
+        for group, counts in self._counts.items():
+            if len(set(counts[1:])) > 1:
+                self._unsure.add(group)
+            del counts[2:]
+        self._step, self._uses = step, {}
+        self._latents.clear()
+
+    def _use_with(
+        self, latents: Tensor | None, group: Hashable, position: int | None
+    ) -> int | None:
+        """The earlier call of the group in this step that nothing tells from this one."""
+        earlier = self._latents.setdefault((group, position), [])
+        for value, use in earlier:
+            if value is None or latents is None or value.is_of(latents):
+                return use
+        value = None if latents is None else _Value(latents, self._step)
+        earlier.append((value, self._uses[group]))
+        return None
 
     def _group(self, step: int, conditioning: Mapping[str, Sequence[Any]]) -> Hashable:
         """Index of the earlier calls that were conditioned in the same way; None if in none."""

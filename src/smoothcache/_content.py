@@ -1,4 +1,4 @@
-"""Tells whether two tensors hold the same numbers, without keeping them."""
+"""Tells whether two tensors hold the same numbers, or have to do with each other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from torch import Tensor
 
 Digest = Tensor | int
 _REDUCED = 2**22  # elements of a tensor on an accelerator that are looked at, at most
+_SKETCHED = 2**16  # elements of a sketch, at most
+_ENOUGH = 2**10  # elements of which a correlation says something
+_UNRELATED = 0.25
 
 
 def version(tensor: Tensor | None) -> int | None:
@@ -36,3 +39,19 @@ def are_equal(a: Digest | None, b: Digest | None) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return bool((a == b).all())
     return bool(a == b)
+
+
+def sketch(tensor: Tensor) -> Tensor | None:
+    """Some of a tensor's elements, for ``are_unrelated``; None if there are too few."""
+    if tensor.device.type == "meta" or not tensor.is_floating_point() or tensor.numel() < _ENOUGH:
+        return None
+    values = tensor.detach().reshape(-1)
+    return values[:: values.numel() // _SKETCHED + 1].to(torch.float32, copy=True)
+
+
+def are_unrelated(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether sketches of equal size do not correlate; on an accelerator, the host waits for it."""
+    if a is None or b is None or a.shape != b.shape or a.device != b.device:
+        return False
+    correlation = torch.corrcoef(torch.stack([a, b]))[0, 1]
+    return bool(correlation.abs() < _UNRELATED)

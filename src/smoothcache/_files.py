@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,11 +86,12 @@ class Value:
             raise self.error(f"expected an object, got {_shown(self.raw)}")
         return {name: self._inside(item, f".{name}") for name, item in self.raw.items()}
 
-    def fields(self, *names: str) -> dict[str, Value]:
-        """The entries of an object that must have exactly these names."""
-        entries = self.entries()
+    def fields(self, *names: str, optional: Collection[str] = ()) -> dict[str, Value]:
+        """The entries of an object that must have exactly these names; null where one may lack."""
+        absent = {name: self._inside(None, f".{name}") for name in optional}
+        entries = {**absent, **self.entries()}
         missing = [name for name in names if name not in entries]
-        unknown = [name for name in entries if name not in names]
+        unknown = [name for name in entries if name not in names and name not in absent]
         if missing:
             raise self.error(f"the field {listed(missing)} is missing")
         if unknown:

@@ -2,10 +2,11 @@
 
 ``intercept(module, handler)`` makes every forward of the module, whoever calls it, go through
 ``handler(forward, args, kwargs)``. The class of the module becomes a generated subclass of the
-same name; state-dict keys, ``isinstance`` and hooks stay what they were. The handler stands
-before everything: a forward that is put on the instance, earlier or later, runs behind it, and
-taking such a forward away again, in any order, never leads past the handler. Copies and pickles
-of an intercepted module are plain modules of the original class.
+same name, below the one that torch gives to a parametrized module; state-dict keys,
+``isinstance`` and hooks stay what they were. The handler stands before everything: a forward that
+is put on the instance, earlier or later, runs behind it, and taking such a forward away again, in
+any order, never leads past the handler. Copies and pickles of an intercepted module are plain
+modules of the original class.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .errors import AlreadyCachedError
 
 _SLOT = "_smoothcache_slot"
 _generated: WeakKeyDictionary[type, type] = WeakKeyDictionary()
 _generating = threading.Lock()
+_intercepted: WeakSet[nn.Module] = WeakSet()
 
 
 class Handler(Protocol):
@@ -141,11 +144,12 @@ class _ForwardOfInstance:
 
 def intercept(module: nn.Module, handler: Handler) -> None:
     """Sends every forward of ``module`` through ``handler`` until ``release``."""
-    base = type(module)
+    base = _below_parametrization(module)
     if _is_generated(base):  # made by the class of an intercepted module
         base = base.__bases__[0]
-    module.__class__ = _subclass(base)  # first, because it alone can fail
+    _exchange(module, base, _subclass(base))  # first, because it alone can fail
     object.__setattr__(module, _SLOT, _Slot(module, base, handler))
+    _intercepted.add(module)
 
 
 def is_intercepted(module: nn.Module) -> bool:
@@ -163,10 +167,32 @@ def release(module: nn.Module) -> None:
     """Takes the handler away and leaves the module as ``intercept`` found it."""
     slot: _Slot = module.__dict__.pop(_SLOT)
     slot.handler = None
-    if type(module) is _generated.get(slot.base):
-        module.__class__ = slot.base
+    _intercepted.discard(module)
+    if not (_is_parametrized(module) and any(type(x) is type(module) for x in _intercepted)):
+        _exchange(module, _generated[slot.base], slot.base)
     if slot.instance_forward is not None:
         module.__dict__["forward"] = slot.instance_forward
+
+
+def _is_parametrized(module: nn.Module) -> bool:
+    """Whether torch has put a class before the module's own, for weights made from others."""
+    return parametrize.is_parametrized(module) and type(module).__name__.startswith("Parametrized")
+
+
+def _below_parametrization(module: nn.Module) -> type:
+    return type(module).__bases__[0] if _is_parametrized(module) else type(module)
+
+
+def _exchange(module: nn.Module, old: type, new: type) -> None:
+    """Puts a module's class in another's place.
+
+    The class of a parametrized module stays on top, because torch looks for its properties there;
+    a copy of the module has the very same one.
+    """
+    if type(module) is old:
+        module.__class__ = new
+    elif _is_parametrized(module) and type(module).__bases__ == (old,):
+        type(module).__bases__ = (new,)
 
 
 def _is_generated(cls: type) -> bool:

@@ -1,4 +1,4 @@
-"""What a sampler may return, and how two results of it are compared: images or clips."""
+"""What a sampler may return, and how two results of it are compared: images, clips or sounds."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from torch import Tensor
 
 from .errors import InvalidArgumentError
 from .metrics import psnr, relative_error, ssim
+from .metrics.audio import (
+    WINDOW,
+    log_spectral_distance,
+    multi_resolution_stft_distance,
+    signal_to_noise_ratio,
+)
 from .metrics.fidelity import SSIM_WINDOW
 from .metrics.video import motion_error, psnr_per_frame, ssim_per_frame, temporal_consistency
 
 Measure = Callable[[Tensor, Tensor], Tensor]
+MOST_SOUND_CHANNELS = 32  # an image without its batch is no sound of 512 channels
 
 
 @dataclass(frozen=True)
@@ -107,4 +114,18 @@ CLIPS = Modality(
         "temporal_consistency": _consistency_if_moving,
     },
 )
-MODALITIES = (IMAGES, CLIPS)
+SOUNDS = Modality(
+    noun="sounds",
+    wanted=f"[batch, channels, samples] of at least {WINDOW} samples",
+    fits=lambda shape: len(shape) == 3 and shape[1] <= MOST_SOUND_CHANNELS and shape[2] >= WINDOW,
+    bounds=None,
+    closeness="snr",
+    decibels=signal_to_noise_ratio,
+    title="signal-to-noise ratio",
+    distances={
+        "log_spectral_distance": log_spectral_distance,
+        "stft_distance": multi_resolution_stft_distance,
+        "relative_error": relative_error,
+    },
+)
+MODALITIES = (IMAGES, CLIPS, SOUNDS)

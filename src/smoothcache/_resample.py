@@ -141,6 +141,30 @@ def resample_row(computed: Sequence[bool], begins: FloatArray) -> tuple[bool, ..
     return (*earlier, last or bool(computed[-1]))
 
 
+def nearest(values: Sequence[float], begins: FloatArray) -> tuple[float, ...]:
+    """What belonged to the old step in which each new one begins; [new steps]."""
+    steps = np.clip(begins[:-1].astype(np.intp), 0, len(values) - 1)
+    return tuple(values[step] for step in steps)
+
+
+def between(
+    levels: Sequence[float], found: FloatArray | None, num_new: int
+) -> tuple[float, ...] | None:
+    """Noise levels at the new steps, linearly between those of the old ones.
+
+    Args:
+        levels: Of the old steps, only falling or only rising.
+        found: What ``positions`` gave.
+        num_new: How many new steps there are.
+
+    Returns:
+        [new steps]; None if some of them are not told apart.
+    """
+    places = np.linspace(0, len(levels) - 1, num_new) if found is None else found
+    read = np.interp(places, np.arange(len(levels)), levels)
+    return tuple(read.tolist()) if len(set(read)) == num_new else None
+
+
 def diffuse(rate: FloatArray) -> list[bool]:
     """Yes or no at every step, so that the share of yes follows a rate; the first is yes.
 

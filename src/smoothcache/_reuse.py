@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._content import version
+from ._content import are_equal, digest, version
 from ._eager import between_graphs, eagerly
 from .errors import ScheduleMismatchError
 from .predictors import PREDICTORS, extrapolation_weights, last_uses
@@ -60,6 +60,7 @@ class _Kept:
     swapped: Tensor | None
     dtypes: list[torch.dtype | None]
     form: list[Any]
+    into: list[int | None]  # the input, by its number, that a leaf is and was written into
 
     @property
     def nbytes(self) -> int:
@@ -79,6 +80,8 @@ class ReusedLayer:
         computed: Whether the layer is computed, for every step.
         predictor: Name of the predictor.
         tally: Where to count.
+        positions: Where each step lies on the predictor's axis; None for its index.
+        gains: How much of a predicted change is taken at every step; None for all of it.
         residual: Reuse what the module adds to its input instead of its output.
         check_finite: Keep no value that has a NaN or an infinity; costs a wait for each.
     """
@@ -90,6 +93,8 @@ class ReusedLayer:
         predictor: str,
         tally: Tally,
         *,
+        positions: Sequence[float] | None = None,
+        gains: Sequence[float] | None = None,
         residual: bool = False,
         check_finite: bool = False,
     ) -> None:
@@ -100,14 +105,18 @@ class ReusedLayer:
         steps = range(len(computed))
         self._due = [max((s for s in steps[: t + 1] if computed[s]), default=0) for t in steps]
         self._tally = tally
+        self._positions = range(len(computed)) if positions is None else positions
+        self._gains = (1.0,) * len(computed) if gains is None else gains
         self._residual = residual
         self._check_finite = check_finite
+        self._writes = _Writes()
         self._kept: dict[Place, list[_Kept]] = {}
         self._not_finite: set[Place] = set()
         self._active = False
         self._step = self._use = 0
         self._branch: int | None = 0
         self.ran = self.ran_before = False  # in this generation; in an earlier one
+        self.inner: list[ReusedLayer] = []  # those that do not run where this one is reused
 
     @property
     def ever_ran(self) -> bool:
@@ -122,6 +131,14 @@ class ReusedLayer:
         """Prepares for a call of the denoiser; one of no known branch neither keeps nor reuses."""
         self._step, self._branch, self._use = step, branch, 0
         self._active = True
+
+    def lose_count(self) -> None:
+        """Has the rest of this call of the denoiser compute: it is not known which uses these are.
+
+        A block that is used twice may be reused in the first use alone; the layers in it then run
+        for the first time in its second.
+        """
+        self._branch = None
 
     def end(self) -> None:
         """Lets the layer run as it is until the next call of the denoiser."""
@@ -147,6 +164,8 @@ class ReusedLayer:
             self._tally.recomputed[reason] = self._tally.recomputed.get(reason, 0) + 1
         else:
             self._tally.reused += 1
+            for layer in self.inner:
+                layer.lose_count()
             return self._reuse(place, args, kwargs)
         if self._branch is None or self._last_uses[self._step] is None:
             return forward(*args, **kwargs)
@@ -173,15 +192,14 @@ class ReusedLayer:
             inputs = [x.detach().clone() for x in _float_tensors((args, kwargs))]
         form = _form_of(args, kwargs)
         given = _tensors((args, kwargs))
-        versions = [version(x) for x in given]
+        marks = self._writes.before(given)
         output = forward(*args, **kwargs)
-        self._refuse_side_effects(given, versions, output)
-        return self._taken(place, output, inputs, form)
+        written = self._writes.after(given, marks)
+        self._refuse_side_effects(list(written.values()), output)
+        return self._taken(place, output, inputs, form, written)
 
     @eagerly
-    def _refuse_side_effects(
-        self, given: list[Tensor], versions: list[int | None], output: Any
-    ) -> None:
+    def _refuse_side_effects(self, written: list[Tensor], output: Any) -> None:
         leaves, _ = taken_apart(output)
         name = self._path or "the model"
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
@@ -189,14 +207,27 @@ class ReusedLayer:
                 f"{name!r} returned no tensor but {type(output).__name__}, so skipping it would "
                 "lose what it does to its input; leave it out of the schedule"
             )
-        if _writes_into(given, versions, leaves):
+        if hiding := next(filter(_hides_tensors, leaves), None):
+            raise ScheduleMismatchError(
+                f"{name!r} returned a {type(hiding).__name__} with tensors in it that could not be "
+                "exchanged at reuse (as those in tuples, mappings and dataclasses are); leave it "
+                "out of the schedule"
+            )
+        if {id(x) for x in written} - {id(leaf) for leaf in leaves}:
             raise ScheduleMismatchError(
                 f"{name!r} writes into a tensor that it is given, which skipping it would "
                 "lose; leave it out of the schedule"
             )
 
     @eagerly
-    def _taken(self, place: Place, output: Any, inputs: list[Tensor], form: list[Any]) -> Any:
+    def _taken(
+        self,
+        place: Place,
+        output: Any,
+        inputs: list[Tensor],
+        form: list[Any],
+        written: dict[int, Tensor],
+    ) -> Any:
         leaves, rebuild = taken_apart(output)
         swapped = _swapped(leaves, inputs)
         bases = _bases(leaves, inputs, swapped)
@@ -208,7 +239,9 @@ class ReusedLayer:
         last_use = self._last_uses[self._step]
         last_use = -1 if last_use is None else last_use
         dtypes = [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves]
-        self._keep(place, _Kept(self._step, last_use, values, rebuild, swapped, dtypes, form))
+        into = [next((i for i, x in written.items() if x is leaf), None) for leaf in leaves]
+        kept = _Kept(self._step, last_use, values, rebuild, swapped, dtypes, form, into)
+        self._keep(place, kept)
         return output
 
     def _keep(self, place: Place, kept: _Kept) -> None:
@@ -225,10 +258,12 @@ class ReusedLayer:
     def _reuse(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         history = self._kept[place]
         newest = history[-1]
-        weights = extrapolation_weights([kept.step for kept in history], self._step)
+        known = [self._positions[kept.step] for kept in history]
+        at, gain = self._positions[self._step], self._gains[self._step]
+        weights = extrapolation_weights(known, at, gain)
         is_last = newest.last_use <= self._step
         values = [
-            _combined([kept.leaves[i] for kept in history], weights, consume=is_last)
+            combined([kept.leaves[i] for kept in history], weights, consume=is_last)
             for i in range(len(newest.leaves))
         ]
         if self._residual:
@@ -237,6 +272,12 @@ class ReusedLayer:
             values = [
                 _plus(value, base, dtype)
                 for value, base, dtype in zip(values, bases, newest.dtypes, strict=True)
+            ]
+        if any(i is not None for i in newest.into):
+            given = _tensors((args, kwargs))
+            values = [
+                value if i is None else given[i].copy_(value)
+                for i, value in zip(newest.into, values, strict=True)
             ]
         self._drop(lambda at, kept: at == place and kept.last_use <= self._step)
         return newest.rebuild(values)
@@ -251,7 +292,7 @@ class ReusedLayer:
                 self._kept[place] = [kept for kept in history if not is_spent(place, kept)]
 
 
-def _combined(values: list[Any], weights: list[float], *, consume: bool) -> Any:
+def combined(values: list[Any], weights: list[float], *, consume: bool) -> Any:
     """The weighted sum of a leaf's kept values; whoever gets it may write into it."""
     newest = values[-1]
     if not isinstance(newest, Tensor):
@@ -281,49 +322,95 @@ def _form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     return form
 
 
-def _writes_into(inputs: list[Tensor], versions: list[int | None], outputs: list[Any]) -> bool:
-    """Whether a layer wrote into something that it was given and does not return."""
-    returned = {id(output) for output in outputs}
-    return any(
-        x_version is not None and version(x) != x_version and id(x) not in returned
-        for x, x_version in zip(inputs, versions, strict=True)
-    )
+class _Writes:
+    """Notices which of the tensors that it is given a layer writes into.
+
+    In inference mode nothing counts writes. There the contents are compared instead, in the first
+    call; a layer does not change its habits.
+    """
+
+    def __init__(self) -> None:
+        self._habits: set[int] | None = None
+
+    @eagerly
+    def before(self, given: list[Tensor]) -> list[Any]:
+        """What ``after`` compares with."""
+        is_known = self._habits is not None
+        return [digest(x) if version(x) is None and not is_known else version(x) for x in given]
+
+    @eagerly
+    def after(self, given: list[Tensor], marks: list[Any]) -> dict[int, Tensor]:
+        """The tensors that were written into, by their number."""
+        pairs = list(enumerate(zip(given, marks, strict=True)))
+        written = {i: x for i, (x, mark) in pairs if version(x) != mark and version(x) is not None}
+        uncounted = {i: x for i, (x, _) in pairs if version(x) is None}
+        if uncounted and self._habits is None:
+            self._habits = {
+                i
+                for i, x in uncounted.items()
+                if marks[i] is not None and not are_equal(marks[i], digest(x))
+            }
+        return written | {i: x for i, x in uncounted.items() if i in (self._habits or ())}
 
 
 def taken_apart(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The leaves of an output, dataclasses in it included, and how to put others in their place."""
+    """The leaves of an output, and how to put others in their place.
+
+    Dataclasses and mappings in it are taken apart too; a tensor in two places is one leaf.
+    """
+    leaves, whole = _parts(output)
+    first = {id(leaf): i for i, leaf in reversed(list(enumerate(leaves)))}
+    places = [first[id(leaf)] if isinstance(leaf, Tensor) else i for i, leaf in enumerate(leaves)]
+    own = [i for i, place in enumerate(places) if i == place]
+    sources = [own.index(place) for place in places]
+    return [leaves[i] for i in own], lambda values: whole(iter([values[i] for i in sources]))
+
+
+def _parts(output: Any) -> tuple[list[Any], Callable[[Iterator[Any]], Any]]:
+    """All that is in an output, in order, and how to refill it from such a sequence."""
     leaves, spec = pytree.tree_flatten(output)
-    parts = [_fields_apart(leaf) for leaf in leaves]
+    parts = [_inside(leaf) for leaf in leaves]
     wholes = [whole for _, whole in parts]  # without the tensors, which are not to be kept alive
 
-    def rebuild(values: list[Any]) -> Any:
-        rest = iter(values)
-        return pytree.tree_unflatten([whole(rest) for whole in wholes], spec)
+    def refill(values: Iterator[Any]) -> Any:
+        return pytree.tree_unflatten([whole(values) for whole in wholes], spec)
 
-    return [leaf for own, _ in parts for leaf in own], rebuild
+    return [leaf for own, _ in parts for leaf in own], refill
 
 
-def _fields_apart(leaf: Any) -> tuple[list[Any], Callable[[Iterator[Any]], Any]]:
-    """What is in a leaf: itself, or the leaves of a dataclass; and how to refill it."""
-    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+def _inside(leaf: Any) -> tuple[list[Any], Callable[[Iterator[Any]], Any]]:
+    """What is in a leaf of a pytree: itself, or all that a dataclass or a mapping holds."""
+    is_record = dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+    if not is_record and not isinstance(leaf, MutableMapping):
         return [leaf], next
-    names = [item.name for item in dataclasses.fields(leaf)]
-    leaves, refill = taken_apart({name: getattr(leaf, name) for name in names})
-    like, count = copy.copy(leaf), len(leaves)
-    for name in names:
-        object.__setattr__(like, name, None)
+    fields = [field.name for field in dataclasses.fields(leaf)] if is_record else []
+    attributes = {name: getattr(leaf, name) for name in {**dict.fromkeys(fields), **_vars(leaf)}}
+    items = dict(leaf) if isinstance(leaf, MutableMapping) else {}
+    leaves, refill = _parts([attributes, items])
+    like = _refilled(copy.copy(leaf), dict.fromkeys(attributes), dict.fromkeys(items))
+    return leaves, lambda values: _refilled(copy.copy(like), *refill(values))
 
-    def whole(rest: Iterator[Any]) -> Any:
-        filled = copy.copy(like)
-        for name, value in refill([next(rest) for _ in range(count)]).items():
-            object.__setattr__(filled, name, value)
-        return filled
 
-    return leaves, whole
+def _vars(value: Any) -> dict[str, Any]:
+    return getattr(value, "__dict__", {})
+
+
+def _hides_tensors(leaf: Any) -> bool:
+    """Whether a leaf has tensors in it that nobody can exchange."""
+    return not isinstance(leaf, Tensor | type) and bool(_tensors(dict(_vars(leaf))))
+
+
+def _refilled(whole: Any, attributes: dict[str, Any], items: dict[Any, Any]) -> Any:
+    for name, value in attributes.items():
+        object.__setattr__(whole, name, value)
+    for key, value in items.items():
+        whole[key] = value
+    return whole
 
 
 def _are_finite(values: list[Any]) -> bool:
-    return all(bool(torch.isfinite(value).all()) for value in values if isinstance(value, Tensor))
+    tensors = [x for x in values if isinstance(x, Tensor) and x.device.type != "meta"]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 # ------------------------------------------------------------------- residuals of whole blocks

@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._gains import Recorder, Trajectory, fit_gains
 from .apply import cached
+from .denoisers import find_denoisers
 from .errors import InvalidArgumentError, SmoothCacheWarning
 from .predictors import PREDICTORS
 from .schedule import Row, Schedule
@@ -55,7 +57,7 @@ class Candidate:
         """The same for candidates that do the same."""
         rows = self.schedule.rows if self.schedule else {}
         does = [
-            [path, _order(row), "".join("01"[x] for x in row.computed)]
+            [path, *_prediction(row), "".join("01"[x] for x in row.computed)]
             for path, row in rows.items()
             if not all(row.computed)
         ]
@@ -63,10 +65,16 @@ class Candidate:
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
-def _order(row: Row) -> int:
-    """The order of a row's predictor, or as much of it as the computed steps allow."""
-    last_reuse = max(step for step, is_computed in enumerate(row.computed) if not is_computed)
-    return min(PREDICTORS[row.predictor].order, sum(row.computed[:last_reuse]) - 1)
+def _prediction(row: Row) -> tuple[int, str, list[float]]:
+    """The order of a row's predictor, or as much of it as the computed steps allow; axis, gains."""
+    order = min(PREDICTORS[row.predictor].order, sum(row.computed[: _last_reuse(row)]) - 1)
+    if order == 0:
+        return 0, "step", []
+    return order, PREDICTORS[row.predictor].axis, [round(x, 6) for x in row.gains or ()]
+
+
+def _last_reuse(row: Row) -> int:
+    return max(step for step, is_computed in enumerate(row.computed) if not is_computed)
 
 
 class Rollouts:
@@ -97,6 +105,7 @@ class Rollouts:
         self._objective = objective
         self._solvers = solvers
         self._references: dict[tuple[str, int], Any] = {}
+        self._trajectories: dict[tuple[str, int], Trajectory] = {}
         self._journal = _Journal(journal, settings)
         self._counted: set[tuple[str, str, int]] = set()  # also if the journal knew it
         self.rollouts = 0
@@ -104,7 +113,13 @@ class Rollouts:
 
     def set_reference(self, name: str, i: int, candidate: Candidate) -> Any:
         """Samples what outputs of generation i are to be compared with, under a name."""
-        self._references[name, i] = output = self._run(candidate, i)
+        if len(find_denoisers(self._model)) == 1:
+            recorder = Recorder(self._model)
+            output, trajectory = recorder.run(self._model, lambda: self._run(candidate, i))
+            self._trajectories[name, i] = trajectory
+        else:
+            output = self._run(candidate, i)
+        self._references[name, i] = output
         self.cost += candidate.compute
         if not _is_finite(output):
             steps = candidate.num_steps
@@ -112,6 +127,35 @@ class Rollouts:
             raise InvalidArgumentError(f"sample({call}) returned NaN or infinity")
         self._journal.confirm((name, "norm", i), _norm(output))
         return output
+
+    def fitted(self, name: str, candidate: Candidate, samples: Sequence[int]) -> Row:
+        """The row of a candidate for the whole denoiser, with gains fitted to a reference.
+
+        Each sample costs as much as a rollout of the candidate up to its last reuse.
+        """
+        if candidate.schedule is None:
+            raise InvalidArgumentError(f"{candidate.name!r} has no schedule to fit")
+        (row,) = candidate.schedule.rows.values()
+        at = (name, candidate.key)
+        if at not in self._journal.gains:
+            self._journal.put_gains(at, from_first(lambda: self._fit(name, candidate, samples)))
+        if (*at, -1) not in self._counted:
+            self._counted.add((*at, -1))
+            run = sum(row.computed[: _last_reuse(row)]) / sum(row.computed)
+            self.cost += candidate.compute * run * len(samples)
+            self.rollouts += len(samples)
+        return replace(row, gains=tuple(self._journal.gains[at]))
+
+    def _fit(self, name: str, candidate: Candidate, samples: Sequence[int]) -> list[float]:
+        wanted = {
+            i: (self._trajectories[name, i], _flat(self._references[name, i])) for i in samples
+        }
+        options = self._options(candidate)
+        schedule = candidate.schedule
+        if schedule is None:
+            return []
+        row = fit_gains(self._model, lambda i: self._sample(i, **options), schedule, wanted)
+        return list(row.gains or [1.0] * len(row.computed))
 
     def noise(self, name: str, i: int, candidate: Candidate) -> float:
         """How far apart two runs of a reference end, in relative L2, in the worst process."""
@@ -168,15 +212,18 @@ class Rollouts:
     def _references_of(self, i: int) -> dict[str, Any]:
         return {name: value for (name, at), value in self._references.items() if at == i}
 
-    def _run(self, candidate: Candidate, i: int) -> Any:
+    def _options(self, candidate: Candidate) -> dict[str, Any]:
         options: dict[str, Any] = {}
         if candidate.num_steps is not None:
             options["num_inference_steps"] = candidate.num_steps
         if candidate.solver is not None:
             options["scheduler"] = self._solvers[candidate.solver]
+        return options
+
+    def _run(self, candidate: Candidate, i: int) -> Any:
         schedule = candidate.schedule
         with cached(self._model, schedule) if schedule else nullcontext() as run:
-            output = self._sample(i, **options)
+            output = self._sample(i, **self._options(candidate))
         if run is not None and (reasons := run.summary().recomputed):
             raise InvalidArgumentError(
                 f"under {candidate.name!r}, sample({i}) had to compute what was planned for reuse "
@@ -205,6 +252,10 @@ def _is_finite(output: Any) -> bool:
     return all(bool(torch.isfinite(x).all()) for x in pytree.tree_leaves(output))
 
 
+def _flat(output: Any) -> Tensor:
+    return torch.cat([x.float().flatten() for x in pytree.tree_leaves(output)])
+
+
 def _norm(output: Any) -> float:
     return math.sqrt(sum(float(x.double().square().sum()) for x in pytree.tree_leaves(output)))
 
@@ -231,14 +282,18 @@ def latent_l2(output: Any, reference: Any) -> float:
 
 
 class _Journal:
-    """Results by (reference, candidate, generation), and the file that they are written to."""
+    """Results by (reference, candidate, generation), gains by (reference, candidate), and a file.
+
+    The file is the one that they are written to, if any.
+    """
 
     def __init__(self, path: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
         self.known: dict[tuple[str, str, int], float] = {}
+        self.gains: dict[tuple[str, str], list[float]] = {}
         self._path = None if path is None else Path(path)
         self._head = json.dumps({"format": "smoothcache search", "version": 1, **settings})
         if self._path is not None:
-            self.known = from_first(lambda: self._read(Path(self._path or "")))
+            self.known, self.gains = from_first(lambda: self._read(Path(self._path or "")))
 
     def confirm(self, at: tuple[str, str, int], value: float) -> None:
         """Notes a value that a search which is taken up again finds as it was.
@@ -261,30 +316,41 @@ class _Journal:
         if is_new and _rank_and_size()[0] == 0:
             self._append(json.dumps([*at, value]))
 
-    def _read(self, path: Path) -> dict[tuple[str, str, int], float]:
+    def put_gains(self, at: tuple[str, str], gains: list[float]) -> None:
+        """Notes the gains that were fitted to a reference for a candidate."""
+        self.gains[at] = gains
+        if _rank_and_size()[0] == 0:
+            self._append(json.dumps([*at, gains]))
+
+    def _read(
+        self, path: Path
+    ) -> tuple[dict[tuple[str, str, int], float], dict[tuple[str, str], list[float]]]:
         """What the file knows; a new one is begun if there is none."""
         if not path.parent.is_dir():
             raise FileNotFoundError(f"the folder of the journal '{path}' is missing.")
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         if not text:
             self._append(self._head)
-            return {}
+            return {}, {}
         lines = text.splitlines()
         if lines[0] != self._head:
             raise InvalidArgumentError(
                 f"the journal '{path}' is of another search (another model, sampler, number of "
                 "steps or objective); remove it, or name another file"
             )
-        known = {}
+        known, gains = {}, {}
         for line in lines[1:]:
             try:
-                name, key, i, value = json.loads(line)
+                name, key, *rest = json.loads(line)
             except ValueError:  # the line that an interruption cut short
                 continue
-            known[name, key, i] = float(value)
+            if len(rest) == 1:
+                gains[name, key] = [float(gain) for gain in rest[0]]
+            else:
+                known[name, key, rest[0]] = float(rest[1])
         if not text.endswith("\n"):
             self._append("")
-        return known
+        return known, gains
 
     def _append(self, line: str) -> None:
         if self._path is None:

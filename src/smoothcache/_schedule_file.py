@@ -29,6 +29,7 @@ def save(schedule: Schedule, path: str | os.PathLike[str]) -> None:
         "model": _files.identity_to_json(schedule.model),
         "solver": schedule.solver,
         "timesteps": schedule.timesteps,
+        **({"noise_levels": schedule.noise_levels} if schedule.noise_levels else {}),
         "compute": schedule.compute,
         "quality": {name: _finite_or_text(x) for name, x in schedule.quality.items()},
         "provenance": dict(schedule.provenance),
@@ -52,6 +53,7 @@ def load(path: str | os.PathLike[str]) -> Schedule:
     fields = document.fields(
         *("format", "version", "num_steps", "model", "solver", "timesteps", "compute"),
         *("quality", "provenance", "layers", "rows"),
+        optional=("noise_levels",),
     )
     num_steps = fields["num_steps"].integer(least=1)
     layers = fields["layers"].or_none(lambda x: tuple(x.list_of(_files.layer_from_json)))
@@ -63,6 +65,7 @@ def load(path: str | os.PathLike[str]) -> Schedule:
             model=fields["model"].or_none(_files.identity_from_json),
             solver=fields["solver"].or_none(Value.text),
             timesteps=fields["timesteps"].or_none(lambda x: tuple(x.list_of(Value.number))),
+            noise_levels=fields["noise_levels"].or_none(lambda x: tuple(x.list_of(Value.number))),
             compute=fields["compute"].or_none(Value.number),
             quality=fields["quality"].dict_of(_number_or_text),
             provenance=fields["provenance"].dict_of(Value.text),
@@ -96,7 +99,11 @@ def _rows_to_json(schedule: Schedule) -> list[dict[str, Any]]:
 
 def _row_to_json(what: str, name: str, row: Row) -> dict[str, Any]:
     steps = [step for step, computed in enumerate(row.computed) if computed]
-    return {what: name, "predictor": row.predictor, "compute_steps": steps}
+    written = {what: name, "predictor": row.predictor, "compute_steps": steps}
+    if row.gains is not None:
+        pairs = zip(row.gains, row.computed, strict=True)
+        written["gains"] = [gain for gain, is_computed in pairs if not is_computed]
+    return written
 
 
 def _rows_from_json(
@@ -106,7 +113,7 @@ def _rows_from_json(
     found: dict[str, Row] = {}
     for item in rows.items():
         what = _what(item, ("name",) if layers is None else ("kind", "layer"))
-        fields = item.fields(what, "predictor", "compute_steps")
+        fields = item.fields(what, "predictor", "compute_steps", optional=("gains",))
         name = fields[what].text()
         if layers is None:
             covered = [name]
@@ -140,7 +147,20 @@ def _row_from_json(item: Value, fields: dict[str, Value], num_steps: int) -> Row
         steps.add(step)
     if not steps:
         raise item.error("step 0 must be computed: there is nothing to reuse yet")
-    return Row(tuple(step in steps for step in range(num_steps)), predictor)
+    computed = tuple(step in steps for step in range(num_steps))
+    gains = fields["gains"].or_none(lambda value: _gains_from_json(value, computed))
+    return Row(computed, predictor, gains)
+
+
+def _gains_from_json(value: Value, computed: Sequence[bool]) -> tuple[float, ...]:
+    """The gain of every step, from those of the reused ones."""
+    given = value.list_of(Value.number)
+    if len(given) != computed.count(False):
+        raise value.error(
+            f"{len(given)} gains for {computed.count(False)} reused steps; each needs one"
+        )
+    rest = iter(given)
+    return tuple(1.0 if is_computed else next(rest) for is_computed in computed)
 
 
 def _what(item: Value, choices: tuple[str, ...]) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ._attach import Attachment
@@ -22,7 +22,8 @@ from .errors import (
     SmoothCacheError,
     SmoothCacheWarning,
 )
-from .layers import find_layers, identify, is_residual, layer_modules
+from .layers import CacheLayer, find_layers, identify, is_residual, layer_modules
+from .predictors import PREDICTORS, axis_positions
 from .schedule import Schedule
 from .summary import Summary
 
@@ -57,7 +58,7 @@ def cached(model: Any, schedule: Schedule, *, check_finite: bool = False) -> Ite
         >>> run.summary().finished
         0
     """
-    run = enable(model, schedule, check_finite=check_finite)
+    run = _enabled(model, schedule, check_finite, stacklevel=5)
     try:
         yield run
     finally:
@@ -76,11 +77,15 @@ def enable(model: Any, schedule: Schedule, *, check_finite: bool = False) -> Run
         >>> handle = enable(model, Schedule.uniform(model, num_steps=4, interval=2))
         >>> handle.disable()
     """
+    return _enabled(model, schedule, check_finite, stacklevel=4)
+
+
+def _enabled(model: Any, schedule: Schedule, check_finite: bool, stacklevel: int) -> Run:
     if not isinstance(schedule, Schedule):
         raise InvalidArgumentError(
             f"expected a Schedule, got {type(schedule).__name__}; plan one, or Schedule.load a file"
         )
-    warn_of_randomness(model)
+    warn_of_randomness(model, stacklevel)
     layers = find_layers(model) if schedule.layers is None else schedule.layers
     return Run(model, schedule.bind(layers, identify(model)), check_finite)
 
@@ -96,24 +101,19 @@ class Run:
         self.schedule = schedule
         self._tally = Tally()
         layers = schedule.layers or ()
-        self._layers = {
-            layer.path: ReusedLayer(
-                layer.path,
-                schedule.rows[layer.path].computed,
-                schedule.rows[layer.path].predictor,
-                self._tally,
-                residual=is_residual(layer),
-                check_finite=check_finite,
-            )
-            for layer in layers
-        }
+        self._layers = {layer.path: self._reused(layer, check_finite) for layer in layers}
         self._shapes: dict[tuple[str, int], Any] = {}
         self._finished = self._broken_off = self._reused_before = self._outside = 0
         self._steps_seen = 0
+        self._calls = self._calls_before = 0  # in this step, and in the one before
+        self._branch: int | None = None
+        self._reused_before_call = 0
+        self._reusing: set[tuple[str, int | None]] = set()  # denoisers and branches, in this step
         self._open = self._warned = False
         self._model = model
         self._solvers = {schedule.solver}  # the one that was planned for, and those warned of
         modules = layer_modules(model, list(layers))
+        self._nest(modules)
         self._attachment: Attachment | None = None
         self._attachment = attachment = Attachment(
             model, modules, self._layers, self, schedule.timesteps, schedule.num_steps
@@ -121,6 +121,28 @@ class Run:
         self._clock = attachment.clock
         self._denoisers = attachment.denoisers
         self._by_denoiser = _by_denoiser(self._layers, list(attachment.denoisers))
+
+    def _reused(self, layer: CacheLayer, check_finite: bool) -> ReusedLayer:
+        schedule = self.schedule
+        row = schedule.rows[layer.path]
+        axis = PREDICTORS[row.predictor].axis
+        return ReusedLayer(
+            layer.path,
+            row.computed,
+            row.predictor,
+            self._tally,
+            positions=axis_positions(axis, schedule.num_steps, schedule.noise_levels),
+            gains=row.gains,
+            residual=is_residual(layer),
+            check_finite=check_finite,
+        )
+
+    def _nest(self, modules: Mapping[str, nn.Module]) -> None:
+        """Tells every layer which others lie in it, also where those stand in a second place."""
+        layers = {module: self._layers[path] for path, module in modules.items()}
+        for outer, layer in layers.items():
+            within = (x for x in outer.modules() if x is not outer)
+            layer.inner = [layers[x] for x in within if x in layers]
 
     # ------------------------------------------------------------------------------- the user
 
@@ -178,8 +200,13 @@ class Run:
         self._refuse_too_many_steps(tick)
         self._steps_seen = tick.step + 1
         if tick.call == 0:
+            self._calls, self._calls_before = 0, self._calls
+            self._reusing.clear()
             for layer in self._layers.values():
-                layer.expire(tick.step)
+                layer.expire(tick.step) if tick.vouched else layer.forget()
+        self._calls, self._branch = self._calls + 1, branch
+        self._reused_before_call = self._tally.reused
+        self._refuse_mistaken_branch(denoiser, tick)
         self._tally.reason = self._refresh(denoiser, tick, branch, args, kwargs)
         for layer in self._by_denoiser[denoiser]:
             layer.begin(tick.step, branch)
@@ -188,7 +215,10 @@ class Run:
         """Lets the layers run as they are until the next call."""
         for layer in self._by_denoiser[denoiser]:
             layer.end()
+        if self._tally.reused > self._reused_before_call:
+            self._reusing.add((denoiser, self._branch))
         if tick.step == self.schedule.num_steps - 1:
+            self._drop_what_found_no_use(denoiser)
             self._warn_of_what_did_nothing()
 
     def outside(self) -> None:
@@ -219,6 +249,21 @@ class Run:
         for layer in self._by_denoiser[denoiser]:
             layer.forget(branch)
         return OTHER_SHAPES if known != shapes else _NOT_VOUCHED
+
+    def _drop_what_found_no_use(self, denoiser: str) -> None:
+        """Holds nothing beyond the last step: of a branch after its call, all after the last call.
+
+        Nobody says which call is the last. As many as in the step before are expected; a branch
+        that was left out there, and comes back in the very last step, is computed.
+        """
+        if self._branch is not None:
+            for layer in self._by_denoiser[denoiser]:
+                layer.forget(self._branch)
+        last = self.schedule.num_steps - 1
+        stages = (self._clock.stages(last) or 1) / (self._clock.stages(last - 1) or 1)
+        if self._calls >= self._calls_before * stages:
+            for layer in self._layers.values():
+                layer.forget()
 
     def _forget(self) -> None:
         self._shapes.clear()
@@ -265,6 +310,19 @@ class Run:
                 f"the generation has come to step {tick.step + 1}, but the schedule covers "
                 f"{planned}; plan for the right number of steps, or call run.reset() if a new "
                 "generation has begun"
+            )
+
+    def _refuse_mistaken_branch(self, denoiser: str, tick: Tick) -> None:
+        """Refuses calls that turn out to be alike after one has reused what may be another's."""
+        attachment = self._attachment
+        mistaken = None if attachment is None else attachment.branches[denoiser].mistaken
+        if mistaken is not None and (denoiser, mistaken) in self._reusing:
+            raise ScheduleMismatchError(
+                f"in step {tick.step} the model was called twice with the same latents and the "
+                "same conditioning, so what tells the calls apart is hidden (a perturbed model, "
+                "say), and the first may have reused a value of the second; put each into a "
+                "cache_context of its own name, pass the model what tells them apart, or plan for "
+                "the first such step to be computed"
             )
 
     def _too_few_steps(self) -> str:

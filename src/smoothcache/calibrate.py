@@ -18,13 +18,14 @@ from tqdm.auto import tqdm
 from ._attach import Attachment
 from ._checks import check_count
 from ._intercept import Handler
+from ._noise_levels import levels_at
 from ._reuse import taken_apart
 from .calibration import Calibration
 from .clock import Tick
 from .costs import MacCounter
 from .denoisers import noise_scheduler, warn_of_randomness
 from .distance import l1_distance, l1_norm
-from .errors import CalibrationError, InvalidArgumentError
+from .errors import CalibrationError, InvalidArgumentError, ScheduleMismatchError
 from .layers import (
     CacheLayer,
     Granularity,
@@ -152,7 +153,10 @@ def _run(
     with session.attached():
         for i in numbers:
             session.start(i)
-            sample(i)
+            try:
+                sample(i)
+            except ScheduleMismatchError as error:
+                raise CalibrationError(str(error)) from error
             session.complete()
             done()
 
@@ -183,6 +187,7 @@ class _Session:
         self._counted_at: dict[str, int] = {}
         self._denoisers_at: dict[int, set[str]] = {}
         self._timesteps: tuple[float, ...] = ()
+        self._noise_levels: tuple[float, ...] | None = None
         self._sample = 0
         self._generations = 0
         self._input = ""
@@ -271,6 +276,7 @@ class _Session:
                 f"{len(self._timesteps)}; every sample must run the same number of steps"
             )
         self._timesteps = self._timesteps or timesteps
+        self._noise_levels = levels_at(noise_scheduler(self._model), self._clock.entries)
         self._errors.append(self._read(len(timesteps)))
 
     def _read(self, num_steps: int) -> npt.NDArray[np.float64]:
@@ -337,6 +343,7 @@ class _Session:
             errors=errors[:, ran],
             total_macs=self._mean_macs(),
             timesteps=self._timesteps,
+            noise_levels=self._noise_levels,
             model=identify(model),
             solver=None if solver is None else type(solver).__name__,
             peak_bytes=self._memory.peak,

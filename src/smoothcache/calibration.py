@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from . import _files, _resample
 from ._checks import check_count, check_number, check_texts, listed
 from ._files import Value
+from ._noise_levels import check_noise_levels
+from ._table_file import load_table, save_table
 from .errors import InvalidArgumentError
 from .layers import CacheLayer, ModelIdentity
 
@@ -67,6 +66,8 @@ class Calibration:
         peak_bytes: Most bytes of kept outputs at any moment while calibrating.
         tokens: Tokens per output that were compared; None means all.
         provenance: Who made it, when and with what.
+        noise_levels: sigma / (alpha + sigma) at every step, in [0, 1], as the noise scheduler had
+            it; [steps], None if it did not say.
 
     Raises:
         InvalidArgumentError: If any of these contradicts another.
@@ -81,6 +82,7 @@ class Calibration:
     peak_bytes: int = 0
     tokens: int | None = None
     provenance: dict[str, str] = field(default_factory=dict)
+    noise_levels: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         layers = tuple(self.layers)
@@ -92,6 +94,7 @@ class Calibration:
             "timesteps": timesteps,
             "peak_bytes": check_count("peak_bytes", self.peak_bytes, least=0),
             "provenance": check_texts("provenance", self.provenance.items()),
+            "noise_levels": check_noise_levels(self.noise_levels, len(timesteps)),
         }
         if self.tokens is not None:
             checked["tokens"] = check_count("tokens", self.tokens, least=1)
@@ -218,6 +221,8 @@ class Calibration:
             ),
             total_macs=outside + inside if self.total_macs else 0,
             timesteps=given,
+            noise_levels=self.noise_levels
+            and _resample.between(self.noise_levels, found, num_steps),
             provenance=provenance,
         )
 
@@ -267,10 +272,9 @@ class Calibration:
             "peak_bytes": self.peak_bytes,
             "tokens": self.tokens,
             "provenance": self.provenance,
+            "noise_levels": self.noise_levels,
         }
-        _files.write_atomically(
-            path, save({"errors": self.errors}, {"smoothcache": json.dumps(document)})
-        )
+        save_table(path, "errors", self.errors, document)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -280,11 +284,12 @@ class Calibration:
             FileNotFoundError: If there is no such file.
             FileFormatError: If it is damaged or made by a newer version; says where and why.
         """
-        errors, document = _read(Path(path))
+        errors, document = load_table(Path(path), "errors", "calibration")
         _files.check_version(document, FORMAT, VERSION)
         fields = document.fields(
             *("format", "version", "layers", "total_macs", "timesteps", "model", "solver"),
             *("peak_bytes", "tokens", "provenance"),
+            optional=("noise_levels",),
         )
         try:
             return cls(
@@ -297,6 +302,9 @@ class Calibration:
                 peak_bytes=fields["peak_bytes"].integer(),
                 tokens=fields["tokens"].or_none(lambda value: value.integer(least=1)),
                 provenance=fields["provenance"].dict_of(Value.text),
+                noise_levels=fields["noise_levels"].or_none(
+                    lambda value: tuple(value.list_of(Value.number))
+                ),
             )
         except InvalidArgumentError as error:  # what only the whole can tell, as a wrong shape
             raise document.error(str(error).rstrip(".")) from error
@@ -429,22 +437,3 @@ def _macs_a_step(layers: Sequence[CacheLayer], steps_run: Sequence[range], num_s
     """MACs of the layers in a step, the mean over the steps."""
     of_run = sum((x.macs or 0) * len(run) for x, run in zip(layers, steps_run, strict=True))
     return of_run // num_steps
-
-
-def _read(path: Path) -> tuple[FloatArray, Value]:
-    """The table and the JSON document of a calibration file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file '{path}'.")
-    file = Value(None, str(path))
-    try:
-        with safe_open(path, framework="np") as tensors:
-            metadata = tensors.metadata() or {}
-            names = list(tensors.keys())
-            if "smoothcache" not in metadata or names != ["errors"]:
-                raise file.error("a safetensors file, but no calibration", "Check the path.")
-            errors = tensors.get_tensor("errors")
-    except (SafetensorError, TypeError, AttributeError) as error:
-        raise file.error(f"not a safetensors file, or cut short ({error})") from error
-    if errors.dtype != np.float64:
-        raise file.error(f"errors are stored as {errors.dtype}, expected float64")
-    return errors, _files.parse_json(metadata["smoothcache"], f"{path}, metadata")

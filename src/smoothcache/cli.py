@@ -119,6 +119,7 @@ class Modality(str, Enum):
 
     image = "image"
     video = "video"
+    audio = "audio"
 
 
 class Dtype(str, Enum):
@@ -203,8 +204,8 @@ def demo(
         typer.Option(
             metavar="N",
             min=1,
-            help="Samples each way, a multiple of 10 images or 12 clips. Default: 100 images, or "
-            "48 clips.",
+            help="Samples each way, a multiple of 10 images, 12 clips or 20 sounds. Default: 100 "
+            "images, 48 clips, or 40 sounds.",
         ),
     ] = None,
     steps: Annotated[
@@ -212,7 +213,8 @@ def demo(
         typer.Option(
             metavar="N",
             min=2,
-            help="Solver steps of the uncached run. Default: 50 for images, 30 for video.",
+            help="Solver steps of the uncached run. Default: 50 for images, 30 for video, 100 for "
+            "audio.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -699,6 +701,102 @@ def compare(
     _print_report(report)
     if picture is not None:
         _print(f"picture written to {picture}")
+
+
+@app.command()
+def benchmark(
+    model: ModelArgument,
+    prompt: Prompts = None,
+    class_label: ClassLabels = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Samples each way. Default: one for each prompt or label."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=2, help="Solver steps. Default: the pipeline's own."),
+    ] = None,
+    search: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--search", metavar="X", help="Also search for this fraction of the MACs. Repeatable."
+        ),
+    ] = None,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="Search over solvers and numbers of steps as well.")
+    ] = False,
+    max_cost: Annotated[
+        float,
+        typer.Option("--max-cost", metavar="N", help="Of each search, in uncached generations."),
+    ] = 60.0,
+    converged: Annotated[
+        bool,
+        typer.Option(
+            "--converged/--no-converged", help="Also compare with ten times as many steps."
+        ),
+    ] = True,
+    guidance_scale: Guidance = None,
+    seed: Seed = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Results to write (JSON)."),
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw cost and quality, as png, svg or pdf."),
+    ] = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Measure every method that needs no training on your own pipeline, at many costs.
+
+    Fewer steps, better solvers, FORA, Taylor extrapolation, SmoothCache and, if asked for, a
+    search, with the same seeds. Multiply-accumulates are counted while they run.
+
+    [bold]Example:[/bold] smoothcache benchmark ./my-dit --class-label 0 --search 0.3
+    """
+    from . import methods
+    from .benchmark import run_benchmark
+    from .compare import REFERENCE
+    from .plots import plot_methods
+
+    budgets = methods.checked_budgets(search or ())
+    if output is not None:
+        _check_output_file(output)
+    kind = None if picture is None else _picture_kind(picture)
+    pipeline = _load(model, device, dtype)
+    case = methods.pipeline_case(
+        PipelineSampler(
+            pipeline, tuple(prompt or ()), tuple(class_label or ()), steps, guidance_scale, seed
+        )
+    )
+    shown = sys.stderr.isatty()
+    calibration = methods.calibrated(case, methods.CALIBRATION_SAMPLES, progress=shown)
+    entries = methods.training_free(case, calibration)
+    entries += methods.searched(case, budgets, max_cost=max_cost)
+    if joint:
+        entries += methods.searched(case, budgets, joint=True, max_cost=max_cost)
+    inputs = len(prompt or class_label or ()) or 1
+    result = run_benchmark(
+        case, entries, num_generations=samples or inputs, converged=converged, progress=shown
+    )
+    report = result.report()
+    if output is not None:
+        _files.write_atomically(output, f"{report.to_json()}\n".encode())
+    if picture is not None and kind is not None:
+        own = (methods.SEARCH, methods.JOINT)
+        rows = [row for row in result.rows if row.family != REFERENCE]
+        drawn = plot_methods(rows, emphasised=own, title=result.name)
+        _write_picture(drawn, picture, kind)
+    if as_json:
+        typer.echo(report.to_json())
+        return
+    _print_report(report)
+    for file in filter(None, (output, picture)):
+        _print(f"written to {file}")
 
 
 # --------------------------------------------------------------------------------- the library

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._content import Digest, are_equal, digest, version
+from ._content import Digest, are_equal, are_unrelated, digest, sketch, version
 from .errors import ScheduleMismatchError
 
 
@@ -74,6 +74,7 @@ class Clock:
         self._listed = _Timesteps([], merges=True)
         self._list_is_used = False
         self.step = -1
+        self.position: int | None = None  # where the noise scheduler was at the last call
         self._given: list[Any] = []  # timesteps: numbers, and tensors that nobody has read yet
         self.forget()
 
@@ -82,10 +83,11 @@ class Clock:
         """Steps of this generation as its noise scheduler announced them, if it did."""
         return len(self._listed) - self._offset if self._follows_list else None
 
-    @property
-    def asks_once(self) -> bool:
-        """Whether the solver is known to ask once in a step, for each branch."""
-        return self._follows_list and self._stages() == 1 and not self._listed.merged
+    def stages(self, step: int) -> int | None:
+        """How often the solver asks in a step for each branch; None if it does not say."""
+        if not self._follows_list or self._stages() is None:
+            return None
+        return self._listed.entries(step + self._offset)
 
     @property
     def first_timestep(self) -> float:
@@ -97,6 +99,14 @@ class Clock:
         """The timestep of every step of this generation so far, in the model's own unit."""
         self._given = [timestep_value(timestep, batch=0) for timestep in self._given]
         return list(self._given)
+
+    @property
+    def entries(self) -> list[int]:
+        """Where each step so far stands in the announced list; empty if none is followed."""
+        if not self._follows_list:
+            return []
+        steps = range(self._offset, self._offset + len(self._given))
+        return [self._listed.entry_of(step) for step in steps]
 
     def snapshot(self) -> dict[str, Any]:
         """All that the clock knows, for ``restore``."""
@@ -117,6 +127,7 @@ class Clock:
         self._latents: weakref.ref[Tensor] | None = None
         self._version: int | None = None
         self._digest: Digest | None = None
+        self._sketch: Tensor | None = None
         self._first_step = 0
         self._undecided = False
         self._distrusted = False
@@ -134,7 +145,7 @@ class Clock:
         Raises:
             ScheduleMismatchError: If the samples of a batch are at different timesteps.
         """
-        position = self._position()
+        self.position = position = self._position()
         self._listen(position)
         if isinstance(timestep, Tensor) and timestep.device.type not in ("cpu", "meta"):
             moved = self._moved(position)
@@ -236,11 +247,14 @@ class Clock:
         self._given.append(timestep)
         self._undecided = self._undecided and self.step == self._first_step + 1
         rises_at_once = self._planned == 2 and self._direction > 0 and self._expected is None
-        followed = self._follows_plan
+        followed, before = self._follows_plan, self._sketch
         self._arrive(timestep, latents, position)
         left_the_plan = followed and not self._follows_plan and not self._follows_list
         could_be_a_start = rises_at_once and not self._follows_list
-        self._distrusted = self._undecided or left_the_plan or could_be_a_start
+        # A generation broken off, and another that begins further along, look like one; but no
+        # solver's step leaves nothing of the latents.
+        is_another = are_unrelated(before, self._sketch)
+        self._distrusted = self._undecided or left_the_plan or could_be_a_start or is_another
         return Tick(self.step, 0, starts=False, vouched=not self._distrusted)
 
     def _arrive(self, timestep: Any, latents: Tensor | None, position: int | None) -> None:
@@ -250,6 +264,7 @@ class Clock:
         self._latents = None if latents is None else weakref.ref(latents)
         self._version = version(latents)
         self._digest = None if self._version is not None or latents is None else digest(latents)
+        self._sketch = None if self._follows_list or latents is None else sketch(latents)
         self._distrusted = False
         if self._follows_plan and self._expected is not None and not self._follows_list:
             here = self._expected[self.step] if self.step < len(self._expected) else math.nan
@@ -292,7 +307,6 @@ class _Timesteps:
         starts = [i == 0 or not merges or t != values[i - 1] for i, t in enumerate(values)]
         self._steps = list(itertools.accumulate(starts, initial=-1))[1:]
         self._distinct = [t for t, begins in zip(values, starts, strict=True) if begins]
-        self.merged = len(self._distinct) < len(values)
         self._full = 1.0 if max(values, default=0.0) <= 1 else 1000.0
         self._units: list[_Unit] = []
 
@@ -305,9 +319,17 @@ class _Timesteps:
         """How many steps there are."""
         return len(self._distinct)
 
+    def entry_of(self, step: int) -> int:
+        """The first entry of a step."""
+        return self._steps.index(step)
+
     def step_at(self, position: int) -> int:
         """The step that the entry at a position belongs to."""
         return self._steps[position] if position < len(self._steps) else len(self)
+
+    def entries(self, step: int) -> int:
+        """How many entries a step has."""
+        return self._steps.count(step)
 
     def are_over_at(self, position: int | None) -> bool:
         """Whether a scheduler at this position has made its last step."""

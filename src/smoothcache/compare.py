@@ -29,9 +29,11 @@ from .schedule import Schedule, compute_fraction
 REFERENCE = "uncached"
 WARM_UP_STEPS = 4
 HIGHEST_DECIBELS = 150.0  # taken for identical samples where differences are averaged
-SCORES = ("class_accuracy", "frechet_distance")
+SCORES = ("class_accuracy", "label_divergence", "frechet_distance")
 QUOTED = {
     "psnr": ("PSNR {:.1f} against {:.1f} dB", 1),
+    "snr": ("SNR {:.1f} against {:.1f} dB", 1),
+    "log_spectral_distance": ("log-spectral distance {:.2f} against {:.2f} dB", 1),
     "relative_error": ("relative error {:.3g} against {:.3g}", 1),
     "class_accuracy": ("class accuracy {:.1f} against {:.1f} %", 100),
     "frechet_distance": ("Frechet distance {:.4g} against {:.4g}", 1),
@@ -83,7 +85,8 @@ class Duel:
     Attributes:
         name: The schedule's row.
         rival: The row of fewer steps.
-        gain: Mean PSNR of the schedule over that of its rival, in dB; negative if it lost.
+        gain: Mean PSNR, or of sounds SNR, of the schedule over that of its rival, in dB;
+            negative if it lost.
         low: Lower end of the 95 % confidence interval of ``gain`` over samples; NaN for one.
         high: Its upper end.
     """
@@ -109,7 +112,8 @@ class Comparison:
     Attributes:
         rows: The uncached run first; rows of fewer steps follow the schedules of their cost.
         images: What each row sampled, on the CPU; [samples, channels, height, width] in [0, 1],
-            or of clips [samples, frames, channels, height, width].
+            of clips [samples, frames, channels, height, width], of sounds [samples, channels, audio
+            samples].
         rivals: Name of each schedule's row -> name of the row of fewer steps of the same cost.
         recomputed: Name of a row -> why layers ran that its schedule would have reused, and how
             often; empty if all went as planned.
@@ -139,13 +143,15 @@ class Comparison:
 
     def duels(self) -> tuple[Duel, ...]:
         """Each schedule against fewer steps of the same cost, sample by sample."""
+        if not self.rivals:
+            return ()
         decibels, uncached = self.modality.decibels, self.images[REFERENCE]
         quality = {
             name: decibels(x, uncached).double().clamp(max=HIGHEST_DECIBELS)
             for name, x in self.images.items()
         }
         return tuple(
-            Duel(name, rival, *_mean_with_interval(quality[name] - quality[rival]))
+            Duel(name, rival, *mean_with_interval(quality[name] - quality[rival]))
             for name, rival in self.rivals.items()
         )
 
@@ -245,13 +251,14 @@ def compare(
         model: A diffusers pipeline (all of its denoisers) or any module.
         sample: ``sample(i, num_steps)`` runs generation number i from start to end with its own
             fixed seed and that many steps, and returns a batch of one or more images in [0, 1],
-            [batch, channels, height, width], or clips, [batch, frames, channels, height, width].
+            [batch, channels, height, width], of clips, [batch, frames, channels, height, width], or
+            of sounds, [batch, channels, samples].
         variants: What to compare. Each schedule brings a row of fewer steps with it; schedules
             of the same cost share one.
         num_steps: What ``sample`` is asked for in the uncached run.
         num_samples: How many generations to run each way.
         scores: Further judgements of all samples of a row, which are columns of the report:
-            ``class_accuracy``, ``frechet_distance``, and for any attribute
+            ``class_accuracy``, ``label_divergence``, ``frechet_distance``, and for any attribute
             such as a colour ``colour_accuracy``.
         progress: Whether to show a progress bar.
 
@@ -384,7 +391,7 @@ def _check_scores(scores: Mapping[str, Score]) -> None:
             )
 
 
-def _mean_with_interval(values: Tensor) -> tuple[float, float, float]:
+def mean_with_interval(values: Tensor) -> tuple[float, float, float]:
     """Mean of [n] values with its 95 % confidence interval, which is NaN for one value."""
     mean = float(values.mean())
     if len(values) < 2:

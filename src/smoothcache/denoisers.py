@@ -57,8 +57,13 @@ def find_denoisers(model: Any) -> dict[str, nn.Module]:
     return {"": next(iter(found.values()))} if len(found) == 1 else found
 
 
-def warn_of_randomness(model: Any) -> None:
-    """Says so if a denoiser is left in training mode and drops values at random."""
+def warn_of_randomness(model: Any, stacklevel: int = 3) -> None:
+    """Says so if a denoiser is left in training mode and drops values at random.
+
+    Args:
+        model: Pipeline or module.
+        stacklevel: Whose line it is, as for ``warnings.warn``; the caller of our caller by default.
+    """
     for denoiser in find_denoisers(model).values():
         for path, module in denoiser.named_modules():
             if module.training and _drops(module):
@@ -66,7 +71,7 @@ def warn_of_randomness(model: Any) -> None:
                     f"{type(denoiser).__name__} is in training mode, and {path!r} drops values at "
                     "random, so every call differs; call its eval() first",
                     SmoothCacheWarning,
-                    stacklevel=4,
+                    stacklevel=stacklevel,
                 )
                 return
 
@@ -146,7 +151,9 @@ class Signature:
         names = [*self._names, *(f"*{i}" for i in range(extra))]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         name = self.timestep
-        if name not in given:
+        if name not in given:  # as where everything is passed through ``**kwargs``
+            name = next((n for n in TIMESTEP_NAMES if n in given), None)
+        if name is None:
             name = next((n for n, value in given.items() if _could_be_a_timestep(value)), None)
         named = [n for n in given if n != name and _tensors(given[n])]
         latents = [n for n in named if _LATENTS_NAME.fullmatch(n)][:1] or named[:1]

@@ -119,7 +119,7 @@ def find_layers(
 
     Raises:
         InvalidArgumentError: If ``model`` is neither a pipeline nor a module, the granularity
-            is unknown, or a selected layer lies inside another.
+            is unknown, or a selected layer lies inside another or is never called.
         LayersNotFoundError: If the model has no such layer at all.
 
     Example:
@@ -379,6 +379,11 @@ def _selected(denoiser: nn.Module, select: Select) -> list[CacheLayer]:
         choice = select(path, module) if path else False
         if not choice:
             continue
+        if _has_no_forward(module):
+            raise InvalidArgumentError(
+                f"select chose {path!r}, a {type(module).__name__} that has no forward and so is "
+                "never called; choose the modules in it"
+            )
         outer = next((x.path for x in layers if path.startswith(f"{x.path}.")), None)
         if outer is not None:
             raise InvalidArgumentError(
@@ -388,6 +393,11 @@ def _selected(denoiser: nn.Module, select: Select) -> list[CacheLayer]:
         kind = choice if isinstance(choice, str) else _kind_of(path, module, modules)
         layers.append(CacheLayer(path, kind, path if kind.endswith("block") else block))
     return layers
+
+
+def _has_no_forward(module: nn.Module) -> bool:
+    """Whether a module only holds others, as a list of blocks does."""
+    return type(module).forward is nn.Module.forward and "forward" not in vars(module)
 
 
 def _kind_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> str:

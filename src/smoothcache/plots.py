@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .calibration import Calibration
+    from .report import ReportRow
     from .schedule import Row, Schedule
 
 Path = str | os.PathLike[str]
@@ -50,6 +51,7 @@ KIND_NAMES = {
 }
 SMALL, NORMAL, LARGE = 8.0, 9.0, 10.5
 DPI = 160
+MARKERS = "osD^vPXh"
 MOST_COLUMNS = 3
 
 
@@ -391,6 +393,127 @@ def _rendered(figure: Figure) -> npt.NDArray[np.uint8]:
     canvas.draw()
     pixels: npt.NDArray[np.uint8] = np.array(canvas.buffer_rgba(), dtype=np.uint8)
     return pixels[..., :3]
+
+
+def plot_spectrograms(
+    rows: Sequence[tuple[str, Tensor]],
+    reference: Tensor,
+    sampling_rate: int,
+    path: Path | None = None,
+    *,
+    reference_title: str = "uncached",
+) -> Figure:
+    """Log-mel spectrograms of uncached sounds, and below them of cached ones with what changed.
+
+    Time runs to the right and pitch upwards; the darkest is -90 dB of full scale, and of the
+    absolute differences the brightest is 30 dB. Each row is named with its mean log-spectral
+    distance.
+
+    Source: Figure 6 of Liu et al., "SmoothCache", arXiv 2411.10510.
+
+    Args:
+        rows: A title and sounds for each row, [batch, channels, samples], of the same seeds as
+            the reference.
+        reference: The uncached sounds; the same shape. Each becomes a column.
+        sampling_rate: Samples a second.
+        path: Where to save the picture.
+        reference_title: Names the first row.
+
+    Raises:
+        InvalidArgumentError: If there is no row, or sounds are not as described.
+        MissingPackageError: If matplotlib is not installed.
+    """
+    from .metrics import log_mel, log_spectral_distance  # bring torch with them
+
+    if not rows:
+        raise InvalidArgumentError("give at least one row of sounds beside the reference.")
+
+    def decibels(sounds: Tensor) -> npt.NDArray[np.float32]:
+        return np.asarray(log_mel(sounds.detach().cpu(), sampling_rate).flip(1), dtype=np.float32)
+
+    def shown(levels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return _strip(np.clip(1 + levels / 90, 0, 1))
+
+    uncached = decibels(reference)
+    strips = [(reference_title, shown(uncached))]
+    for title, sounds in rows:
+        distance = float(log_spectral_distance(sounds, reference).mean())
+        levels = decibels(sounds)
+        change = np.clip(np.abs(levels - uncached) / 30, 0, 1)
+        strips.append((f"{title}\n{distance:.1f} dB off", shown(levels)))
+        strips.append(("difference", _strip(change)))
+    return _saved(_stacked(strips, width=min(9.0, max(3.2, 1.5 * len(uncached)))), path)
+
+
+def plot_methods(
+    rows: Sequence[ReportRow],
+    path: Path | None = None,
+    *,
+    column: str = "psnr",
+    label: str = "PSNR against uncached, dB",
+    panels: Mapping[str, Sequence[str]] | None = None,
+    emphasised: Sequence[str] = (),
+    title: str = "",
+) -> Figure:
+    """Cost and quality: a line for each family of methods, a point for each of its settings.
+
+    Args:
+        rows: Rows with a family and a compute; those without a finite value are left out.
+        path: Where to save the picture.
+        column: Field of the rows that is drawn.
+        label: What that is.
+        panels: Title of a panel -> the families that it shows; one panel with all if None.
+        emphasised: Families that are drawn in every panel, in bold.
+        title: Above the picture.
+
+    Raises:
+        InvalidArgumentError: If no row has something to draw.
+        MissingPackageError: If matplotlib is not installed.
+    """
+    lines = _lines_by_family(rows, column)
+    if not lines:
+        raise InvalidArgumentError(f"no row has a family, a compute below 1 and a {column}.")
+    if panels is None:
+        panels = {"": [family for family in lines if family not in emphasised]}
+    figure = _figure(width=1.2 + 5.2 * len(panels), height=6.2)
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    for panel, (name, families) in zip(axes, panels.items(), strict=True):
+        shown = [family for family in families if family in lines]
+        for i, family in enumerate(shown):
+            colour = (*CYCLE, GREY)[i % (len(CYCLE) + 1)]
+            style = ("-", (0, (4, 1.5)), (0, (1, 1)))[i // (len(CYCLE) + 1) % 3]
+            x, y = zip(*lines[family], strict=True)
+            panel.plot(x, y, color=colour, linestyle=style, linewidth=1.2, marker=MARKERS[i % 8],
+                       markersize=4, label=family)  # fmt: skip
+        for i, family in enumerate(x for x in emphasised if x in lines):
+            x, y = zip(*lines[family], strict=True)
+            panel.plot(x, y, color=BLACK, linestyle=("-", (0, (2, 1)))[i % 2], linewidth=2.2,
+                       marker="*", markersize=9, label=family)  # fmt: skip
+        _tidy(panel, title=name)
+        panel.set_xlabel("compute, share of the uncached MACs", fontsize=NORMAL)
+        panel.grid(color="#EBEBEB", linewidth=0.8)
+        panel.set_xlim(left=0)
+        panel.tick_params(labelleft=True)
+        panel.legend(
+            frameon=False, fontsize=SMALL - 0.5, loc="upper left", bbox_to_anchor=(-0.02, -0.13),
+            ncols=2, handlelength=2.6,
+        )  # fmt: skip
+    axes[0].set_ylabel(label, fontsize=NORMAL)
+    if title:
+        figure.suptitle(title, fontsize=LARGE, color=BLACK, x=0.01, ha="left")
+    return _saved(figure, path)
+
+
+def _lines_by_family(
+    rows: Sequence[ReportRow], column: str
+) -> dict[str, list[tuple[float, float]]]:
+    """Family -> (compute, value) of its rows, the cheapest first."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        value = getattr(row, column)
+        if row.family and row.compute is not None and value is not None and math.isfinite(value):
+            lines.setdefault(row.family, []).append((row.compute, value))
+    return {family: sorted(points) for family, points in lines.items()}
 
 
 def _stacked(strips: Sequence[tuple[str, npt.NDArray[np.float32]]], *, width: float) -> Figure:

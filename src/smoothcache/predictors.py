@@ -6,6 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
+
+Axis = Literal["step", "log_snr", "angle"]
+_PURE = 1e-4  # pure noise, or none, has no finite log-SNR and is taken as this far from it
 
 
 @dataclass(frozen=True)
@@ -16,31 +20,83 @@ class Predictor:
         name: What a schedule calls it.
         order: Degree of the polynomial; 0 holds the last value. While fewer values than that
             have been computed, the degree is lower.
+        axis: What the polynomial runs over: the index of the step, or the step's noise level as
+            log-SNR or as the angle whose tangent is the noise over the signal.
     """
 
     name: str
     order: int
+    axis: Axis = "step"
+
+    @property
+    def needs_noise_levels(self) -> bool:
+        """Whether the steps' noise levels must be known."""
+        return self.axis != "step"
 
 
 PREDICTORS: Mapping[str, Predictor] = MappingProxyType(
     {
         predictor.name: predictor
-        for predictor in (Predictor("hold", 0), Predictor("taylor", 1), Predictor("taylor2", 2))
+        for predictor in (
+            Predictor("hold", 0),
+            Predictor("taylor", 1),
+            Predictor("taylor2", 2),
+            Predictor("taylor-log-snr", 1, "log_snr"),
+            Predictor("taylor2-log-snr", 2, "log_snr"),
+            Predictor("taylor-angle", 1, "angle"),
+            Predictor("taylor2-angle", 2, "angle"),
+        )
     }
 )
 
 
-def extrapolation_weights(steps: Sequence[int], at: int) -> list[float]:
-    """Weights of the values at ``steps`` in their polynomial's value at step ``at`` (Lagrange).
+def axis_positions(axis: Axis, steps: int, noise_levels: Sequence[float] | None) -> list[float]:
+    """Where each step lies on an axis; [steps].
+
+    >>> axis_positions("step", 3, None)
+    [0.0, 1.0, 2.0]
+    >>> [round(x, 2) for x in axis_positions("angle", 3, (1.0, 0.5, 0.0))]
+    [1.57, 0.79, 0.0]
+
+    Args:
+        axis: Of a predictor.
+        steps: How many there are.
+        noise_levels: sigma / (alpha + sigma) of each step, in [0, 1]; needed by all but "step".
+    """
+    if axis == "step" or noise_levels is None:
+        return [float(step) for step in range(steps)]
+    if axis == "angle":
+        return [math.atan2(noise, 1 - noise) for noise in noise_levels]
+    clipped = [min(max(noise, _PURE), 1 - _PURE) for noise in noise_levels]
+    return [2 * math.log((1 - noise) / noise) for noise in clipped]
+
+
+def extrapolation_weights(known: Sequence[float], at: float, gain: float = 1.0) -> list[float]:
+    """Weights of the values at ``known`` in what is predicted at ``at`` (Lagrange).
 
     Example:
         >>> extrapolation_weights([0, 2], at=3)
         [-0.5, 1.5]
+        >>> extrapolation_weights([0, 2], at=3, gain=2)
+        [-1.0, 2.0]
+
+    Args:
+        known: Positions of the computed values, the newest last.
+        at: Position of the wanted one.
+        gain: How much of the change since the newest value is predicted; 1 is the polynomial
+            itself, 0 holds.
+
+    Returns:
+        Weights that sum to 1.
     """
-    return [
-        math.prod((at - other) / (step - other) for other in steps if other != step)
-        for step in steps
+    weights = [
+        math.prod((at - other) / (here - other) for other in known if other != here)
+        for here in known
     ]
+    if gain == 1:
+        return weights
+    older = [gain * weight for weight in weights[:-1]]
+    return [*older, 1 - sum(older)]
 
 
 def last_uses(computed: Sequence[bool], order: int) -> list[int | None]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from .errors import InvalidArgumentError
 
@@ -18,36 +19,52 @@ class ReportRow:
 
     Attributes:
         name: What the row is called.
+        family: The method of which it is one setting; may be empty.
         steps: Solver steps.
         compute: Fraction of the MACs of the uncached run; 1 is the uncached run itself.
         time: Wall clock over that of the uncached run, dimensionless.
         seconds: Wall clock of all samples together.
         psnr: Against the uncached samples of the same seeds, in dB, mean over samples.
         ssim: Likewise; at most 1.
+        snr: Of sounds, likewise: signal-to-noise ratio in dB.
+        log_spectral_distance: Of sounds, likewise, in dB.
+        stft_distance: Of sounds, likewise: multi-resolution distance of short-time spectra.
         relative_error: Likewise, relative L1 error.
         motion_error: Of clips, likewise, of the changes from frame to frame.
         temporal_consistency: Of clips, one minus the mean change from frame to frame.
+        perceptual_distance: Likewise, relative L2 distance of a classifier's features.
+        converged_psnr: Against samples of the same noise with many more steps, in dB.
         class_accuracy: Share of samples that a classifier recognises, in [0, 1].
         accuracies: Name of an attribute -> share of samples in which a classifier recognises it,
             in [0, 1]; a column each.
+        label_divergence: Of the classifier's labels from those of the uncached samples, in nats.
         frechet_distance: Between the features of the samples and of real data.
         peak_bytes: Most bytes of kept outputs at any moment.
+        margins: Half the width of the 95 % confidence interval of the mean, by the field's name.
     """
 
     name: str
+    family: str = ""
     steps: int | None = None
     compute: float | None = None
     time: float | None = None
     seconds: float | None = None
     psnr: float | None = None
     ssim: float | None = None
+    snr: float | None = None
+    log_spectral_distance: float | None = None
+    stft_distance: float | None = None
     relative_error: float | None = None
     motion_error: float | None = None
     temporal_consistency: float | None = None
+    perceptual_distance: float | None = None
+    converged_psnr: float | None = None
     class_accuracy: float | None = None
     accuracies: Mapping[str, float] = field(default_factory=dict)
+    label_divergence: float | None = None
     frechet_distance: float | None = None
     peak_bytes: int | None = None
+    margins: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in {**asdict(self), **self.accuracies}.items():
@@ -91,10 +108,7 @@ class Report:
     def cells(self) -> list[list[str]]:
         """What the table shows: a list for each row, of the columns of `header`."""
         columns = self._columns()
-        return [
-            [row.name, *(_cell(_value(row, column), _written(column)) for column in columns)]
-            for row in self.rows
-        ]
+        return [[row.name, *(_cell(row, column) for column in columns)] for row in self.rows]
 
     def to_text(self) -> str:
         """An aligned table, for a terminal or a log."""
@@ -125,9 +139,12 @@ class Report:
         What was not measured is null; an infinite value, as the PSNR of identical images, is the
         string "inf", since JSON has no such number.
         """
+        return json.dumps(self.document(), indent=2, ensure_ascii=False, allow_nan=False)
+
+    def document(self) -> dict[str, Any]:
+        """What ``to_json`` writes, for a document with more in it."""
         rows = [{name: _finite(value) for name, value in asdict(row).items()} for row in self.rows]
-        document = {"title": self.title, "rows": rows, "notes": list(self.notes)}
-        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+        return {"title": self.title, "rows": rows, "notes": list(self.notes)}
 
     def _columns(self) -> list[str]:
         """Fields, or ``accuracies.NAME``, that some row has a value for."""
@@ -181,23 +198,33 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "seconds": ("seconds", "{:.2f}".format),
     "psnr": ("PSNR, dB", "{:.1f}".format),
     "ssim": ("SSIM", "{:.4f}".format),
+    "snr": ("SNR, dB", "{:.1f}".format),
+    "log_spectral_distance": ("log-spectral distance, dB", "{:.2f}".format),
+    "stft_distance": ("STFT distance", _significant),
     "relative_error": ("relative error", _significant),
     "motion_error": ("motion error", _significant),
     "temporal_consistency": ("temporal consistency", "{:.4f}".format),
+    "perceptual_distance": ("perceptual distance", _significant),
+    "converged_psnr": ("PSNR to converged, dB", "{:.1f}".format),
     "class_accuracy": ("class accuracy", _percent),
     "accuracies": ("accuracy", _percent),
+    "label_divergence": ("label KL, nats", _significant),
     "frechet_distance": ("Frechet distance", _significant),
     "peak_bytes": ("memory kept", _size),
 }
 """Field of a row to the heading of its column and how its values are written."""
 
 
-def _cell(value: float | None, written: Callable[[float], str]) -> str:
+def _cell(row: ReportRow, column: str) -> str:
+    value, written = _value(row, column), _written(column)
     if value is None:
         return MISSING
     if math.isinf(value):
         return "inf"
-    return written(value)
+    margin = row.margins.get(column)
+    if margin is None:
+        return written(value)
+    return f"{written(value).removesuffix(' %')} ± {written(margin).removeprefix('× ')}"
 
 
 def _finite(value: object) -> object:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from numbers import Real
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +16,9 @@ import numpy.typing as npt
 
 from . import _resample
 from ._checks import check_count, check_number, check_texts, listed
+from ._noise_levels import check_noise_levels, levels_of_solver
 from ._published import map_names
+from .denoisers import noise_scheduler
 from .errors import InvalidArgumentError, ScheduleMismatchError
 from .layers import CacheLayer, Granularity, ModelIdentity, find_layers, identify
 from .predictors import PREDICTORS
@@ -31,13 +34,17 @@ class Row:
     Attributes:
         computed: True where the layer is computed, False where it is reused; [steps].
         predictor: How a reused value is made from computed ones, a name in ``PREDICTORS``.
+        gains: How much of the predicted change since the last computed value is taken at each
+            reused step, 1 at computed ones; [steps]. None for 1 everywhere. A search fits them.
 
     Raises:
-        InvalidArgumentError: If step 0 is not computed, or the predictor is unknown.
+        InvalidArgumentError: If step 0 is not computed, the predictor is unknown, or the gains
+            are not as many finite numbers.
     """
 
     computed: tuple[bool, ...]
     predictor: str = "hold"
+    gains: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         computed = tuple(self.computed)
@@ -50,6 +57,22 @@ class Row:
                 f"the predictor {self.predictor!r} is unknown; there are {listed(PREDICTORS, 20)}."
             )
         object.__setattr__(self, "computed", tuple(bool(step) for step in computed))
+        object.__setattr__(self, "gains", _check_gains(self.gains, self.computed))
+
+    def moved(self, computed: tuple[bool, ...]) -> Row:
+        """The same with other computed steps; the gains go along, gap by gap.
+
+        >>> row = Row((True, False, True, False), "taylor", (1, 0.5, 1, 2))
+        >>> row.moved((True, True, False, False))
+        Row(computed=(True, True, False, False), predictor='taylor', gains=(1.0, 1.0, 2.0, 2.0))
+        """
+        if self.gains is None:
+            return Row(computed, self.predictor)
+        of_gap = [1.0] * len(computed)
+        for gap, gain in zip(accumulate(self.computed), self.gains, strict=True):
+            of_gap[gap - 1] = gain  # the last of the gap, which is a reused step if there is one
+        gaps = accumulate(computed)
+        return Row(computed, self.predictor, tuple(of_gap[gap - 1] for gap in gaps))
 
     @classmethod
     def uniform(
@@ -90,6 +113,8 @@ class Schedule:
         model: What it was planned for; None if unknown.
         solver: Class name of the noise scheduler that it was planned with; None if none or any.
         timesteps: The model's own t at every step, in running order [steps]; None if unknown.
+        noise_levels: sigma / (alpha + sigma) at every step, in [0, 1], only falling or only rising
+            [steps]; None if unknown. Predictors over the noise level need them.
         compute: Expected fraction of the uncached MACs of a run, in (0, 1]; None if unknown.
         quality: Measured quality by metric, if it was measured; infinite is allowed, NaN is not.
         provenance: Who made it and with what settings.
@@ -107,6 +132,7 @@ class Schedule:
     compute: float | None = None
     quality: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
+    noise_levels: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         num_steps = check_count("num_steps", self.num_steps, least=1)
@@ -123,6 +149,9 @@ class Schedule:
             if len(timesteps) != num_steps:
                 raise InvalidArgumentError(f"{len(timesteps)} timesteps for {num_steps} steps.")
             checked["timesteps"] = timesteps
+        checked["noise_levels"] = check_noise_levels(self.noise_levels, num_steps)
+        if self.noise_levels is None:
+            _refuse_without_levels(self.rows)
         if self.compute is not None:
             compute = checked["compute"] = check_number("compute", self.compute)
             if not 0 < compute <= 1:
@@ -141,6 +170,7 @@ class Schedule:
         last: bool = False,
         granularity: Granularity = "auto",
         layers: Sequence[CacheLayer] | None = None,
+        noise_levels: Sequence[float] | None = None,
     ) -> Schedule:
         """Compute every layer at the steps 0, interval, 2 interval, ... and reuse it between.
 
@@ -161,6 +191,8 @@ class Schedule:
             last: Compute the last step as well, as the published schedules do.
             granularity: What is reused, as for ``find_layers``.
             layers: Reuse exactly these instead, as ``find_layers`` or ``observe_layers`` gave them.
+            noise_levels: sigma / (alpha + sigma) at every step [num_steps], for predictors over
+                the noise level; None asks the pipeline's noise scheduler for them.
 
         Raises:
             InvalidArgumentError: If an argument is not as described.
@@ -169,11 +201,14 @@ class Schedule:
         row = Row.uniform(num_steps, interval, predictor=predictor, last=last)
         found = tuple(find_layers(model, granularity=granularity) if layers is None else layers)
         settings = {"interval": interval, "predictor": predictor, "last": last}
+        if noise_levels is None and PREDICTORS[predictor].needs_noise_levels:
+            noise_levels = levels_of_solver(noise_scheduler(model), num_steps)
         return cls(
             num_steps=num_steps,
             rows={layer.path: row for layer in found},
             layers=found,
             model=identify(model),
+            noise_levels=None if noise_levels is None else tuple(noise_levels),
             provenance={"planner": "uniform", **{name: str(x) for name, x in settings.items()}},
         )
 
@@ -261,14 +296,20 @@ class Schedule:
         found = _resample.positions(self.timesteps, given, num_old=self.num_steps)
         begins = _resample.edges(found, self.num_steps, num_steps)
         rows = {
-            name: replace(row, computed=_resample.resample_row(row.computed, begins))
+            name: Row(
+                _resample.resample_row(row.computed, begins),
+                row.predictor,
+                row.gains and _resample.nearest(row.gains, begins),
+            )
             for name, row in self.rows.items()
         }
+        levels = self.noise_levels
         return replace(
             self,
             num_steps=num_steps,
             rows=rows,
             timesteps=given,
+            noise_levels=levels and _resample.between(levels, found, num_steps),
             compute=self._compute_with(rows),
             quality={},
             provenance=_resample.told(self.provenance, self.num_steps, num_steps),
@@ -398,6 +439,26 @@ def _check_quality(quality: Mapping[str, float]) -> dict[str, float]:
         if not isinstance(name, str) or not real or math.isnan(value):
             raise InvalidArgumentError(f"quality maps strings to numbers, got {name!r}: {value!r}.")
     return {name: float(value) for name, value in quality.items()}
+
+
+def _check_gains(gains: Sequence[float] | None, computed: Sequence[bool]) -> Any:
+    if gains is None:
+        return None
+    if len(gains) != len(computed):
+        raise InvalidArgumentError(f"{len(gains)} gains for {len(computed)} steps.")
+    values = [check_number("a gain", gain) for gain in gains]
+    values = [1.0 if done else gain for gain, done in zip(values, computed, strict=True)]
+    return None if set(values) == {1.0} else tuple(values)
+
+
+def _refuse_without_levels(rows: Mapping[str, Row]) -> None:
+    for name, row in rows.items():
+        if PREDICTORS[row.predictor].needs_noise_levels and False in row.computed:
+            raise InvalidArgumentError(
+                f"the predictor {row.predictor!r} of {name!r} runs over the noise level, which is "
+                "not known here: calibrate a pipeline with a noise scheduler, give noise_levels, "
+                "or take a predictor over the step, such as 'taylor'."
+            )
 
 
 def _other_model(planned: ModelIdentity | None, given: ModelIdentity | None) -> str:

@@ -34,6 +34,10 @@ CONVERGED_FACTOR = 10  # times as many steps as the uncached run
 BATCH = 4  # candidates that are tried before the next choice, whatever the number of processes
 PROBES = 5  # steps at which the effect of an error is measured
 POWERS = (0.8, 1.25, 1.6)
+STEPPED = [name for name, x in PREDICTORS.items() if not x.needs_noise_levels]
+# Of those over the noise level, what has been seen to help; all would cost too much to try.
+TRIED = [*STEPPED, "taylor-angle"]
+FITTED = 3  # of the best candidates are fitted, to begin with
 FEWEST_STEPS = 4
 
 
@@ -129,13 +133,15 @@ def search(
     seed: int = 0,
     journal: str | os.PathLike[str] | None = None,
     solvers: Mapping[str, Any] | None = None,
+    proposals: Sequence[Schedule] = (),
     progress: bool = True,
 ) -> SearchedSchedule:
     """Finds the schedule that ends closest to the uncached run within a budget, by measuring.
 
     Schedules of every family (even and uneven spacings, thresholds, weighted dynamic programming)
     with every predictor, of the layers and of the whole denoiser's output, are run for real and
-    compared with the uncached outputs; the best are improved by moving computed steps; and the
+    compared with the uncached outputs; the best are improved by fitting how much of a predicted
+    change to take in each gap, and by moving computed steps; and the
     winner is measured again on samples that the search has not seen, beside what needs no cache:
     plain fewer steps and, where ``sample`` takes a ``scheduler``, better solvers.
 
@@ -163,6 +169,8 @@ def search(
         journal: A file for the results; a search that was interrupted goes on from it.
         solvers: Noise schedulers by name, for the alternatives; None for those that suit the
             pipeline's own (multistep ones of diffusers), if ``sample`` takes a ``scheduler``.
+        proposals: Further schedules to try, of whatever origin, as ``plan_learned``; those beyond
+            the budget are passed over. What it took to make them is not in the search's cost.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -173,7 +181,7 @@ def search(
             meets it, ``sample`` returns nothing or something else each time, or the journal is of
             another search.
         CalibrationError: If the model cannot be calibrated.
-        ScheduleMismatchError: If the calibration is of another model.
+        ScheduleMismatchError: If the calibration, or a proposal, is of another model.
 
     Example:
         >>> import torch
@@ -239,6 +247,8 @@ def search(
             f"a generation of {calibration.num_steps} steps leaves nothing to plan; "
             f"{FEWEST_STEPS} are the fewest"
         )
+    for proposal in proposals:
+        _check_proposal(proposal, calibration)
     if solvers is None:
         solvers = _suitable_solvers(model) if "scheduler" in takes else {}
     solvers = dict(sorted(solvers.items()))
@@ -263,8 +273,28 @@ def search(
             max_cost=max_cost,
             deadline=deadline,
             rng=random.Random(seed),
+            given=proposals,
         )
         return hunt.cheapest(max_error) if max_error is not None else hunt.best_within(budget)
+
+
+def _check_proposal(proposal: object, calibration: Calibration) -> None:
+    """Refuses what could not run beside the search's own schedules.
+
+    Raises:
+        InvalidArgumentError: If it is no schedule of as many steps that knows its layers.
+        ScheduleMismatchError: If it is for other layers, or another model.
+    """
+    if not isinstance(proposal, Schedule) or proposal.layers is None:
+        raise InvalidArgumentError(
+            f"proposals must be schedules that know their layers, got {type(proposal).__name__}; "
+            "bind a published one to the layers first"
+        )
+    if proposal.num_steps != calibration.num_steps:
+        raise InvalidArgumentError(
+            f"a proposal has {proposal.num_steps} steps, but a generation {calibration.num_steps}"
+        )
+    proposal.bind(calibration.layers, calibration.model)
 
 
 def _budget(speedup: float | None, compute: float | None) -> float:
@@ -325,6 +355,11 @@ class _Space:
     def grains(self) -> tuple[str, ...]:
         return tuple(self._layers)
 
+    @property
+    def predictors(self) -> list[str]:
+        """Those to try, without any that needs what is not known."""
+        return STEPPED if self.calibration.noise_levels is None else TRIED
+
     def count(self, grain: str, budget: float, num_steps: int | None = None) -> int:
         """Computed steps within a budget, as a fraction of the uncached run."""
         steps = num_steps or self.num_steps
@@ -380,6 +415,7 @@ class _Space:
                 model=calibration.model,
                 solver=calibration.solver if solver is None else self._solver_classes[solver],
                 timesteps=calibration.timesteps if own else None,
+                noise_levels=calibration.noise_levels if own else None,
                 compute=compute_fraction(rows, layers, self._total),
                 provenance={"planner": "search", "family": name},
             )
@@ -405,6 +441,7 @@ class _Hunt:
         max_cost: float,
         deadline: float,
         rng: random.Random,
+        given: Sequence[Schedule],
     ) -> None:
         self._space = space
         self._rollouts = rollouts
@@ -417,6 +454,11 @@ class _Hunt:
         self._max_cost = max_cost
         self._deadline = deadline
         self._rng = rng
+        layers = space.calibration.layers
+        self._given = [
+            space.of_rows(f"given {i}: {x.provenance.get('planner', 'by hand')}", layers, x.rows)
+            for i, x in enumerate(given)
+        ]
         self._errors: dict[str, tuple[Candidate, list[float]]] = {}
         self._target = CONVERGED if joint else UNCACHED
         self._plain = Candidate(UNCACHED, 1.0)
@@ -510,9 +552,11 @@ class _Hunt:
             self._space.candidate(name, grain, mask, predictor)
             for grain in self._space.grains
             for name, mask in self._even(self._space.count(grain, budget)).items()
-            for predictor in PREDICTORS
+            for predictor in self._space.predictors
+            if predictor in STEPPED or (grain == "model" and not name.startswith("every"))
         ]
         found += self._thresholds(budget)
+        found += self._given
         found += self._other_samplers(budget)
         return _distinct(x for x in found if x.compute <= budget + 1e-9)
 
@@ -570,8 +614,8 @@ class _Hunt:
         if "model" not in self._space.grains:
             return found
         for solver in (None, *self._solvers):
-            for factor in (1.5, 2.0, 3.0):
-                n = min(steps, round(affordable_steps * factor))
+            for factor in (1.5, 2.0, 3.0, math.inf):
+                n = round(min(steps, affordable_steps * factor))
                 count = self._space.count("model", budget, n)
                 if affordable_steps >= 2 and n > count >= 2:
                     of = f"{count} of {n} steps" + f" of {solver}" * bool(solver)
@@ -700,21 +744,41 @@ class _Hunt:
             while refined and not self._may_go_on(self._price(refined) + final):
                 refined.pop()
             self._screen(refined)
+        self._fit([c for c in self._ranked(budget) if _is_of_denoiser(c)][:FITTED], final)
         stuck: set[str] = set()
         while self._may_go_on(BATCH * len(self._train) * budget + final):
-            uniform = [c for c in self._ranked(budget) if self._mask(c) is not None][:2]
+            uniform = [c for c in self._ranked(budget) if _row(c) is not None][:2]
             candidate = next((c for c in uniform if c.key not in stuck), None)
-            if candidate is None or self._error(self._best(budget)) <= until:
+            if self._error(self._best(budget)) <= until:
                 return
-            if not self._climb(candidate, budget, final):
+            if candidate is None:
+                if not self._fit([c for c in uniform if _is_of_denoiser(c)], final):
+                    return
+            elif not self._climb(candidate, budget, final):
                 stuck.add(candidate.key)
+
+    def _fit(self, candidates: Sequence[Candidate], final: float) -> bool:
+        """Tries candidates with the gains that suit their gaps; whether one is better for it."""
+        is_better = False
+        for candidate in candidates:
+            if not self._may_go_on(2 * len(self._train) * candidate.compute + final):
+                break
+            row = self._rollouts.fitted(self._target, candidate, self._train)
+            fitted = self._with_row(candidate, row, "fitted")
+            if fitted.key not in self._errors:
+                runs = [(fitted, i) for i in self._train]
+                self._note(fitted, self._rollouts.distances(self._target, runs))
+                is_better |= self._error(fitted) < self._error(candidate)
+        return is_better
 
     def _climb(self, candidate: Candidate, budget: float, final: float) -> bool:
         """Tries moves of a candidate, a batch at a time; whether one is better."""
-        row = next(iter(candidate.schedule.rows.values()))  # type: ignore[union-attr]
+        row = _row(candidate)
+        if row is None:
+            return False
         before, own = self._error(candidate), self._errors[candidate.key][1][0]
         masks = neighbours(row.computed, self._rng)
-        moved = (self._moved(candidate, mask, row.predictor) for mask in masks)
+        moved = (self._with_row(candidate, row.moved(mask), "moved") for mask in masks)
         untried = (c for c in moved if c.key not in self._errors and c.compute <= budget + 1e-9)
         first, others = self._train[0], self._train[1:]
         while batch := list(itertools.islice(untried, BATCH)):
@@ -732,17 +796,13 @@ class _Hunt:
                 return True
         return False
 
-    def _mask(self, candidate: Candidate) -> Mask | None:
-        """The mask that all rows share; None if they differ or there is no schedule."""
-        rows = set(candidate.schedule.rows.values()) if candidate.schedule else set()
-        return next(iter(rows)).computed if len(rows) == 1 else None
-
-    def _moved(self, candidate: Candidate, mask: Mask, predictor: str) -> Candidate:
+    def _with_row(self, candidate: Candidate, row: Row, how: str) -> Candidate:
+        """A candidate with another row for all layers; its name says how that came about."""
         schedule = candidate.schedule
         if schedule is None or schedule.layers is None:
             return candidate
-        rows = {path: Row(mask, predictor) for path in schedule.rows}
-        name = candidate.name.removesuffix(", moved") + ", moved"
+        rows = dict.fromkeys(schedule.rows, row)
+        name = candidate.name if f", {how}" in candidate.name else f"{candidate.name}, {how}"
         layers = schedule.layers
         if candidate.num_steps is None and layers == self._space.calibration.layers:
             layers = self._space.calibration.layers  # its schedules keep what the calibration knows
@@ -832,6 +892,20 @@ class _Hunt:
                     )
                 )
         return tuple(front)
+
+
+def _row(candidate: Candidate) -> Row | None:
+    """The row that all layers share; None if they differ or there is no schedule."""
+    rows = set(candidate.schedule.rows.values()) if candidate.schedule else set()
+    return next(iter(rows)) if len(rows) == 1 else None
+
+
+def _is_of_denoiser(candidate: Candidate) -> bool:
+    """Whether a candidate extrapolates the output of a whole denoiser, so that it can be fitted."""
+    row = _row(candidate)
+    if row is None or candidate.schedule is None or list(candidate.schedule.rows) != [""]:
+        return False
+    return PREDICTORS[row.predictor].order > 0 and not all(row.computed)
 
 
 def _distinct(candidates: Iterable[Candidate]) -> list[Candidate]:

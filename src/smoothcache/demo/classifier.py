@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -44,6 +45,15 @@ class ShapeClassifier(nn.Module):
         """Penultimate features [n, feature_dim], before the last nonlinearity."""
         features: Tensor = self.project(self.trunk(images).flatten(1))
         return features
+
+    @torch.no_grad()
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Feature maps after each stage, [n, channels, height, width]."""
+        found = []
+        for stage in self.trunk:
+            images = stage(images)
+            found.append(images)
+        return found
 
 
 def save_classifier(classifier: nn.Module, folder: str | Path) -> None:

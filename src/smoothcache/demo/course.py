@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from .. import plots
 from ..calibrate import calibrate
 from ..calibration import Calibration
 from ..compare import Comparison, Variant, compare
-from ..planners import plan, plan_uniform
+from ..methods import plan_at_cost
+from ..planners import plan_uniform
 from ..report import Report
 from ..schedule import Schedule
 
@@ -65,7 +65,8 @@ class Material:
         num_steps: Solver steps of the uncached run.
         scores: Columns of the table beside those of the modality.
         describe: Puts title and notes to what was compared.
-        show: Writes pictures of the samples of all rows into a folder.
+        show: Writes samples and pictures of them, of all rows, into a folder.
+        last: Whether FORA also computes the last step, as in the published schedules.
     """
 
     pipeline: Any
@@ -79,6 +80,7 @@ class Material:
     scores: Mapping[str, Callable[[Tensor], float]]
     describe: Callable[[Comparison], Report]
     show: Callable[[Path, Groups, Comparison], list[Path]]
+    last: bool = False
 
 
 @dataclass
@@ -116,7 +118,7 @@ def run_course(material: Material, output: Path, stages: Stages, *, progress: bo
             progress=progress,
         )
     with stages("planning"):
-        groups = plan_beside_fora(calibration)
+        groups = plan_beside_fora(calibration, last=material.last)
         schedules = {name: x for group in groups.values() for name, x in group.items()}
     with stages(f"sampling {material.count} {material.noun} in each way"):
         comparison = compare(
@@ -129,7 +131,7 @@ def run_course(material: Material, output: Path, stages: Stages, *, progress: bo
             progress=progress,
         )
     report = material.describe(comparison)
-    with stages(f"drawing, into {output}"):
+    with stages(f"writing, into {output}"):
         files = _pictures(output, calibration, groups)
         files += material.show(output, groups, comparison)
         files += _documents(output, calibration, groups, report)
@@ -138,37 +140,26 @@ def run_course(material: Material, output: Path, stages: Stages, *, progress: bo
     )
 
 
-def plan_beside_fora(calibration: Calibration) -> dict[int, dict[str, Schedule]]:
-    """FORA's interval -> name of a row -> schedule; those of an interval cost about the same."""
+def plan_beside_fora(
+    calibration: Calibration, *, last: bool = False
+) -> dict[int, dict[str, Schedule]]:
+    """FORA's interval -> name of a row -> schedule; those of an interval cost about the same.
+
+    Args:
+        calibration: What was measured.
+        last: Whether FORA also computes the last step, as in the published schedules.
+    """
     groups = {}
     for interval in INTERVALS:
-        even = plan_uniform(calibration, interval=interval)
+        even = plan_uniform(calibration, interval=interval, last=last)
         threshold = plan_at_cost(calibration, even.compute or 1.0)
-        taylor = plan_uniform(calibration, interval=interval, predictor="taylor")
+        taylor = plan_uniform(calibration, interval=interval, predictor="taylor", last=last)
         groups[interval] = {
             f"α = {threshold.provenance['alpha']}": threshold,
             f"FORA n = {interval}": even,
             f"FORA n = {interval}, Taylor": taylor,
         }
     return groups
-
-
-def plan_at_cost(calibration: Calibration, compute: float) -> Schedule:
-    """The paper's schedule under the threshold whose cost comes nearest.
-
-    Args:
-        calibration: What was measured.
-        compute: Wanted fraction of the uncached MACs.
-    """
-    curves = [
-        calibration.curve(gap=gap, kind=kind).mean
-        for kind in calibration.kinds
-        for gap in range(1, calibration.max_gap + 1)
-    ]
-    errors = np.concatenate(curves)
-    alphas = np.unique(np.ceil(1000 * errors[np.isfinite(errors)] + 1e-9) / 1000)
-    plans = [plan(calibration, alpha=float(alpha)) for alpha in alphas]
-    return min(plans, key=lambda schedule: abs((schedule.compute or 1.0) - compute))
 
 
 def rows_to_show(comparison: Comparison, group: Mapping[str, Schedule]) -> list[str]:
@@ -183,7 +174,7 @@ def _pictures(folder: Path, calibration: Calibration, groups: Groups) -> list[Pa
     plots.plot_composition(calibration, files[1])
     for interval, group in groups.items():
         for name, schedule in group.items():
-            files.append(folder / f"{_stem(interval, schedule)}.png")
+            files.append(folder / f"{stem(interval, schedule)}.png")
             plots.plot_schedule(schedule, files[-1], title=name)
     return files
 
@@ -197,7 +188,7 @@ def _documents(
     calibration.save(files[2])
     for interval, group in groups.items():
         for schedule in group.values():
-            files.append(folder / f"{_stem(interval, schedule)}.json")
+            files.append(folder / f"{stem(interval, schedule)}.json")
             schedule.save(files[-1])
     return files
 
@@ -207,7 +198,7 @@ def _alpha(schedule: Schedule) -> float:
     return float(schedule.provenance.get("alpha", 0))
 
 
-def _stem(interval: int, schedule: Schedule) -> str:
+def stem(interval: int, schedule: Schedule) -> str:
     """Name of a schedule's files, the same whatever threshold was found."""
     extrapolates = schedule.provenance["predictor"] != "hold"
     method = "smoothcache" if _alpha(schedule) else "taylor" if extrapolates else "fora"

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .. import plots
 from .._checks import check_count
+from ..benchmark import IMAGE_MEASURES, Case
 from ..compare import REFERENCE, Comparison
 from ..diffusers_io import load_pipeline
 from ..errors import InvalidArgumentError
-from ..metrics import class_accuracy, frechet_distance
+from ..metrics import class_accuracy, frechet_distance, relative_error
 from ..report import Report
 from .classifier import ShapeClassifier, load_classifier
 from .course import (
@@ -107,16 +108,59 @@ def run_demo(
     return run_course(material, output, stages, progress=progress)
 
 
-def sample_shapes(pipe: Any, labels: list[int], seed: int, num_steps: int) -> Tensor:
+def sample_shapes(
+    pipe: Any, labels: list[int], seed: int, num_steps: int, scheduler: Any = None
+) -> Tensor:
     """One generation of the pipeline: images [labels, 3, 32, 32] in [0, 1]."""
-    images: Tensor = pipe(
-        labels,
-        guidance_scale=GUIDANCE,
-        num_inference_steps=num_steps,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="pt",
-    ).images
+    own = pipe.scheduler
+    pipe.scheduler = own if scheduler is None else scheduler
+    try:
+        images: Tensor = pipe(
+            labels,
+            guidance_scale=GUIDANCE,
+            num_inference_steps=num_steps,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="pt",
+        ).images
+    finally:
+        pipe.scheduler = own
     return images
+
+
+def shapes_case(num_steps: int = NUM_STEPS, *, seed: int = 0) -> Case:
+    """The demo's pipeline for a benchmark: a generation is ten images, one of each class.
+
+    A training generation is one image, the classes in turn, of other seeds.
+    """
+    pipe = load_pipeline(FOLDER, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    judge = Judge(load_classifier(FOLDER / "classifier"))
+
+    def sample(
+        pipe: Any, i: int, num_inference_steps: int | None = None, scheduler: Any = None
+    ) -> Tensor:
+        steps = num_inference_steps or num_steps
+        return sample_shapes(pipe, list(range(NUM_CLASSES)), seed + i, steps, scheduler)
+
+    def training(
+        pipe: Any, i: int, num_inference_steps: int | None = None, scheduler: Any = None
+    ) -> Tensor:
+        steps, own_seed = num_inference_steps or num_steps, seed + CALIBRATION_SEEDS + i
+        return sample_shapes(pipe, [i % NUM_CLASSES], own_seed, steps, scheduler)
+
+    return Case(
+        f"Shapes DiT, {num_steps} DDIM steps, guidance {GUIDANCE:g}",
+        pipe,
+        sample,
+        training,
+        num_steps,
+        measures={
+            **IMAGE_MEASURES,
+            "perceptual_distance": judge.perceptual_distance,
+            "class_accuracy": lambda images, _: judge.recognised(images),
+        },
+        scores={"frechet_distance": judge.distance},
+    )
 
 
 class Judge:
@@ -133,13 +177,32 @@ class Judge:
 
     def accuracy(self, images: Tensor) -> float:
         """Share of images [n, 3, 32, 32] in [0, 1] that are recognised."""
-        with torch.no_grad():
-            logits = self._classifier(2 * images - 1)
-        return class_accuracy(logits, _labels(len(images)))
+        return class_accuracy(self._logits(images), _labels(len(images)))
+
+    def recognised(self, images: Tensor) -> Tensor:
+        """1 for each image [n, 3, 32, 32] in [0, 1] that is recognised, else 0; [n]."""
+        return (self._logits(images).argmax(dim=1) == _labels(len(images))).double()
+
+    def perceptual_distance(self, images: Tensor, reference: Tensor) -> Tensor:
+        """Relative L2 distance of the classifier's feature maps, mean over its stages; [n].
+
+        Args:
+            images: [n, 3, 32, 32] in [0, 1].
+            reference: What they should be; the same shape.
+        """
+        pairs = zip(self._classifier.maps(2 * images - 1),
+                    self._classifier.maps(2 * reference - 1), strict=True)  # fmt: skip
+        distances = [relative_error(own, other, norm="l2") for own, other in pairs]
+        return torch.stack(distances).mean(dim=0)
 
     def distance(self, images: Tensor) -> float:
         """Frechet distance of the classifier's features to those of real images."""
         return frechet_distance(self._features(2 * images - 1), self._real)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = self._classifier(2 * images - 1)
+        return logits
 
     def _features(self, images: Tensor) -> Tensor:
         with torch.no_grad():

@@ -1,7 +1,8 @@
 """Ways to fill in a schedule: one method a file.
 
 A new planner is a file with a function from a calibration to a schedule, and an entry in
-``PLANNERS``; the tests of all planners and of the running then include it.
+``PLANNERS``; the tests of all planners and of the running then include it. ``plan_learned`` has
+none, because it needs what ``learn_routers`` learned.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from types import MappingProxyType
 
 from ..calibration import Calibration
 from ..schedule import Schedule
+from .learned import plan_learned as plan_learned
 from .threshold import plan as plan
 from .uniform import plan_uniform as plan_uniform
 

@@ -40,6 +40,7 @@ def assemble(
         model=calibration.model,
         solver=calibration.solver,
         timesteps=calibration.timesteps if are_known else None,
+        noise_levels=calibration.noise_levels,
         compute=compute_fraction(rows, calibration.layers, calibration.total_macs),
         provenance={**made_from, **{name: str(value) for name, value in settings.items()}},
     )
