@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from .. import plots
-from .._checks import check_count
-from .._optional import optional_module
 from ..compare import REFERENCE, Comparison
 from ..diffusers_io import load_pipeline, third_order_sde
 from ..errors import InvalidArgumentError
@@ -29,6 +27,7 @@ from .course import (
     Groups,
     Material,
     Stages,
+    checked_output,
     rows_to_show,
     run_course,
     stem,
@@ -78,18 +77,15 @@ def run_demo(
         PipelineLoadError: If there is no pipeline in the folder.
         MissingPackageError: If a package of the ``demo`` or ``audio`` extra is not installed.
     """
-    check_count("num_samples", num_samples, least=1)
-    check_count("num_steps", num_steps, least=2)
-    check_count("seed", seed, least=0)
-    if num_samples % BATCH:
-        raise InvalidArgumentError(
-            f"num_samples must be a multiple of {BATCH}, one for each timbre at each pitch, got "
-            f"{num_samples}."
-        )
-    for package in ("transformers", "torchsde"):
-        optional_module(package, extra="audio")
-    output = Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    output = checked_output(
+        output_dir,
+        num_samples=num_samples,
+        batch=BATCH,
+        num_steps=num_steps,
+        seed=seed,
+        packages=("transformers", "torchsde"),
+        extra="audio",
+    )
     source = FOLDER if folder is None else Path(folder)
     stages = Stages(tell)
 

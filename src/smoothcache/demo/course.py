@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from .. import plots
+from .._checks import check_count
+from .._optional import optional_module
 from ..calibrate import calibrate
 from ..calibration import Calibration
 from ..compare import Comparison, Variant, compare
+from ..errors import InvalidArgumentError
 from ..methods import plan_at_cost
 from ..planners import plan_uniform
 from ..report import Report
@@ -81,6 +85,46 @@ class Material:
     describe: Callable[[Comparison], Report]
     show: Callable[[Path, Groups, Comparison], list[Path]]
     last: bool = False
+
+
+def checked_output(
+    output_dir: str | os.PathLike[str],
+    *,
+    num_samples: int,
+    batch: int,
+    num_steps: int,
+    seed: int,
+    packages: Sequence[str] = (),
+    extra: str = "demo",
+) -> Path:
+    """The folder to write to, which is made once all arguments have been found sensible.
+
+    Args:
+        output_dir: The folder.
+        num_samples: Samples each way.
+        batch: Samples of one generation.
+        num_steps: Solver steps of the uncached run.
+        seed: Of the first sample.
+        packages: What has to be installed beside what images need.
+        extra: Which brings them.
+
+    Raises:
+        InvalidArgumentError: If an argument has no sensible value.
+        MissingPackageError: If a package is not installed.
+    """
+    check_count("num_samples", num_samples, least=1)
+    check_count("num_steps", num_steps, least=2)
+    check_count("seed", seed, least=0)
+    if num_samples % batch:
+        raise InvalidArgumentError(
+            f"num_samples must be a multiple of {batch}, which are sampled at once, got "
+            f"{num_samples}."
+        )
+    for package in packages:
+        optional_module(package, extra=extra)
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    return output
 
 
 @dataclass

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import plots
-from .._checks import check_count
 from ..benchmark import IMAGE_MEASURES, Case
 from ..compare import REFERENCE, Comparison
 from ..diffusers_io import load_pipeline
-from ..errors import InvalidArgumentError
 from ..metrics import class_accuracy, frechet_distance, relative_error
 from ..report import Report
 from .classifier import ShapeClassifier, load_classifier
@@ -27,6 +25,7 @@ from .course import (
     Groups,
     Material,
     Stages,
+    checked_output,
     rows_to_show,
     run_course,
 )
@@ -68,16 +67,13 @@ def run_demo(
         PipelineLoadError: If there is no pipeline in the folder.
         MissingPackageError: If a package of the ``demo`` extra is not installed.
     """
-    check_count("num_samples", num_samples, least=1)
-    check_count("num_steps", num_steps, least=2)
-    check_count("seed", seed, least=0)
-    if num_samples % NUM_CLASSES:
-        raise InvalidArgumentError(
-            f"num_samples must be a multiple of {NUM_CLASSES}, one for each class, got "
-            f"{num_samples}."
-        )
-    output = Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    output = checked_output(
+        output_dir,
+        num_samples=num_samples,
+        batch=NUM_CLASSES,
+        num_steps=num_steps,
+        seed=seed,
+    )
     source = FOLDER if folder is None else Path(folder)
     stages = Stages(tell)
 

@@ -12,11 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import plots
-from .._checks import check_count
-from .._optional import optional_module
 from ..compare import REFERENCE, Comparison
 from ..diffusers_io import load_pipeline
-from ..errors import InvalidArgumentError
 from ..metrics import attribute_accuracy, frechet_distance
 from ..report import Report
 from .classifier import load_as
@@ -29,6 +26,7 @@ from .course import (
     Groups,
     Material,
     Stages,
+    checked_output,
     rows_to_show,
     run_course,
 )
@@ -70,18 +68,15 @@ def run_demo(
         PipelineLoadError: If there is no pipeline in the folder.
         MissingPackageError: If a package of the ``video`` extra is not installed.
     """
-    check_count("num_samples", num_samples, least=1)
-    check_count("num_steps", num_steps, least=2)
-    check_count("seed", seed, least=0)
-    if num_samples % BATCH:
-        raise InvalidArgumentError(
-            f"num_samples must be a multiple of {BATCH}, which are sampled at once, got "
-            f"{num_samples}."
-        )
-    for package in ("transformers", "PIL"):
-        optional_module(package, extra="video")
-    output = Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    output = checked_output(
+        output_dir,
+        num_samples=num_samples,
+        batch=BATCH,
+        num_steps=num_steps,
+        seed=seed,
+        packages=("transformers", "PIL"),
+        extra="video",
+    )
     source = FOLDER if folder is None else Path(folder)
     stages = Stages(tell)
 
