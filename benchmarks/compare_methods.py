@@ -20,14 +20,17 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from learned_cache import learned_schedule
 from rivals import rivals
 
 from smoothcache import methods, plots
+from smoothcache._trial import Way
 from smoothcache.benchmark import Aim, Benchmark, Case, Method, Verdict, run_benchmark
 from smoothcache.calibration import Calibration
 from smoothcache.compare import REFERENCE
@@ -39,7 +42,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE, PICTURE = ROOT / "docs" / "which-method.md", ROOT / "docs" / "images" / "which-method.png"
 
-SEARCH_COST = 60.0  # uncached generations, of one image each
+SEARCH_COST = 60.0  # uncached generations, of ten images each
+SEARCH_SAMPLES = 1  # generations that a search compares candidates on, and as many to validate
+LEARNED = "Learning-to-Cache (trained)"
 OWN = (methods.SEARCH, methods.JOINT)
 AIMS = (
     Aim("psnr", (methods.SEARCH,), apart=(methods.JOINT,), margin={0.22: 2.0, 0.18: 2.0}),
@@ -61,6 +66,8 @@ class Plan:
         intervals: Of uniform schedules.
         costs: For which thresholds are chosen.
         search_cost: What a search may spend, in uncached generations.
+        learned: Budgets that routers are trained for.
+        learning: Options of ``learn_routers``.
         calibration_samples: Generations that thresholds are planned from.
         rival_settings: Of each rival; all if None.
     """
@@ -71,24 +78,62 @@ class Plan:
     intervals: Sequence[int] = methods.INTERVALS
     costs: Sequence[float] = methods.THRESHOLD_COSTS
     search_cost: float = SEARCH_COST
-    calibration_samples: int = methods.CALIBRATION_SAMPLES
+    calibration_samples: int = 3
+    learned: Sequence[float] = (0.75, 0.52, 0.36)
+    learning: Mapping[str, int] = field(default_factory=lambda: {"num_samples": 5, "epochs": 3})
     rival_settings: int | None = None
 
 
-QUICK = Plan(8, 1, (0.5,), (2,), (0.5,), search_cost=12.0, calibration_samples=2, rival_settings=1)
+QUICK = Plan(
+    8,
+    1,
+    (0.5,),
+    (2,),
+    (0.5,),
+    search_cost=12.0,
+    calibration_samples=2,
+    learned=(0.75,),
+    learning={"num_samples": 1, "epochs": 1},
+    rival_settings=1,
+)
 
 Maker = Callable[[Case, Calibration, Plan], list[Method]]
 METHODS: Mapping[str, Maker] = {
     "training-free": lambda case, calibration, plan: methods.training_free(
         case, calibration, budgets=plan.budgets, intervals=plan.intervals, costs=plan.costs
     ),
-    "search": lambda case, _, plan: methods.searched(case, plan.budgets, max_cost=plan.search_cost),
-    "joint": lambda case, _, plan: methods.searched(
-        case, plan.budgets, joint=True, max_cost=plan.search_cost
-    ),
+    "learned": lambda case, calibration, plan: learned(case, calibration, plan),
+    "search": lambda case, _, plan: searched(case, plan),
+    "joint": lambda case, _, plan: searched(case, plan, joint=True),
     "rivals": lambda case, _, plan: rivals(case, plan.rival_settings),
 }
 """What is compared, by a name for ``--only``."""
+
+
+def searched(case: Case, plan: Plan, joint: bool = False) -> list[Method]:
+    """Our search, of which a generation is ten images already."""
+    return methods.searched(
+        case,
+        plan.budgets,
+        joint=joint,
+        max_cost=plan.search_cost,
+        num_samples=SEARCH_SAMPLES,
+    )
+
+
+def learned(case: Case, calibration: Calibration, plan: Plan) -> list[Method]:
+    """Learning-to-Cache, which no other method here is as dear to prepare as."""
+
+    def make(budget: float) -> Way:
+        schedule, cost = learned_schedule(
+            case.model, lambda i: case.training(case.model, i), calibration, budget, **plan.learning
+        )
+        return case.under(schedule, note=f"trained at the cost of {cost:.0f} uncached generations")
+
+    return [
+        Method(f"Learning-to-Cache, ≤ {budget:g}", LEARNED, partial(make, budget))
+        for budget in plan.learned
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -266,11 +311,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _plan(options: argparse.Namespace) -> Plan:
     plan = QUICK if options.quick else Plan()
-    changed = {
-        "steps": options.steps or plan.steps,
-        "generations": (options.samples or NUM_CLASSES * plan.generations) // NUM_CLASSES,
-    }
-    return Plan(**{**asdict(plan), **changed})
+    return replace(
+        plan,
+        steps=options.steps or plan.steps,
+        generations=(options.samples or NUM_CLASSES * plan.generations) // NUM_CLASSES,
+    )
 
 
 def _cpu() -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class _Listener:
         """Is told of a call."""
         latents = self._signature.sort(args, kwargs).latents
         if tick.call == 0 and latents is not None:
-            self._arrived(tick.step, latents.detach().to("cpu", torch.float32, copy=True))
+            self._arrived(tick.step, latents)
         self._called(tick.step, branch)
 
     def _arrived(self, step: int, latents: Tensor) -> None:
@@ -98,7 +99,7 @@ class Recorder(_Listener):
         self._latents: list[Tensor] = []
 
     def _arrived(self, step: int, latents: Tensor) -> None:
-        self._latents.append(latents)
+        self._latents.append(_copied(latents))
 
     def run(self, model: Any, run: Callable[[], Any]) -> tuple[Any, Trajectory]:
         """What a generation returns, and its trajectory."""
@@ -149,7 +150,7 @@ class _Player(_Listener):
 
     def _arrived(self, step: int, latents: Tensor) -> None:
         if step == self._until:
-            self._latents = latents
+            self._latents = _copied(latents)
             raise _Reached
 
     def _called(self, step: int, branch: int | None) -> None:
@@ -202,8 +203,7 @@ def fit_gains(
         pairs = []
         for i, (trajectory, output) in references.items():
             held, line = (
-                _played(players[i], lambda i=i: run(i), gains, gap, gain)  # type: ignore[misc]
-                for gain in (0.0, 1.0)
+                _played(players[i], partial(run, i), gains, gap, gain) for gain in (0.0, 1.0)
             )
             wanted = output if held[1] is None else trajectory.at(held[1])
             if wanted is not None:
@@ -219,6 +219,10 @@ def _played(
 ) -> tuple[Tensor, float | None]:
     player.row = replace(player.row, gains=tuple(_with(gains, gap, gain)))
     return player.play(run, gap.stop)
+
+
+def _copied(latents: Tensor) -> Tensor:
+    return latents.detach().to("cpu", torch.float32, copy=True)
 
 
 def _gaps(computed: Sequence[bool]) -> list[range]:

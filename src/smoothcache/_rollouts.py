@@ -111,9 +111,16 @@ class Rollouts:
         self.rollouts = 0
         self.cost = spent
 
-    def set_reference(self, name: str, i: int, candidate: Candidate) -> Any:
-        """Samples what outputs of generation i are to be compared with, under a name."""
-        if len(find_denoisers(self._model)) == 1:
+    def set_reference(self, name: str, i: int, candidate: Candidate, *, fitted_to: bool) -> Any:
+        """Samples what outputs of generation i are to be compared with, under a name.
+
+        Args:
+            name: Of the reference.
+            i: Number of the generation.
+            candidate: How to sample.
+            fitted_to: Whether gains will be fitted to it, for which its latents are kept.
+        """
+        if fitted_to and len(find_denoisers(self._model)) == 1:
             recorder = Recorder(self._model)
             output, trajectory = recorder.run(self._model, lambda: self._run(candidate, i))
             self._trajectories[name, i] = trajectory

@@ -147,9 +147,13 @@ def searched(
     *,
     joint: bool = False,
     max_cost: float = 60.0,
+    num_samples: int | None = None,
     progress: bool = False,
 ) -> list[Method]:
-    """The best schedule that a search finds for each budget; with its solver, if ``joint``."""
+    """The best schedule that a search finds for each budget; with its solver, if ``joint``.
+
+    The last three options are those of ``search``.
+    """
     family = JOINT if joint else SEARCH
 
     def make(budget: float) -> Way:
@@ -159,6 +163,7 @@ def searched(
             compute=budget,
             joint=joint,
             max_cost=max_cost,
+            num_samples=num_samples,
             progress=progress,
         )
         return _searched(case, found, joint)

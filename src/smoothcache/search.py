@@ -141,9 +141,9 @@ def search(
     Schedules of every family (even and uneven spacings, thresholds, weighted dynamic programming)
     with every predictor, of the layers and of the whole denoiser's output, are run for real and
     compared with the uncached outputs; the best are improved by fitting how much of a predicted
-    change to take in each gap, and by moving computed steps; and the
-    winner is measured again on samples that the search has not seen, beside what needs no cache:
-    plain fewer steps and, where ``sample`` takes a ``scheduler``, better solvers.
+    change to take in each gap, and by moving computed steps; and the winner is measured again on
+    samples that the search has not seen, beside what needs no cache: plain fewer steps and, where
+    ``sample`` takes a ``scheduler``, better solvers.
 
     Args:
         model: A diffusers pipeline or any module.
@@ -164,7 +164,7 @@ def search(
             for 2, or for 1 in a joint search, where each also needs its converged sample.
         num_validation: Further ones that only the winners are measured on; None for as many.
         max_cost: Stop improving when all that was run costs as much as so many uncached
-            generations.
+            generations. The references and a first round of candidates are run in any case.
         seed: Of the order in which moves are tried. The same seed gives the same schedule.
         journal: A file for the results; a search that was interrupted goes on from it.
         solvers: Noise schedulers by name, for the alternatives; None for those that suit the
@@ -469,9 +469,14 @@ class _Hunt:
         steps = self._space.num_steps
         converged = Candidate(CONVERGED, CONVERGED_FACTOR, num_steps=CONVERGED_FACTOR * steps)
         for i in (*self._train, *self._unseen):
-            self._rollouts.set_reference(UNCACHED, i, self._plain)
-            if self._joint or ("num_inference_steps" in self._takes and i in self._unseen):
-                self._rollouts.set_reference(CONVERGED, i, converged)
+            is_seen = i in self._train
+            self._rollouts.set_reference(
+                UNCACHED, i, self._plain, fitted_to=is_seen and not self._joint
+            )
+            if self._joint or ("num_inference_steps" in self._takes and not is_seen):
+                self._rollouts.set_reference(
+                    CONVERGED, i, converged, fitted_to=is_seen and self._joint
+                )
         noise = self._rollouts.noise(UNCACHED, self._train[0], self._plain)
         if noise > 1e-4:
             raise InvalidArgumentError(

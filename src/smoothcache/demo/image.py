@@ -126,7 +126,7 @@ def sample_shapes(
 def shapes_case(num_steps: int = NUM_STEPS, *, seed: int = 0) -> Case:
     """The demo's pipeline for a benchmark: a generation is ten images, one of each class.
 
-    A training generation is one image, the classes in turn, of other seeds.
+    So is a training generation, of other seeds.
     """
     pipe = load_pipeline(FOLDER, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -141,8 +141,7 @@ def shapes_case(num_steps: int = NUM_STEPS, *, seed: int = 0) -> Case:
     def training(
         pipe: Any, i: int, num_inference_steps: int | None = None, scheduler: Any = None
     ) -> Tensor:
-        steps, own_seed = num_inference_steps or num_steps, seed + CALIBRATION_SEEDS + i
-        return sample_shapes(pipe, [i % NUM_CLASSES], own_seed, steps, scheduler)
+        return sample(pipe, CALIBRATION_SEEDS + i, num_inference_steps, scheduler)
 
     return Case(
         f"Shapes DiT, {num_steps} DDIM steps, guidance {GUIDANCE:g}",
