@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 import warnings
+import wave
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny_pipeline import build_clip_pipeline, save_pipeline
+from tiny_pipeline import build_audio_pipeline, build_clip_pipeline, save_pipeline
 from typer.testing import CliRunner
 
 from smoothcache import Calibration, Schedule, SmoothCacheWarning, cli
@@ -211,7 +212,9 @@ def test_compare_has_a_row_of_fewer_steps(model: Path, schedule: Path, tmp_path:
     for word in ("uncached", "tiny", "steps", "PSNR", "SSIM", "relative error", "time", "memory"):
         assert word in result.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
-    document = json.loads(succeed(*arguments, "--json").stdout)
+    moving = picture.with_suffix(".gif")
+    document = json.loads(succeed(*arguments, "--json", "--picture", moving).stdout)
+    assert moving.read_bytes().startswith(b"GIF")
     assert [row["steps"] for row in document["rows"]][:2] == [STEPS, STEPS]
     assert document["rows"][2]["steps"] < STEPS
     assert document["rows"][1]["compute"] < 1
@@ -254,22 +257,52 @@ def test_every_modality_has_a_demo(monkeypatch: pytest.MonkeyPatch, modality: Mo
     assert asked["output"] == Path(given["output_dir"].default)
 
 
+def calibrated_and_planned(pipeline: Any, folder: Path, prompt: tuple[str, str]) -> Path:
+    """Saves a pipeline, and takes it through `calibrate` and `plan`; the schedule's file."""
+    pipeline.save_pretrained(folder / "model")
+    measured, plan = folder / "c.safetensors", folder / "s.json"
+    common = ("--samples", 1, "--steps", 3, *prompt)
+    succeed("calibrate", folder / "model", "-o", measured, *common)
+    succeed("plan", measured, "--alpha", 10, "-o", plan)
+    return plan
+
+
 def test_a_pipeline_of_clips_goes_all_the_way(tmp_path: Path) -> None:
     from PIL import Image
 
-    build_clip_pipeline(depth=1).save_pretrained(tmp_path / "model")
-    model, plan, picture = tmp_path / "model", tmp_path / "s.json", tmp_path / "frames.png"
     prompt = ("--prompt", "a red circle moving left slowly")
-    measured = tmp_path / "c.safetensors"
-    succeed("calibrate", model, "-o", measured, "--samples", 1, "--steps", 3, *prompt)
-    shown = succeed("plan", measured, "--alpha", 10, "-o", plan).stdout
-    assert "spatial_self_attn" in shown and "temporal_ffn" in shown
-    succeed("generate", model, "--schedule", plan, "-o", tmp_path / "out", *prompt)
-    with Image.open(tmp_path / "out" / "0000.gif") as clip:
-        assert clip.size == (32, 32) and clip.n_frames == 8
-    table = succeed("compare", model, "--schedule", plan, "--picture", picture, *prompt).stdout
-    assert "motion error" in table
+    plan = calibrated_and_planned(build_clip_pipeline(depth=1), tmp_path, prompt)
+    assert {"spatial_self_attn", "temporal_ffn"} <= {x.kind for x in Schedule.load(plan).layers}
+    run = (tmp_path / "model", "--schedule", plan, *prompt)
+    succeed("generate", *run, "-o", tmp_path / "out")
+    moving, strip = tmp_path / "clips.gif", tmp_path / "frames.png"
+    table = succeed("compare", *run, "--picture", moving, "-o", tmp_path / "rows").stdout
+    assert "motion error" in table and f"samples written to {tmp_path / 'rows'}" in table
+    same = (tmp_path / "rows" / "s" / "0000.gif").read_bytes()
+    assert (tmp_path / "out" / "0000.gif").read_bytes() == same
+    for file in (tmp_path / "out" / "0000.gif", moving):
+        with Image.open(file) as clip:
+            assert clip.n_frames == 8
+    succeed("compare", *run, "--picture", strip)
+    assert strip.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore:Should have t[ab]:UserWarning")
+def test_a_pipeline_of_sounds_goes_all_the_way(tmp_path: Path) -> None:
+    pytest.importorskip("torchsde")
+    prompt = ("--prompt", "a bell playing a low note twice")
+    plan = calibrated_and_planned(build_audio_pipeline(), tmp_path, prompt)
+    run = (tmp_path / "model", "--schedule", plan, *prompt)
+    succeed("generate", *run, "-o", tmp_path / "out")
+    picture, rows = tmp_path / "spectrograms.png", tmp_path / "rows"
+    assert "SNR" in succeed("compare", *run, "--picture", picture, "-o", rows).stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
+    for file in (tmp_path / "out" / "0000.wav", rows / "uncached" / "0000.wav"):
+        with wave.open(str(file)) as sound:
+            assert (sound.getframerate(), sound.getnframes()) == (16_000, 16_384)
+    assert "that of sounds does not move" in refused(
+        "compare", *run, "--picture", tmp_path / "x.gif"
+    )
 
 
 def test_json_is_all_there_is_on_stdout(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -27,12 +28,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import _cli_tables as tables
 from . import _files
+from ._media import encoded
 from ._resample import CARRIED_OVER
 from .apply import cached
 from .calibrate import calibrate as run_calibration
 from .calibration import Calibration
 from .costs import human_macs
-from .diffusers_io import PipelineSampler, load_pipeline, silence_libraries
+from .diffusers_io import PipelineSampler, load_pipeline, sampling_rate, silence_libraries
 from .errors import InvalidArgumentError, SmoothCacheError, SmoothCacheWarning
 from .layers import find_layers, identify
 from .planners import plan as plan_threshold
@@ -45,11 +47,11 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
-    from .compare import Variant
+    from .compare import Comparison, Variant
     from .report import Report
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
-_MOST_IMAGES = 8  # in a picture
+_MOST_SHOWN = 8  # samples in a picture
 
 
 class _OneLineErrors(typer.core.TyperGroup):
@@ -567,7 +569,7 @@ def generate(
         Path, typer.Option("--schedule", metavar="FILE", help="What plan wrote, or a 0/1 file.")
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for images or clips.")
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the samples.")
     ],
     prompt: Prompts = None,
     class_label: ClassLabels = None,
@@ -587,7 +589,7 @@ def generate(
     dtype: DtypeOption = Dtype.float32,
     as_json: AsJson = False,
 ) -> None:
-    """Run a pipeline under a schedule and write its images as PNG, its clips as GIF.
+    """Run a pipeline under a schedule; write images as PNG, clips as GIF, sounds as WAV.
 
     [bold]Example:[/bold] smoothcache generate ./my-dit --schedule dit.json --class-label 3 -o out
     """
@@ -606,7 +608,7 @@ def generate(
     started = time.perf_counter()
     with cached(pipeline, planned) as run:
         for i in _tracked(range(samples or max(1, len(sampler.inputs))), "generating"):
-            files += _write_samples(output, i, sampler(i))
+            files += _write_samples(output, i, sampler(i), sampling_rate(pipeline))
     seconds = time.perf_counter() - started
     summary = run.summary()
     if as_json:
@@ -653,8 +655,14 @@ def compare(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Also draw the samples side by side, of clips the frames of the first: png, svg "
-            "or pdf.",
+            help="Also draw the samples side by side: png, svg or pdf, of clips the frames of the "
+            "first; or gif, of clips in motion.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Also write the samples, a folder for each row."
         ),
     ] = None,
     device: Device = None,
@@ -669,11 +677,17 @@ def compare(
     [bold]Example:[/bold] smoothcache compare ./my-dit --schedule dit.json --class-label 3
     """
     from .compare import compare as run_comparison
-    from .plots import plot_image_grid
 
     variants = _variants(schedule)
-    kind = None if picture is None else _picture_kind(picture)
+    kind = None if picture is None else _picture_kind(picture, ("png", "svg", "pdf", "gif"))
+    if output is not None:
+        _check_output_folder(output)
     pipeline = _load(model, device, dtype)
+    rate = sampling_rate(pipeline)
+    if kind == "gif" and rate is not None:
+        raise InvalidArgumentError(
+            f"the picture '{picture}' must end in .png, .svg or .pdf: that of sounds does not move"
+        )
     sampler = PipelineSampler(
         pipeline,
         tuple(prompt or ()),
@@ -690,17 +704,18 @@ def compare(
         num_samples=samples or max(1, len(sampler.inputs)),
         progress=sys.stderr.isatty(),
     )
-    if picture is not None and kind is not None:
-        (_, reference), *others = comparison.images.items()
-        shown = [(name, _shown(samples)) for name, samples in others]
-        _write_picture(plot_image_grid(shown, _shown(reference)), picture, kind)
     report = comparison.report()
     if as_json:
         typer.echo(report.to_json())
-        return
-    _print_report(report)
-    if picture is not None:
-        _print(f"picture written to {picture}")
+    else:
+        _print_report(report)
+    if output is not None:
+        _write_all(output, comparison, rate)
+    if picture is not None and kind is not None:
+        _draw_samples(picture, kind, comparison, rate)
+    for what, path in {"samples": output, "picture": picture}.items():
+        if path is not None and not as_json:
+            _print(f"{what} written to {path}")
 
 
 @app.command()
@@ -829,11 +844,12 @@ def _load(model: str, device: str | None, dtype: Dtype) -> Any:
     return pipeline
 
 
-def _picture_kind(picture: Path) -> str:
+def _picture_kind(picture: Path, kinds: Sequence[str] = ("png", "svg", "pdf")) -> str:
     """The format that the name of a picture asks for; refuses a place that cannot be written."""
     kind = picture.suffix.lstrip(".").lower()
-    if kind not in ("png", "svg", "pdf"):
-        raise InvalidArgumentError(f"the picture '{picture}' must end in .png, .svg or .pdf")
+    if kind not in kinds:
+        endings = ", ".join(f".{kind}" for kind in kinds[:-1])
+        raise InvalidArgumentError(f"the picture '{picture}' must end in {endings} or .{kinds[-1]}")
     _check_output_file(picture)
     return kind
 
@@ -844,29 +860,49 @@ def _write_picture(figure: Figure, path: Path, kind: str) -> None:
     _files.write_atomically(path, data.getvalue())
 
 
-def _write_samples(folder: Path, index: int, samples: Any) -> list[Path]:
-    """Writes a batch of images as PNG files, or of clips as animated GIF files."""
-    from .plots import encoded_picture
-
-    if samples.ndim not in (4, 5):
-        raise InvalidArgumentError(
-            f"the pipeline made a tensor of shape {list(samples.shape)}, and only images, [batch, "
-            "channels, height, width], and clips, [batch, frames, channels, height, width], can be "
-            "written; run it from Python instead"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    ending = "png" if samples.ndim == 4 else "gif"
+def _write_samples(
+    folder: Path, index: int, samples: Tensor, sampling_rate: int | None
+) -> list[Path]:
+    """Writes a batch of images as PNG files, of clips as animated GIF files, of sounds as WAV."""
     written = []
     for number, sample in enumerate(samples):
+        ending, data = encoded(sample, sampling_rate)
         name = f"{index:04d}" if len(samples) == 1 else f"{index:04d}-{number}"
+        folder.mkdir(parents=True, exist_ok=True)
         written.append(folder / f"{name}.{ending}")
-        _files.write_atomically(written[-1], encoded_picture(sample))
+        _files.write_atomically(written[-1], data)
     return written
 
 
-def _shown(samples: Tensor) -> Tensor:
-    """The images of a picture: the first ones, or the frames of the first clip."""
-    return samples[:_MOST_IMAGES] if samples.ndim == 4 else samples[0]
+def _write_all(folder: Path, comparison: Comparison, rate: int | None) -> None:
+    """Writes the samples of every row into a folder of its own."""
+    for row, samples in comparison.images.items():
+        place = folder / re.sub(r"[^\w.-]+", "-", row).strip("-.")
+        for i, sample in enumerate(samples):
+            _write_samples(place, i, sample[None], rate)
+
+
+def _draw_samples(picture: Path, kind: str, comparison: Comparison, rate: int | None) -> None:
+    """Draws the first samples of every row; of a clip its frames, unless the picture moves."""
+    from . import plots
+
+    first = {row: samples[:_MOST_SHOWN] for row, samples in comparison.images.items()}
+    (_, reference), *rows = first.items()
+    if reference.ndim == 3:
+        if rate is None:
+            raise InvalidArgumentError(
+                f"'{picture}' is not drawn: the pipeline does not say how many samples of a sound "
+                "make a second"
+            )
+        _write_picture(plots.plot_spectrograms(rows, reference, rate), picture, kind)
+    elif kind == "gif":
+        if reference.ndim == 4:  # images are clips of one frame
+            rows, reference = [(row, x[:, None]) for row, x in rows], reference[:, None]
+        plots.animate_clip_grid(rows, reference, picture)
+    else:
+        if reference.ndim == 5:
+            rows, reference = [(row, x[0]) for row, x in rows], reference[0]
+        _write_picture(plots.plot_image_grid(rows, reference), picture, kind)
 
 
 # ----------------------------------------------------------------------------------- the files

@@ -81,6 +81,17 @@ def silence_libraries() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
+def sampling_rate(pipeline: Any) -> int | None:
+    """Samples a second of the sounds that a pipeline makes; None if it does not say."""
+    for part in ("vae", "vocoder"):
+        rate = getattr(
+            getattr(getattr(pipeline, part, None), "config", None), "sampling_rate", None
+        )
+        if isinstance(rate, int):
+            return rate
+    return None
+
+
 def multistep_solvers(scheduler: Any) -> dict[str, Any]:
     """Solvers that need fewer steps than most, set up for the same model as a noise scheduler.
 

@@ -6,7 +6,6 @@ path. Colours are those of Okabe and Ito, which also the colour-blind tell apart
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ._files import write_atomically
+from ._media import FRAMES_PER_SECOND, encoded_clip, rgb_pixels
 from ._optional import optional_module
 from .errors import InvalidArgumentError
 
@@ -276,8 +277,8 @@ def plot_image_grid(
         raise InvalidArgumentError("give at least one row of images beside the reference.")
     quality = [float(psnr(images, reference).mean()) for _, images in rows]
     titles = [_with_decibels(title, x) for (title, _), x in zip(rows, quality, strict=True)]
-    pictures = [_pixels(images) for _, images in rows]
-    lines = _beside_their_differences(titles, pictures, (reference_title, _pixels(reference)))
+    pictures = [rgb_pixels(images) for _, images in rows]
+    lines = _beside_their_differences(titles, pictures, (reference_title, rgb_pixels(reference)))
     strips = [(title, _strip(line)) for title, line in lines]
     return _saved(_stacked(strips, width=_width_of(len(reference))), path)
 
@@ -288,7 +289,7 @@ def animate_clip_grid(
     path: Path,
     *,
     reference_title: str = "uncached",
-    frames_per_second: float = 6.0,
+    frames_per_second: float = FRAMES_PER_SECOND,
 ) -> None:
     """An animated picture: uncached clips, and below them cached ones with what changed.
 
@@ -309,13 +310,12 @@ def animate_clip_grid(
     """
     from .metrics import psnr_per_frame  # brings torch with it
 
-    image = optional_module("PIL.Image", extra="video")
     if not rows:
         raise InvalidArgumentError("give at least one row of clips beside the reference.")
     quality = [float(psnr_per_frame(clips, reference).mean()) for _, clips in rows]
     titles = [_with_decibels(title, x) for (title, _), x in zip(rows, quality, strict=True)]
-    pictures = [_pixels(clips.flatten(0, 1)) for _, clips in rows]
-    uncached = _pixels(reference.flatten(0, 1))
+    pictures = [rgb_pixels(clips.flatten(0, 1)) for _, clips in rows]
+    uncached = rgb_pixels(reference.flatten(0, 1))
     lines = _beside_their_differences(titles, pictures, (reference_title, uncached))
     count, length = reference.shape[:2]
     shots = [
@@ -323,40 +323,8 @@ def animate_clip_grid(
                  width=_width_of(count))
         for frame in range(length)
     ]  # fmt: skip
-    frames = [image.fromarray(_rendered(shot)) for shot in shots]
-    frames[0].save(path, **_as_gif(frames, frames_per_second))
-
-
-def encoded_picture(sample: Tensor, *, frames_per_second: float = 6.0) -> bytes:
-    """An image as the bytes of a PNG file, or a clip as those of an animated GIF.
-
-    Args:
-        sample: [channels, height, width] or [frames, channels, height, width]; what lies outside
-            [0, 1] is cut off.
-        frames_per_second: How fast a clip runs.
-
-    Raises:
-        InvalidArgumentError: If it has neither 1 nor 3 channels.
-        MissingPackageError: If pillow is not installed.
-    """
-    image = optional_module("PIL.Image", extra="demo")
-    pixels = np.round(255 * _pixels(sample if sample.ndim == 4 else sample[None]).clip(0, 1))
-    frames = [image.fromarray(frame) for frame in pixels.astype(np.uint8)]
-    settings = {"format": "PNG"} if sample.ndim == 3 else _as_gif(frames, frames_per_second)
-    data = io.BytesIO()
-    frames[0].save(data, **settings)
-    return data.getvalue()
-
-
-def _as_gif(frames: Sequence[Any], frames_per_second: float) -> dict[str, Any]:
-    """How pillow saves the first frame so that the others follow, again and again."""
-    return {
-        "format": "GIF",
-        "save_all": True,
-        "append_images": frames[1:],
-        "duration": round(1000 / frames_per_second),
-        "loop": 0,
-    }
+    frames = [_rendered(shot) for shot in shots]
+    write_atomically(path, encoded_clip(frames, frames_per_second=frames_per_second))
 
 
 def _with_decibels(title: str, decibels: float) -> str:
@@ -566,14 +534,6 @@ def _schedule_title(schedule: Schedule, title: str) -> str:
         else f"{schedule.table().mean():.1%} of the layers computed"
     )
     return f"{title + ': ' if title else ''}{_steps(schedule.num_steps)}, {cost}"
-
-
-def _pixels(images: Tensor) -> npt.NDArray[np.float32]:
-    """[batch, height, width, 3], grey images in three equal channels."""
-    if images.shape[1] not in (1, 3):
-        raise InvalidArgumentError(f"images must have 1 or 3 channels, got {images.shape[1]}.")
-    rgb = images.detach().cpu().float().expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
-    return np.asarray(rgb.numpy(), dtype=np.float32)
 
 
 def _strip(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from smoothcache.demo.audio import GUIDANCE, load_tones
-from smoothcache.demo.tone_classifier import load_classifier
+from smoothcache.demo.classifier import load_as
+from smoothcache.demo.tone_classifier import ToneClassifier
 from smoothcache.demo.tones import ATTRIBUTES, SAMPLING_RATE, generate
 from smoothcache.metrics import log_mel, signal_to_noise_ratio
 from training.audio.evaluate import (
@@ -61,7 +62,7 @@ def main() -> None:
     args = options.parse_args()
     torch.set_num_threads(args.threads)
 
-    pipe, classifier = load_tones(args.folder), load_classifier(args.folder / "classifier")
+    pipe, classifier = load_tones(args.folder), load_as(ToneClassifier, args.folder / "classifier")
     wanted, held_out = wanted_attributes(args.samples), wanted_attributes(600)
     samples = sample_sounds(pipe, wanted, seed=0, steps=args.steps)
     real = generate(held_out, seed=999)[0]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from smoothcache.demo.tone_classifier import ToneClassifier, save_classifier
+from smoothcache.demo.classifier import save_classifier
+from smoothcache.demo.tone_classifier import ToneClassifier
 from smoothcache.demo.tones import generate
 from training.common import Run, parser, random_rows
 

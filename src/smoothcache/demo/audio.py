@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 import warnings
-import wave
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import plots
+from .._media import encoded_sound
 from ..compare import REFERENCE, Comparison
 from ..diffusers_io import load_pipeline, third_order_sde
-from ..errors import InvalidArgumentError
 from ..metrics import class_accuracy, frechet_distance, label_divergence
 from ..report import Report
+from .classifier import load_as
 from .course import (
     CALIBRATION_SEEDS,
     DATA_SEED,
@@ -32,11 +31,11 @@ from .course import (
     run_course,
     stem,
 )
-from .tone_classifier import ToneClassifier, load_classifier
+from .tone_classifier import ToneClassifier
 from .tones import ATTRIBUTES, NUM_CLASSES, SAMPLING_RATE, caption, generate
 
 FOLDER = Path(__file__).with_name("tones-dit")
-NUM_STEPS, GUIDANCE, MAX_GAP = 100, 2.0, 3
+NUM_STEPS, GUIDANCE = 100, 2.0
 BATCH = NUM_CLASSES[0] * NUM_CLASSES[1]  # every timbre at every pitch
 NUM_CALIBRATION = 10
 NUM_REAL = 600
@@ -91,7 +90,7 @@ def run_demo(
 
     with stages("loading the pipeline"):
         pipe = load_tones(source)
-        judge = Judge(load_classifier(source / "classifier"))
+        judge = Judge(load_as(ToneClassifier, source / "classifier"))
 
     def sample(i: int, steps: int) -> Tensor:
         return sample_tones(pipe, batch_attributes(i), seed + BATCH * i, steps)
@@ -214,29 +213,6 @@ def real_sounds(count: int) -> Tensor:
     return generate(_attributes(count), seed=DATA_SEED + 1)[0]
 
 
-def write_wave(path: str | os.PathLike[str], waveform: Tensor, sampling_rate: int) -> None:
-    """Writes one sound as a WAV file of 16 bits.
-
-    Args:
-        path: Where to write it.
-        waveform: [channels, samples]; what is beyond [-1, 1] is cut off.
-        sampling_rate: Samples a second.
-
-    Raises:
-        InvalidArgumentError: If the waveform is not as described.
-    """
-    if waveform.ndim != 2 or not waveform.numel() or not waveform.isfinite().all():
-        raise InvalidArgumentError(
-            f"a waveform must be finite numbers [channels, samples], got {list(waveform.shape)}."
-        )
-    samples = (32767 * waveform.detach().cpu().float().clamp(-1, 1)).round().T.contiguous()
-    with wave.open(os.fspath(path), "wb") as file:
-        file.setnchannels(len(waveform))
-        file.setsampwidth(2)
-        file.setframerate(sampling_rate)
-        file.writeframes(np.asarray(samples, dtype="<i2").tobytes())
-
-
 def _attributes(count: int) -> Tensor:
     """What the first sounds of the comparison are: [count, 3]."""
     batches = [batch_attributes(i) for i in range(-(-count // BATCH))]
@@ -287,7 +263,7 @@ def _sounds(folder: Path, groups: Groups, comparison: Comparison) -> list[Path]:
     for row, name in names.items():
         for sound, timbre in zip(_shown(comparison.images[row]), ATTRIBUTES["timbre"], strict=True):
             files.append(folder / f"{timbre}-{name}.wav")
-            write_wave(files[-1], sound, SAMPLING_RATE)
+            files[-1].write_bytes(encoded_sound(sound, SAMPLING_RATE))
     return files
 
 
