@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,12 @@ def silence_libraries() -> None:
     """Keeps diffusers and transformers from writing anything but errors to the terminal."""
     for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")  # read when they are first imported
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.disable_progress_bar()
+    hub = importlib.import_module("huggingface_hub.utils")
+    were_hidden = hub.are_progress_bars_disabled()
+    for library in filter(find_spec, ("diffusers", "transformers")):
+        importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
+    if not were_hidden:
+        hub.enable_progress_bars()  # downloads may take long
     for library in ("diffusers", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
