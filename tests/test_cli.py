@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import json
 import os
 import shutil
@@ -16,10 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tiny_pipeline import build_audio_pipeline, build_clip_pipeline, save_pipeline
 from typer.testing import CliRunner
 
 from smoothcache import Calibration, Schedule, SmoothCacheWarning, cli
+from smoothcache import _cli_tables as tables
 from smoothcache.cli import Modality, app
 from smoothcache.compare import Comparison
 from smoothcache.report import Report, ReportRow
@@ -238,6 +241,21 @@ def test_demo_shows_its_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert "Title" in result.stdout and "[x]" in result.stdout and str(tmp_path) in result.stdout
     assert result.stderr == "planning\n"
     assert json.loads(succeed("demo", "-o", tmp_path, "--json").stdout)["title"] == "Title"
+
+
+def test_a_table_that_is_too_wide_is_told_in_parts() -> None:
+    row = ReportRow("uncached", compute=1.0, psnr=30.0, accuracies={"colour": 1.0, "shape": 0.5})
+    report = Report((row,), "Title")
+    drawn = []
+    for width in (1000, 40, 1):
+        file = io.StringIO()
+        console = Console(file=file, width=max(width, 40))
+        for table in tables.report_tables(report, width):
+            console.print(table)
+        drawn.append(file.getvalue())
+        assert all(text in drawn[-1] for text in (*report.header(), *report.cells()[0]))
+        assert "…" not in drawn[-1]
+    assert [text.count("uncached") for text in drawn] == [1, 3, 4]
 
 
 @pytest.mark.parametrize("modality", list(Modality))

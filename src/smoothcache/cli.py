@@ -934,14 +934,19 @@ def _check_output_folder(path: Path) -> None:
 def _print(what: str | Table) -> None:
     """Shows a text or a table: wrapped in a terminal, one line a line elsewhere."""
     is_terminal = sys.stdout.isatty()
-    console = Console(width=None if is_terminal else 200, highlight=False, markup=False)
-    console.print(what, soft_wrap=isinstance(what, str) and not is_terminal)
+    _console().print(what, soft_wrap=isinstance(what, str) and not is_terminal)
+
+
+def _console() -> Console:
+    """Of stdout; as wide as any table where that is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 1000, highlight=False, markup=False)
 
 
 def _print_report(report: Report) -> None:
     if report.title:
         _print(report.title)
-    _print(tables.report_table(report))
+    for table in tables.report_tables(report, _console().width):
+        _print(table)
     for note in report.notes:
         _print(note)
 
