@@ -28,7 +28,15 @@ from torch import Tensor
 from toys import CLASSES, TOKENS, WIDTH, Block, Toy, build
 
 import smoothcache as sc
-from smoothcache._proposals import affordable, every, least_error, neighbours, spaced
+from smoothcache._proposals import (
+    affordable,
+    every,
+    every_from_last,
+    least_error,
+    neighbours,
+    spaced,
+)
+from smoothcache._rollouts import latent_l2, typical_l2
 from smoothcache.costs import MacCounter
 
 STEPS = 8
@@ -609,6 +617,18 @@ def test_an_objective_that_is_given(toy: Toy) -> None:
     assert ours.quality["error"] == pytest.approx(3 + theirs.quality["error"])
 
 
+def test_the_typical_distance_is_the_geometric_mean_over_the_batch(toy: Toy) -> None:
+    reference = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    output = reference + torch.tensor([[0.0, 0.05], [0.0, 1.0]])
+    assert typical_l2(output, reference) == pytest.approx((0.01 * 1.0) ** 0.5, rel=1e-4)
+    assert typical_l2(reference, reference) < 1e-9
+    for apart in ([output, torch.zeros(3)], [output, torch.tensor(1.0)]):  # no common batch
+        whole = [reference, *map(torch.ones_like, apart[1:])]
+        assert typical_l2(apart, whole) == latent_l2(apart, whole)
+    ours = search(toy, Sampler(toy).alone, calibrated(), speedup=2, objective="typical_l2")
+    assert ours.result is not None and ours.compute is not None and ours.compute <= 0.5
+
+
 def test_an_objective_below_zero_is_improved_too(toy: Toy) -> None:
     def objective(output: Tensor, reference: Tensor) -> float:
         return distance(output, reference) - 1
@@ -1146,6 +1166,17 @@ def test_spaced_is_even(num_steps: int, data: st.DataObject) -> None:
 @given(st.integers(1, 40), st.integers(1, 50))
 def test_every_so_many_steps(num_steps: int, interval: int) -> None:
     assert every(num_steps, interval) == sc.Row.uniform(num_steps, interval).computed
+
+
+@given(st.integers(2, 60), st.integers(1, 9), st.data())
+def test_from_the_last_the_gaps_are_even_but_the_first(
+    num_steps: int, interval: int, data: st.DataObject
+) -> None:
+    count = data.draw(st.integers(1, num_steps))
+    computed = np.flatnonzero(every_from_last(num_steps, interval, count))
+    assert computed[0] == 0 and len(computed) <= count
+    assert set(np.diff(computed)[1:]) <= {interval}
+    assert count == 1 or computed[-1] == num_steps - 1
 
 
 @given(st.lists(st.booleans(), max_size=14), st.integers(0, 2**32))

@@ -38,6 +38,16 @@ def every(num_steps: int, interval: int) -> Mask:
     return tuple(step % interval == 0 for step in range(num_steps))
 
 
+def every_from_last(num_steps: int, interval: int, count: int) -> Mask:
+    """Step 0 and the last step, and every interval-th step before that: ``count`` steps at most.
+
+    >>> "".join(".#"[x] for x in every_from_last(10, 2, 5))
+    '#..#.#.#.#'
+    """
+    ending = range(num_steps - 1, 0, -interval)[: count - 1]
+    return tuple(step == 0 or step in ending for step in range(num_steps))
+
+
 def least_error(errors: FloatArray, weights: FloatArray, count: int) -> Mask:
     """The ``count`` computed steps under which the weighted errors of the reuses sum to the least.
 

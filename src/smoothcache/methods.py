@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ._checks import check_number
+from ._rollouts import Objective
 from ._trial import Way
 from .benchmark import Case, Method
 from .calibrate import calibrate
@@ -148,11 +149,12 @@ def searched(
     joint: bool = False,
     max_cost: float = 60.0,
     num_samples: int | None = None,
+    objective: str | Objective = "latent_l2",
     progress: bool = False,
 ) -> list[Method]:
     """The best schedule that a search finds for each budget; with its solver, if ``joint``.
 
-    The last three options are those of ``search``.
+    The last four options are those of ``search``.
     """
     family = JOINT if joint else SEARCH
 
@@ -164,6 +166,7 @@ def searched(
             joint=joint,
             max_cost=max_cost,
             num_samples=num_samples,
+            objective=objective,
             progress=progress,
         )
         return _searched(case, found, joint)

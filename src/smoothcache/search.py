@@ -17,8 +17,16 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ._checks import check_count, check_number
-from ._proposals import Mask, affordable, every, least_error, neighbours, spaced
-from ._rollouts import Candidate, Objective, Rollouts, agreed, join_processes, latent_l2
+from ._proposals import (
+    Mask,
+    affordable,
+    every,
+    every_from_last,
+    least_error,
+    neighbours,
+    spaced,
+)
+from ._rollouts import OBJECTIVES, Candidate, Objective, Rollouts, agreed, join_processes
 from .calibrate import calibrate
 from .calibration import Calibration
 from .denoisers import find_denoisers, noise_scheduler, solver_stages
@@ -38,6 +46,7 @@ STEPPED = [name for name, x in PREDICTORS.items() if not x.needs_noise_levels]
 # Of those over the noise level, what has been seen to help; all would cost too much to try.
 TRIED = [*STEPPED, "taylor-angle"]
 FITTED = 3  # of the best candidates are fitted, to begin with
+DAMPED = (0.97, 0.94)  # shares of a layer's predicted change that are tried
 FEWEST_STEPS = 4
 
 
@@ -156,8 +165,10 @@ def search(
         max_error: Instead of a budget: the cheapest schedule whose error on unseen samples is at
             most this.
         seconds: Stop improving after so long.
-        objective: "latent_l2", the relative L2 distance of the outputs, or a function of an output
-            and its reference that gives a number, smaller for better.
+        objective: "latent_l2", the relative L2 distance of the outputs; "typical_l2", its
+            geometric mean over the samples of a batch, which no single sample that comes out
+            differently decides; or a function of an output and its reference that gives a number,
+            smaller for better.
         joint: Look for solver, number of steps and schedule together, by the distance to the
             converged sample.
         num_samples: Generations that candidates are compared on: sample(0), sample(1), ...; None
@@ -209,9 +220,10 @@ def search(
         raise InvalidArgumentError(f"seconds must be positive, got {seconds}.")
     if not callable(sample):
         raise InvalidArgumentError(f"sample must be a function, got {type(sample).__name__}.")
-    if objective != "latent_l2" and not callable(objective):
+    measure = OBJECTIVES.get(objective) if isinstance(objective, str) else objective
+    if not callable(measure):
         raise InvalidArgumentError(
-            f"objective must be 'latent_l2' or a function, got {objective!r}."
+            f"objective must be a function or one of {', '.join(OBJECTIVES)}, got {objective!r}."
         )
     num_samples = 2 - joint if num_samples is None else num_samples
     num_samples = check_count("num_samples", num_samples, least=1)
@@ -252,14 +264,13 @@ def search(
     if solvers is None:
         solvers = _suitable_solvers(model) if "scheduler" in takes else {}
     solvers = dict(sorted(solvers.items()))
-    measure = latent_l2 if objective == "latent_l2" else objective
     settings = {
         "model": identify(model).fingerprint,
         "steps": calibration.num_steps,
         "objective": objective if isinstance(objective, str) else _name(objective),
         "solvers": sorted(solvers),
     }
-    rollouts = Rollouts(model, sample, measure, solvers, journal, settings, spent)  # type: ignore[arg-type]
+    rollouts = Rollouts(model, sample, measure, solvers, journal, settings, spent)
     with tqdm(desc="searching", unit="rollout", disable=not progress) as bar:
         hunt = _Hunt(
             _Space(model, calibration, solvers),
@@ -566,7 +577,7 @@ class _Hunt:
         return _distinct(x for x in found if x.compute <= budget + 1e-9)
 
     def _even(self, count: int) -> dict[str, Mask]:
-        """The even spacings with at most so many computed steps, with and without the last step."""
+        """The even spacings with at most so many computed steps, counted from either end."""
         steps = self._space.num_steps
         if count < 1:
             return {}
@@ -574,6 +585,7 @@ class _Hunt:
         return {
             f"{count} even steps": spaced(steps, count),
             f"every {interval}": every(steps, interval),
+            f"every {interval} from the last": every_from_last(steps, interval, count),
         }
 
     def _thresholds(self, budget: float) -> list[Candidate]:
@@ -750,6 +762,7 @@ class _Hunt:
                 refined.pop()
             self._screen(refined)
         self._fit([c for c in self._ranked(budget) if _is_of_denoiser(c)][:FITTED], final)
+        self._damp([c for c in self._ranked(budget) if _is_of_layers(c)][:1], final)
         stuck: set[str] = set()
         while self._may_go_on(BATCH * len(self._train) * budget + final):
             uniform = [c for c in self._ranked(budget) if _row(c) is not None][:2]
@@ -775,6 +788,15 @@ class _Hunt:
                 self._note(fitted, self._rollouts.distances(self._target, runs))
                 is_better |= self._error(fitted) < self._error(candidate)
         return is_better
+
+    def _damp(self, candidates: Sequence[Candidate], final: float) -> None:
+        """Tries candidates with a little less than the changes that are predicted."""
+        for candidate, gain in itertools.product(candidates, DAMPED):
+            row = _row(candidate)
+            if row is None or not self._may_go_on(len(self._train) * candidate.compute + final):
+                return
+            damped = replace(row, gains=tuple(1.0 if x else gain for x in row.computed))
+            self._screen([self._with_row(candidate, damped, f"damped {gain:g}")])
 
     def _climb(self, candidate: Candidate, budget: float, final: float) -> bool:
         """Tries moves of a candidate, a batch at a time; whether one is better."""
@@ -899,18 +921,29 @@ class _Hunt:
         return tuple(front)
 
 
+def _rows(candidate: Candidate) -> Mapping[str, Row]:
+    return candidate.schedule.rows if candidate.schedule else {}
+
+
 def _row(candidate: Candidate) -> Row | None:
     """The row that all layers share; None if they differ or there is no schedule."""
-    rows = set(candidate.schedule.rows.values()) if candidate.schedule else set()
+    rows = set(_rows(candidate).values())
     return next(iter(rows)) if len(rows) == 1 else None
 
 
 def _is_of_denoiser(candidate: Candidate) -> bool:
     """Whether a candidate extrapolates the output of a whole denoiser, so that it can be fitted."""
+    return _extrapolates(candidate) and list(_rows(candidate)) == [""]
+
+
+def _is_of_layers(candidate: Candidate) -> bool:
+    """Whether a candidate extrapolates the outputs of layers, all at the same steps."""
+    return _extrapolates(candidate) and list(_rows(candidate)) != [""]
+
+
+def _extrapolates(candidate: Candidate) -> bool:
     row = _row(candidate)
-    if row is None or candidate.schedule is None or list(candidate.schedule.rows) != [""]:
-        return False
-    return PREDICTORS[row.predictor].order > 0 and not all(row.computed)
+    return row is not None and PREDICTORS[row.predictor].order > 0 and not all(row.computed)
 
 
 def _distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
