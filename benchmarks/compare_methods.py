@@ -15,6 +15,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -149,6 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = run_benchmark(
         case, entries, num_generations=plan.generations, progress=options.progress
     )
+    kept = _written_before() if options.keep else None
+    result = with_kept(result, kept) if kept else result
     verdicts = result.verdicts(plan.budgets, AIMS)
     document = {
         **result.report().document(),
@@ -158,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "verdicts": [_told(verdict) for verdict in verdicts],
         "environment": environment(),
         "minutes": round((time.perf_counter() - started) / 60, 1),
+        "kept": kept and _kept_from(kept, options.only),
     }
     print(result.report())
     print(*("", *map(sentence, verdicts)), sep="\n")
@@ -168,6 +172,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _write(RESULTS / "compare_image.json", document)
         PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), result, verdicts, document))
         draw(result, PICTURE)
+
+
+def _written_before() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / "compare_image.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _kept_from(document: Mapping[str, Any], only: Sequence[str]) -> dict[str, Any]:
+    """What has to be said of rows that were measured in another run."""
+    return {
+        "methods": [name for name in METHODS if name not in only],
+        "environment": document["environment"],
+    }
+
+
+def with_kept(result: Benchmark, document: Mapping[str, Any]) -> Benchmark:
+    """A result with the rows of all families that it lacks, as they were written before.
+
+    Seeds are equal, so only the times are of another run; single samples are not kept, and so a
+    verdict over a kept row has no interval.
+    """
+    families = {row.family for row in result.rows}
+    rows = [_row_of(told) for told in document["rows"] if told["family"] not in families]
+    names = {row.name for row in rows}
+
+    def kept(told: Mapping[str, str]) -> dict[str, str]:
+        return {name: why for name, why in told.items() if name in names}
+
+    return replace(
+        result,
+        rows=(*result.rows, *rows),
+        notes={**result.notes, **kept(document["row_notes"])},
+        failures={**document["failures"], **result.failures},
+        values={**result.values, **{name: {} for name in names}},
+    )
+
+
+def _row_of(told: Mapping[str, Any]) -> ReportRow:
+    return ReportRow(**{k: math.inf if v == "inf" else v for k, v in told.items()})
 
 
 def environment() -> dict[str, Any]:
@@ -198,6 +241,8 @@ def sentence(verdict: Verdict) -> str:
     wants = f" (at least {_written(aim, wanted)} wanted)" * bool(wanted)
     margin = "" if verdict.margin is None else f" ± {_written(aim, verdict.margin)}"
     outcome = "reached" if verdict.is_met else "MISSED"
+    if verdict.is_met is False and not wanted and abs(verdict.gain) <= (verdict.margin or 0.0):
+        outcome = "level: closer than these samples can tell"
     return (
         f"{where}: {_named(verdict.own, aim)} against {_named(verdict.rival, aim)}: "
         f"better by {_written(aim, verdict.gain)}{margin}{wants}, {outcome}."
@@ -260,7 +305,17 @@ def _environment_line(document: Mapping[str, Any]) -> str:
     return (
         f"{document['title']}, {document['samples']} samples; {known['cpu']}, {known['cores']} "
         f"cores, {known['threads']} threads; Python {known['python']}, {packages}; "
-        f"{known['date']}, {document['minutes']} minutes."
+        f"{known['date']}, {document['minutes']} minutes.{_kept_line(document.get('kept'))}"
+    )
+
+
+def _kept_line(kept: Mapping[str, Any] | None) -> str:
+    if not kept:
+        return ""
+    known = kept["environment"]
+    return (
+        f" Rows of {' and '.join(kept['methods'])} were measured before, at the same seeds, with "
+        f"{known['threads']} threads ({known['date']}): their times are of that run."
     )
 
 
@@ -302,12 +357,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--json", type=Path, help="write the results there as well")
     parser.add_argument("--write", action="store_true", help="write results, page and picture")
+    parser.add_argument(
+        "--keep", action="store_true", help="with --only: take the other rows from what is written"
+    )
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args(arguments)
     if options.samples is not None and (options.samples < 1 or options.samples % NUM_CLASSES):
         parser.error(f"--samples must be a multiple of {NUM_CLASSES}")
-    if options.write and (options.quick or options.only != list(METHODS)):
-        parser.error("--write is for a whole run")
+    is_whole = options.keep or options.only == list(METHODS)
+    if options.write and (options.quick or not is_whole):
+        parser.error("--write is for a whole run, or for one with --keep")
+    if options.keep and (options.quick or options.samples or options.steps):
+        parser.error("--keep is for runs with the settings of what is written")
     return options
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import compare_methods
 import pytest
+import torch
 from compare_methods import AIMS, PAGE, main, page, sentence
 
 from smoothcache import methods
@@ -96,6 +99,27 @@ def test_a_missed_aim_is_said() -> None:
         "0.211): better by 1.0 dB (at least 2.0 dB wanted), MISSED."
     )
     assert sentence(reached).endswith("better by 1.0 dB, reached.")
+
+
+def test_what_the_samples_cannot_tell_apart_is_said() -> None:
+    values = {"search, ≤ 0.22": {"psnr": torch.tensor([38.9, 39.9])}}
+    values["FORA, n = 5"] = {"psnr": torch.tensor([39.0, 40.0])}
+    rows = (ROWS[0], replace(ROWS[1], psnr=39.4), replace(ROWS[2], psnr=39.5))
+    values["FORA, n = 5"]["psnr"] += torch.tensor([0.0, 0.2])
+    level = Benchmark("made up", rows, {}, {}, {"uncached": {}, **values})
+    (verdict,) = level.verdicts((0.22,), [Aim("psnr", (methods.SEARCH,))])
+    assert "better by -0.2 dB ± 1.3 dB, level:" in sentence(verdict)
+
+
+def test_rows_of_an_earlier_run_are_kept(document: dict[str, Any]) -> None:
+    merged = compare_methods.with_kept(RESULT, {**document, "failures": {"gone": "why"}})
+    names = [row.name for row in merged.rows]
+    assert names[: len(ROWS)] == [row.name for row in ROWS] and len(set(names)) == len(names)
+    assert not any("FirstBlockCache" in name for name in names[len(ROWS) :]), "measured anew"
+    assert merged.failures == {"gone": "why", **RESULT.failures}
+    idle = next(row for row in merged.rows if "defaults" in row.name)
+    assert idle.psnr == math.inf and merged.values[idle.name] == {}
+    assert merged.verdicts((0.52,), AIMS)
 
 
 def test_the_page_has_a_place_for_everything(tmp_path: Path) -> None:
