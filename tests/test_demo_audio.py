@@ -65,6 +65,10 @@ def test_it_compares_everything_with_fewer_steps(result: DemoResult) -> None:
     assert result.comparison.images[REFERENCE].shape == (20, 1, 16_384)
 
 
+def test_the_last_step_is_computed_under_fora(result: DemoResult) -> None:
+    assert all(result.schedules[f"FORA n = {n}"].table()[:, -1].all() for n in (2, 3))
+
+
 def test_the_table_has_the_columns_of_sounds(result: DemoResult) -> None:
     header = result.report.header()
     assert {"SNR, dB", "timbre accuracy", "pitch accuracy", "label KL, nats"} <= set(header)

@@ -56,6 +56,10 @@ def test_it_compares_everything_with_fewer_steps(result: DemoResult) -> None:
     assert result.comparison.images[REFERENCE].shape == (BATCH, 8, 3, 32, 32)
 
 
+def test_the_last_step_is_computed_under_fora(result: DemoResult) -> None:
+    assert all(result.schedules[f"FORA n = {n}"].table()[:, -1].all() for n in (2, 3))
+
+
 def test_spatial_and_temporal_layers_have_curves_of_their_own(result: DemoResult) -> None:
     kinds = ("self_attn", "cross_attn", "ffn")
     wanted = {f"{stack}_{kind}" for stack in ("spatial", "temporal") for kind in kinds}
