@@ -4,6 +4,7 @@ Prints ratios, each the median over rounds in which everything is timed once, in
 
 - all-compute: a schedule that computes everything, over the bare model (aim: 1.01);
 - uniform-n: a schedule's time over its MAC fraction of the bare model's time (aim: 1.10);
+- blocks-n: the same where whole blocks are reused, their norms and modulation with them;
 - limit-n: the same for a model whose reused layers cost nothing at all. What norms, modulation and
   embeddings take is no MACs, so no cache that reuses these layers can do better than this;
 - calibration: N calibration samples over N uncached samples (aim: 1.25).
@@ -30,10 +31,11 @@ import smoothcache as sc
 from smoothcache.planners import plan_uniform
 
 INTERVALS = (2, 3)
-SAMPLES = 3  # of a calibration, whose first step also counts MACs
+SAMPLES = 10  # of a calibration, as by default; its first step also counts MACs
 AIMS = {
     "all-compute": 1.01,
     **{f"uniform-{n}": 1.10 for n in INTERVALS},
+    **{f"blocks-{n}": 1.10 for n in INTERVALS},
     **{f"limit-{n}": None for n in INTERVALS},
     "calibration": 1.25,
 }
@@ -86,9 +88,14 @@ def measure(rounds: int, steps: int, batch: int) -> dict[str, list[float]]:
     """The ratios of every round, by name."""
     model = build()
     sample = sampler(model, steps, batch)
-    calibration = sc.calibrate(model, sample, num_samples=1)  # also the warm-up
     everything = sc.Schedule.uniform(model, steps, 1)
-    uniform = {n: plan_uniform(calibration, interval=n) for n in INTERVALS}
+    layers = sc.calibrate(model, sample, num_samples=1)  # also the warm-up
+    blocks = sc.calibrate(model, sample, num_samples=1, granularity="block")
+    uniform = {
+        f"{name}-{n}": plan_uniform(calibration, interval=n)
+        for name, calibration in (("uniform", layers), ("blocks", blocks))
+        for n in INTERVALS
+    }
     bare_of_layers = sampler(without_layers(model, batch), steps, batch)
     bare_of_layers(0)
     ratios: dict[str, list[float]] = {name: [] for name in AIMS}
@@ -108,11 +115,13 @@ def measure(rounds: int, steps: int, batch: int) -> dict[str, list[float]]:
 
         ratios["all-compute"].append(beside(under(everything)))
         rest = beside(seconds(lambda: bare_of_layers(0)))
-        for n, schedule in uniform.items():
-            compute = schedule.compute or 1.0
+        for name, schedule in uniform.items():
+            ratios[name].append(beside(under(schedule)) / (schedule.compute or 1.0))
+        for n in INTERVALS:
+            schedule = uniform[f"uniform-{n}"]
             computed = schedule.table()[0].mean()
-            ratios[f"uniform-{n}"].append(beside(under(schedule)) / compute)
-            ratios[f"limit-{n}"].append((computed + (1 - computed) * rest) / compute)
+            limit = computed + (1 - computed) * rest
+            ratios[f"limit-{n}"].append(limit / (schedule.compute or 1.0))
         calibrating = seconds(lambda: sc.calibrate(model, sample, SAMPLES, progress=False))
         ratios["calibration"].append(beside(calibrating / SAMPLES))
     return ratios

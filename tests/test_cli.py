@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import warnings
+import wave
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny_pipeline import save_pipeline
+from rich.console import Console
+from tiny_pipeline import build_audio_pipeline, build_clip_pipeline, save_pipeline
 from typer.testing import CliRunner
 
 from smoothcache import Calibration, Schedule, SmoothCacheWarning, cli
-from smoothcache.cli import app
+from smoothcache import _cli_tables as tables
+from smoothcache.cli import Modality, app
 from smoothcache.compare import Comparison
 from smoothcache.report import Report, ReportRow
 
@@ -211,7 +217,9 @@ def test_compare_has_a_row_of_fewer_steps(model: Path, schedule: Path, tmp_path:
     for word in ("uncached", "tiny", "steps", "PSNR", "SSIM", "relative error", "time", "memory"):
         assert word in result.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
-    document = json.loads(succeed(*arguments, "--json").stdout)
+    moving = picture.with_suffix(".gif")
+    document = json.loads(succeed(*arguments, "--json", "--picture", moving).stdout)
+    assert moving.read_bytes().startswith(b"GIF")
     assert [row["steps"] for row in document["rows"]][:2] == [STEPS, STEPS]
     assert document["rows"][2]["steps"] < STEPS
     assert document["rows"][1]["compute"] < 1
@@ -235,6 +243,86 @@ def test_demo_shows_its_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert "Title" in result.stdout and "[x]" in result.stdout and str(tmp_path) in result.stdout
     assert result.stderr == "planning\n"
     assert json.loads(succeed("demo", "-o", tmp_path, "--json").stdout)["title"] == "Title"
+
+
+def test_a_table_that_is_too_wide_is_told_in_parts() -> None:
+    row = ReportRow("uncached", compute=1.0, psnr=30.0, accuracies={"colour": 1.0, "shape": 0.5})
+    report = Report((row,), "Title")
+    drawn = []
+    for width in (1000, 40, 1):
+        file = io.StringIO()
+        console = Console(file=file, width=max(width, 40))
+        for table in tables.report_tables(report, width):
+            console.print(table)
+        drawn.append(file.getvalue())
+        assert all(text in drawn[-1] for text in (*report.header(), *report.cells()[0]))
+        assert "…" not in drawn[-1]
+    assert [text.count("uncached") for text in drawn] == [1, 3, 4]
+
+
+@pytest.mark.parametrize("modality", list(Modality))
+def test_every_modality_has_a_demo(monkeypatch: pytest.MonkeyPatch, modality: Modality) -> None:
+    module = importlib.import_module(f"smoothcache.demo.{modality.value}")
+    given = inspect.signature(module.run_demo).parameters
+    assert {"num_samples", "num_steps", "seed", "progress", "tell"} <= set(given)
+    asked: dict[str, Any] = {}
+
+    def fake(output: Path, **options: Any) -> Any:
+        asked.update(options, output=output)
+        return type("Result", (), {"report": Report((), "Title"), "folder": output})
+
+    monkeypatch.setattr(module, "run_demo", fake)
+    succeed("demo", "--modality", modality.value, "--json")
+    assert not {"num_samples", "num_steps"} & set(asked), "each has defaults of its own"
+    assert asked["output"] == Path(given["output_dir"].default)
+
+
+def calibrated_and_planned(pipeline: Any, folder: Path, prompt: tuple[str, str]) -> Path:
+    """Saves a pipeline, and takes it through `calibrate` and `plan`; the schedule's file."""
+    pipeline.save_pretrained(folder / "model")
+    measured, plan = folder / "c.safetensors", folder / "s.json"
+    common = ("--samples", 1, "--steps", 3, *prompt)
+    succeed("calibrate", folder / "model", "-o", measured, *common)
+    succeed("plan", measured, "--alpha", 10, "-o", plan)
+    return plan
+
+
+def test_a_pipeline_of_clips_goes_all_the_way(tmp_path: Path) -> None:
+    from PIL import Image
+
+    prompt = ("--prompt", "a red circle moving left slowly")
+    plan = calibrated_and_planned(build_clip_pipeline(depth=1), tmp_path, prompt)
+    assert {"spatial_self_attn", "temporal_ffn"} <= {x.kind for x in Schedule.load(plan).layers}
+    run = (tmp_path / "model", "--schedule", plan, *prompt)
+    succeed("generate", *run, "-o", tmp_path / "out")
+    moving, strip = tmp_path / "clips.gif", tmp_path / "frames.png"
+    table = succeed("compare", *run, "--picture", moving, "-o", tmp_path / "rows").stdout
+    assert "motion error" in table and f"samples written to {tmp_path / 'rows'}" in table
+    same = (tmp_path / "rows" / "s" / "0000.gif").read_bytes()
+    assert (tmp_path / "out" / "0000.gif").read_bytes() == same
+    for file in (tmp_path / "out" / "0000.gif", moving):
+        with Image.open(file) as clip:
+            assert clip.n_frames == 8
+    succeed("compare", *run, "--picture", strip)
+    assert strip.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore:Should have t[ab]:UserWarning")
+def test_a_pipeline_of_sounds_goes_all_the_way(tmp_path: Path) -> None:
+    pytest.importorskip("torchsde")
+    prompt = ("--prompt", "a bell playing a low note twice")
+    plan = calibrated_and_planned(build_audio_pipeline(), tmp_path, prompt)
+    run = (tmp_path / "model", "--schedule", plan, *prompt)
+    succeed("generate", *run, "-o", tmp_path / "out")
+    picture, rows = tmp_path / "spectrograms.png", tmp_path / "rows"
+    assert "SNR" in succeed("compare", *run, "--picture", picture, "-o", rows).stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for file in (tmp_path / "out" / "0000.wav", rows / "uncached" / "0000.wav"):
+        with wave.open(str(file)) as sound:
+            assert (sound.getframerate(), sound.getnframes()) == (16_000, 16_384)
+    assert "that of sounds does not move" in refused(
+        "compare", *run, "--picture", tmp_path / "x.gif"
+    )
 
 
 def test_json_is_all_there_is_on_stdout(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,6 +274,34 @@ def test_images_are_checked(
         )  # fmt: skip
 
 
+def test_clips_are_compared_frame_by_frame_and_in_time(toy: Toy) -> None:
+    images = sampler(toy, batch=8)
+    frames = lambda i, steps: images(i, steps).unflatten(0, (2, 4))  # noqa: E731
+    half = [Variant("half", every(toy, 2))]
+    scores = {"colour_accuracy": lambda clips: len(clips) / 10}
+    flat = compare(toy, images, half, num_steps=STEPS, progress=False).row("half")
+    found = compare(toy, frames, half, num_steps=STEPS, scores=scores, progress=False)
+    row, reference = found.row("half"), found.row(REFERENCE)
+    assert found.images["half"].shape == (2, 4, 1, 16, 16)
+    assert row.psnr == pytest.approx(flat.psnr) and row.ssim == pytest.approx(flat.ssim)
+    assert reference.motion_error == 0 and row.motion_error and row.temporal_consistency
+    assert flat.motion_error is None and flat.temporal_consistency is None
+    assert row.accuracies == {"colour": 0.2}
+    assert "clips" in found.verdict()[-1] and "colour accuracy" in found.report().header()
+
+
+def test_clips_of_one_frame_do_not_move(toy: Toy) -> None:
+    images = sampler(toy)
+    found = compare(
+        toy,
+        lambda i, steps: images(i, steps)[:, None],
+        [Variant("half", every(toy, 2))],
+        num_steps=STEPS,
+        progress=False,
+    )
+    assert found.row("half").motion_error is None
+
+
 def sound_sampler(toy: Toy) -> Callable[[int, int], Tensor]:
     def sample(i: int, num_steps: int) -> Tensor:
         return toy.generate(num_steps, seed=i, batch=2, tokens=64).reshape(2, 1, -1)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +10,8 @@ import torch
 import smoothcache.demo.shapes as shapes
 from smoothcache.demo.classifier import ShapeClassifier, load_classifier, save_classifier
 
-ROOT = Path(__file__).parents[1]
 FOLDER = Path(shapes.__file__).with_name("shapes-dit")
-SCRIPTS = ROOT / "training" / "image"
+SMALL = ("--pool", 32)
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -128,40 +124,23 @@ def test_samples_are_recognised(pipe):
 # --- training scripts ---------------------------------------------------------------------------
 
 
-def run_script(name: str, *options: object) -> str:
-    """Run a training script briefly; its standard error holds the progress bar."""
-    small = ["--pool", 32, "--batch-size", 4, "--threads", 1, "--device", "cpu"]
-    command = [sys.executable, SCRIPTS / f"{name}.py", *small, *options]
-    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [str(word) for word in command],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
 def steps_logged(folder: Path) -> int:
     return torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
 
 
-def test_training_runs_and_resumes(tmp_path):
+def test_training_runs_and_resumes(run_script, tmp_path):
     vae, dit, exported = (tmp_path / name for name in ("vae", "dit", "pipeline"))
-    run_script("train_vae", "--out", vae, "--steps", 2)
+    run_script("image.train_vae", "--out", vae, "--steps", 2, *SMALL)
     options = ["--vae", vae / "final", "--out", dit, "--export", exported]
-    run_script("train_dit", *options, "--steps", 2)
+    run_script("image.train_dit", *options, "--steps", 2, *SMALL)
     assert steps_logged(dit) == 2
-    run_script("train_dit", *options, "--steps", 3)
+    run_script("image.train_dit", *options, "--steps", 3, *SMALL)
     assert steps_logged(dit) == 3
     pipe = diffusers.DiTPipeline.from_pretrained(exported)
     assert pipe.get_label_ids(["circle"]) == [0]
 
 
-def test_classifier_training_runs(tmp_path):
-    run_script("train_classifier", "--out", tmp_path, "--steps", 2)
+def test_classifier_training_runs(run_script, tmp_path):
+    run_script("image.train_classifier", "--out", tmp_path, "--steps", 2, *SMALL)
     images, _ = shapes.generate(2, seed=0)
     assert load_classifier(tmp_path / "final")(images).shape == (2, 10)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import wave
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,8 @@ from torch import Tensor
 import smoothcache as sc
 from smoothcache._optional import MissingPackageError
 from smoothcache.demo import audio, tones
-from smoothcache.demo.tone_classifier import ToneClassifier, load_classifier, save_classifier
+from smoothcache.demo.classifier import load_as, save_classifier
+from smoothcache.demo.tone_classifier import ToneClassifier
 from smoothcache.diffusers_io import PipelineSampler, _third_order_step, third_order_sde
 from smoothcache.errors import InvalidArgumentError, ScheduleMismatchError
 
@@ -26,7 +24,6 @@ pytest.importorskip("torchsde")
 diffusers = pytest.importorskip("diffusers")
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ROOT / "training" / "audio"
 
 pytestmark = pytest.mark.filterwarnings("ignore:Should have t[ab]:UserWarning")
 
@@ -76,7 +73,9 @@ def test_classifier_survives_saving(tmp_path: Path) -> None:
     classifier = ToneClassifier(width=8, feature_dim=16).half().float().eval()
     save_classifier(classifier, tmp_path)
     sounds, _ = tones.generate(2, seed=0)
-    for ours, theirs in zip(load_classifier(tmp_path)(sounds), classifier(sounds), strict=True):
+    for ours, theirs in zip(
+        load_as(ToneClassifier, tmp_path)(sounds), classifier(sounds), strict=True
+    ):
         assert torch.equal(ours, theirs)
     assert classifier.features(sounds).shape == (2, 16)
     assert [x.shape[1] for x in classifier(sounds)] == list(tones.NUM_CLASSES)
@@ -85,7 +84,7 @@ def test_classifier_survives_saving(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_classifier_recognises_fresh_real_sounds() -> None:
     sounds, attributes = tones.generate(60, seed=2024)
-    classifier = load_classifier(audio.FOLDER / "classifier")
+    classifier = load_as(ToneClassifier, audio.FOLDER / "classifier")
     for logits, labels in zip(classifier(sounds), attributes.T, strict=True):
         assert (logits.argmax(1) == labels).float().mean() >= 0.95
 
@@ -229,36 +228,12 @@ def test_a_text_that_the_encoder_would_cut_short_is_refused(pipe: Any) -> None:
     assert PipelineSampler(pipe, prompts=("a bell",), num_steps=3)(0).shape == (1, 1, 16_384)
 
 
-def test_a_missing_package_is_named_with_its_extra(
-    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_solver_names_the_extra_that_it_needs(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchsde", None)
     with pytest.raises(MissingPackageError, match=r"torchsde.*pip install 'smoothcache\[audio\]'"):
         third_order_sde(pipe.scheduler)
-    with pytest.raises(MissingPackageError, match=r"smoothcache\[audio\]"):
-        audio.run_demo(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-# --- WAV files ----------------------------------------------------------------------------------
-
-
-def test_a_wave_file_holds_the_waveform(tmp_path: Path) -> None:
-    waveform = torch.tensor([[0.0, 0.5, -1.0, 2.0], [0.25, 0.0, 1.0, -3.0]])
-    audio.write_wave(tmp_path / "a.wav", waveform, 16_000)
-    with wave.open(str(tmp_path / "a.wav")) as file:
-        assert (file.getnchannels(), file.getframerate(), file.getsampwidth()) == (2, 16_000, 2)
-        samples = torch.frombuffer(bytearray(file.readframes(9)), dtype=torch.int16)
-    assert samples.reshape(-1, 2).T.tolist() == [
-        [0, 16384, -32767, 32767], [8192, 0, 32767, -32767]
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("waveform", [torch.zeros(4), torch.zeros(1, 0), torch.ones(1, 4) / 0])
-def test_what_is_no_waveform_is_not_written(tmp_path: Path, waveform: Tensor) -> None:
-    with pytest.raises(InvalidArgumentError, match="a waveform must be finite numbers"):
-        audio.write_wave(tmp_path / "a.wav", waveform, 16_000)
-    assert not list(tmp_path.iterdir())
 
 
 # --- pipeline -----------------------------------------------------------------------------------
@@ -278,7 +253,7 @@ def test_samples_are_recognised() -> None:
     assert type(pipe).__name__ == "StableAudioPipeline"
     wanted = audio.batch_attributes(1)[::2]
     sounds = audio.sample_tones(pipe, wanted, seed=11, num_steps=20)
-    logits = load_classifier(audio.FOLDER / "classifier")(sounds)
+    logits = load_as(ToneClassifier, audio.FOLDER / "classifier")(sounds)
     for attribute in (0, 1):
         right = logits[attribute].argmax(1) == wanted[:, attribute]
         assert right.float().mean() >= 0.7
@@ -287,34 +262,29 @@ def test_samples_are_recognised() -> None:
 # --- training scripts ---------------------------------------------------------------------------
 
 
-def run_script(name: str, *options: object) -> None:
-    """Run a training script briefly."""
-    small = ["--pool", 40, "--batch-size", 2, "--threads", 1, "--device", "cpu"]
-    command = [sys.executable, SCRIPTS / f"{name}.py", *small, *options]
-    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [str(word) for word in command],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_training_runs_and_resumes(tmp_path: Path) -> None:
+def test_training_runs_and_resumes(run_script: Callable[..., None], tmp_path: Path) -> None:
     vae, dit, exported = (tmp_path / name for name in ("vae", "dit", "pipeline"))
-    run_script("train_autoencoder", "--out", vae, "--steps", 1)
-    options = ["--vae", vae / "final", "--out", dit, "--export", exported, "--reading", 1]
+    run_script("audio.train_autoencoder", "--out", vae, "--steps", 1, "--pool", 40)
+    options = [
+        "--vae",
+        vae / "final",
+        "--out",
+        dit,
+        "--export",
+        exported,
+        "--reading",
+        1,
+        "--pool",
+        40,
+    ]
     for steps in (1, 2):
-        run_script("train_dit", *options, "--steps", steps)
+        run_script("audio.train_dit", *options, "--steps", steps)
         assert torch.load(dit / "checkpoint.pt", weights_only=True)["step"] == steps
     pipe = diffusers.StableAudioPipeline.from_pretrained(exported)
     assert pipe.vae.hop_length * pipe.transformer.config.sample_size == tones.NUM_SAMPLES
 
 
-def test_classifier_training_runs(tmp_path: Path) -> None:
-    run_script("train_classifier", "--out", tmp_path, "--steps", 1)
+def test_classifier_training_runs(run_script: Callable[..., None], tmp_path: Path) -> None:
+    run_script("audio.train_classifier", "--out", tmp_path, "--steps", 1, "--pool", 40)
     sounds, _ = tones.generate(2, seed=0)
-    assert len(load_classifier(tmp_path / "final")(sounds)) == 3
+    assert len(load_as(ToneClassifier, tmp_path / "final")(sounds)) == 3

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_pipeline import save_pipeline
+from tiny_pipeline import build_clip_pipeline, save_pipeline
 from typer.testing import CliRunner
 
 import smoothcache
@@ -30,7 +30,7 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 def test_all_pages_are_seen() -> None:
     assert [page.stem for page in PAGES] == [
         *("README", "audio", "command-line", "concepts", "file-formats", "models", "speed"),
-        *("which-method", "your-own-model"),
+        *("video", "which-method", "your-own-model"),
     ]
 
 
@@ -38,6 +38,7 @@ def test_all_pages_are_seen() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     save_pipeline(folder / "my-dit")
+    build_clip_pipeline(depth=1).save_pretrained(folder / "my-video")
     return folder
 
 

@@ -175,6 +175,17 @@ def test_image_grid_has_square_pixels() -> None:
         assert ratio == pytest.approx(height / width)
 
 
+def test_clips_are_animated_beside_their_differences(tmp_path: Path) -> None:
+    reference = torch.rand(2, 3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    plots.animate_clip_grid([("cached", 0.9 * reference)], reference, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as moving:
+        assert moving.n_frames == 3 and moving.info["loop"] == 0
+        shots = [np.array(moving.convert("RGB")) for _ in map(moving.seek, range(3))]
+    assert not np.array_equal(shots[0], shots[1])
+    with pytest.raises(InvalidArgumentError, match="at least one row of clips"):
+        plots.animate_clip_grid([], reference, tmp_path / "b.gif")
+
+
 def test_images_that_cannot_be_compared_are_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="at least one row"):
         plots.plot_image_grid([], images(0))

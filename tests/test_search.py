@@ -600,6 +600,16 @@ def test_outputs_of_several_tensors(toy: Toy) -> None:
     assert one.quality["error"] == pytest.approx(other.quality["error"])
 
 
+def test_blocks_are_searched_over_if_they_were_calibrated(toy: Toy) -> None:
+    sampler = Sampler(toy)
+    blocks = sc.calibrate(toy, sampler.alone, 2, granularity="block", progress=False)
+    ours = search(toy, sampler.alone, blocks, compute=0.6)
+    tried = {row.schedule.layers for row in result_of(ours).front if row.schedule is not None}
+    assert blocks.layers in tried
+    assert {x.kind for x in blocks.layers} == {"block"}
+    assert ours.compute is not None and ours.compute <= 0.6
+
+
 # ------------------------------------------------------------------------------ the objective
 
 

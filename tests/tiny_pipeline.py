@@ -91,3 +91,26 @@ def build_audio_pipeline() -> Any:
 def save_pipeline(folder: Path) -> Path:
     build_pipeline().save_pretrained(folder)
     return folder
+
+
+def build_clip_pipeline(*, depth: int = 2) -> Any:
+    """The video demo's kind of pipeline with random weights that do say something."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+    from smoothcache.demo.stdit import ClipPipeline, FrameVAE, STDiT
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    transformer = STDiT(width=24, num_heads=2, depth=depth, text_dim=16)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)  # it starts as the identity
+    pipeline = ClipPipeline(
+        ByT5Tokenizer(extra_ids=0),
+        T5EncoderModel(config).eval(),
+        transformer.eval(),
+        FrameVAE(width=8).eval(),
+        FlowMatchEulerDiscreteScheduler(shift=2.0),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

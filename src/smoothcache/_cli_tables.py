@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .report import Report
     from .search import Measured, SearchResult
 
+GAP = 2  # spaces between columns
 _WIDEST_MAP = 60  # steps of a schedule that fit on a line beside the other columns
 
 
@@ -115,10 +116,28 @@ def schedule_table(schedule: Schedule) -> Table:
     return table
 
 
-def report_table(report: Report) -> Table:
-    """The cells of a report."""
-    table = _table(report.header())
-    for row in report.cells():
+def report_tables(report: Report, width: int) -> list[Table]:
+    """The cells of a report: its columns, in as many tables as it takes to fit the width."""
+    names, *columns = zip(report.header(), *report.cells(), strict=True)
+    parts, room = [[names]], width - _width(names)
+    for column in columns:
+        if room < _width(column) and len(parts[-1]) > 1:
+            parts.append([names])
+            room = width - _width(names)
+        parts[-1].append(column)
+        room -= _width(column)
+    return [_filled(part) for part in parts]
+
+
+def _width(column: Iterable[str]) -> int:
+    return max(map(len, column)) + GAP
+
+
+def _filled(columns: Sequence[Sequence[str]]) -> Table:
+    """A table of columns that begin with their names."""
+    header, *rows = zip(*columns, strict=True)
+    table = _table(header)
+    for row in rows:
         _add(table, *row)
     return table
 
@@ -127,7 +146,7 @@ def _table(columns: Iterable[str], *, left: int = 1) -> Table:
     """An empty table whose first columns are texts, the others numbers."""
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    table = Table(box=None, padding=(0, GAP, 0, 0), header_style="bold", pad_edge=False)
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index < left else "right", no_wrap=True)
     return table

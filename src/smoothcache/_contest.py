@@ -35,7 +35,7 @@ class Contest:
         asked: Number of steps that ``sample`` is asked for.
         schedule: What to run under, bound to the model; None for plain sampling.
         planned: Fraction of an uncached step's MACs that the schedule leaves on average.
-        images: What each generation returned, images or sounds, on the CPU.
+        images: What each generation returned, images, clips or sounds, on the CPU.
         seconds: Wall clock of each generation.
         steps: Solver steps that the last generation really ran.
         calls: Calls of the denoisers so far, of plain sampling.
@@ -61,7 +61,7 @@ class Contest:
 
         Raises:
             InvalidArgumentError: If ``sample`` did not run the model, or not as asked, or
-                returned something else than images or sounds like those of the reference.
+                returned something else than images, clips or sounds like those of the reference.
         """
         with self._watched(model):
             start = time.perf_counter()

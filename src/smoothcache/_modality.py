@@ -1,4 +1,4 @@
-"""What a sampler may return, and how two results of it are compared: images or sounds."""
+"""What a sampler may return, and how two results of it are compared: images, clips or sounds."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .metrics.audio import (
     signal_to_noise_ratio,
 )
 from .metrics.fidelity import SSIM_WINDOW
+from .metrics.video import motion_error, psnr_per_frame, ssim_per_frame, temporal_consistency
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 MOST_SOUND_CHANNELS = 32  # an image without its batch is no sound of 512 channels
@@ -33,7 +34,7 @@ class Modality:
         closeness: The field of a row that tells which of two is closer to the reference.
         decibels: Its measure, in dB: the more, the closer.
         title: What the measure is called in a sentence.
-        distances: Field of a row -> what else is measured against the reference; None if the
+        distances: Field of a row -> what else is measured of results and reference; None if the
             results are too small for it.
     """
 
@@ -76,6 +77,18 @@ def _ssim_if_large(images: Tensor, reference: Tensor) -> Tensor | None:
     return ssim(images, reference) if min(images.shape[-2:]) >= SSIM_WINDOW else None
 
 
+def _frame_ssim_if_large(clips: Tensor, reference: Tensor) -> Tensor | None:
+    return ssim_per_frame(clips, reference) if min(clips.shape[-2:]) >= SSIM_WINDOW else None
+
+
+def _motion_error_if_moving(clips: Tensor, reference: Tensor) -> Tensor | None:
+    return motion_error(clips, reference) if clips.shape[1] > 1 else None
+
+
+def _consistency_if_moving(clips: Tensor, reference: Tensor) -> Tensor | None:
+    return temporal_consistency(clips) if clips.shape[1] > 1 else None
+
+
 IMAGES = Modality(
     noun="images",
     wanted="[batch, channels, height, width] with values in [0, 1]",
@@ -85,6 +98,21 @@ IMAGES = Modality(
     decibels=psnr,
     title="PSNR",
     distances={"ssim": _ssim_if_large, "relative_error": relative_error},
+)
+CLIPS = Modality(
+    noun="clips",
+    wanted="[batch, frames, channels, height, width] with values in [0, 1]",
+    fits=lambda shape: len(shape) == 5,
+    bounds=(0.0, 1.0),
+    closeness="psnr",
+    decibels=lambda clips, reference: psnr_per_frame(clips, reference).mean(dim=1),
+    title="PSNR",
+    distances={
+        "ssim": _frame_ssim_if_large,
+        "relative_error": relative_error,
+        "motion_error": _motion_error_if_moving,
+        "temporal_consistency": _consistency_if_moving,
+    },
 )
 SOUNDS = Modality(
     noun="sounds",
@@ -100,4 +128,4 @@ SOUNDS = Modality(
         "relative_error": relative_error,
     },
 )
-MODALITIES = (IMAGES, SOUNDS)
+MODALITIES = (IMAGES, CLIPS, SOUNDS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -125,6 +125,12 @@ def calibrate(
     return session.result(model)
 
 
+def _input_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Shape of what a denoiser denoises, such as "2 x 4 x 32 x 32"; empty if that is not told."""
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1]
+    return " x ".join(map(str, tensors[0].shape)) if tensors else ""
+
+
 def _check_layers(layers: Sequence[CacheLayer]) -> None:
     """Refuses layers that cannot be measured side by side."""
     if not layers:
@@ -184,6 +190,7 @@ class _Session:
         self._noise_levels: tuple[float, ...] | None = None
         self._sample = 0
         self._generations = 0
+        self._input = ""
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -217,6 +224,7 @@ class _Session:
                 "start to end (a model that runs back and forth in time cannot be calibrated)"
             )
         self._denoisers_at.setdefault(tick.step, set()).add(denoiser)
+        self._input = self._input or _input_shape(args, kwargs)
         counter = None
         if self._sample == 0 and tick.step == self._counted_at.setdefault(denoiser, tick.step):
             counter = self._counting.enter_context(MacCounter())
@@ -323,6 +331,8 @@ class _Session:
             "torch": str(torch.__version__),
             "created": datetime.date.today().isoformat(),
         }
+        if self._input:
+            provenance["input"] = self._input
         if left_out:
             provenance["left_out"] = ", ".join(left_out)
         return Calibration(

@@ -6,9 +6,11 @@ document goes to stdout. Bad input ends in one line and exit code 2, Ctrl-C in e
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -26,12 +28,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import _cli_tables as tables
 from . import _files
+from ._media import encoded
 from ._resample import CARRIED_OVER
 from .apply import cached
 from .calibrate import calibrate as run_calibration
 from .calibration import Calibration
 from .costs import human_macs
-from .diffusers_io import PipelineSampler, load_pipeline, silence_libraries
+from .diffusers_io import PipelineSampler, load_pipeline, sampling_rate, silence_libraries
 from .errors import InvalidArgumentError, SmoothCacheError, SmoothCacheWarning
 from .layers import find_layers, identify
 from .planners import plan as plan_threshold
@@ -42,12 +45,13 @@ from .version import __version__
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
+    from torch import Tensor
 
-    from .compare import Variant
+    from .compare import Comparison, Variant
     from .report import Report
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
-_MOST_IMAGES = 8  # in a picture
+_MOST_SHOWN = 8  # samples in a picture
 
 
 class _OneLineErrors(typer.core.TyperGroup):
@@ -110,6 +114,14 @@ class Grain(str, Enum):
     layer = "layer"
     block = "block"
     model = "model"
+
+
+class Modality(str, Enum):
+    """What the demo samples: names of the modules in `demo`, each with a ``run_demo``."""
+
+    image = "image"
+    video = "video"
+    audio = "audio"
 
 
 class Dtype(str, Enum):
@@ -177,16 +189,36 @@ def main(
 
 @app.command()
 def demo(
+    modality: Annotated[
+        Modality, typer.Option("--modality", help="What the pipeline makes.")
+    ] = Modality.image,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for pictures and tables.")
-    ] = Path("out/demo"),
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for pictures and tables. Default: out/demo, or out/demo-MODALITY.",
+        ),
+    ] = None,
     samples: Annotated[
-        int,
-        typer.Option(metavar="N", min=1, help="Images each way, a multiple of the ten classes."),
-    ] = 100,
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Samples each way, a multiple of 10 images, 12 clips or 20 sounds. Default: 100 "
+            "images, 48 clips, or 40 sounds.",
+        ),
+    ] = None,
     steps: Annotated[
-        int, typer.Option(metavar="N", min=2, help="Solver steps of the uncached run.")
-    ] = 50,
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=2,
+            help="Solver steps of the uncached run. Default: 50 for images, 30 for video, 100 for "
+            "audio.",
+        ),
+    ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -194,17 +226,19 @@ def demo(
 
     Calibrates, plans, and compares schedules with the uncached run and with plain fewer steps.
 
-    [bold]Example:[/bold] smoothcache demo --samples 20
+    [bold]Example:[/bold] smoothcache demo --modality video --samples 24
     """
-    _check_output_folder(output)
-    from .demo.image import run_demo
+    name = modality.value
+    folder = output or Path("out", "demo" if modality is Modality.image else f"demo-{name}")
+    _check_output_folder(folder)
+    run_demo = importlib.import_module(f"{__package__}.demo.{name}").run_demo
+    chosen = {"num_samples": samples, "num_steps": steps}
 
     with _status("starting"):
         silence_libraries()
     result = run_demo(
-        output,
-        num_samples=samples,
-        num_steps=steps,
+        folder,
+        **{option: value for option, value in chosen.items() if value is not None},
         seed=seed,
         progress=sys.stderr.isatty(),
         tell=_to_stderr,
@@ -548,14 +582,14 @@ def generate(
         Path, typer.Option("--schedule", metavar="FILE", help="What plan wrote, or a 0/1 file.")
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the images.")
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the samples.")
     ],
     prompt: Prompts = None,
     class_label: ClassLabels = None,
     samples: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Images to make. Default: one for each prompt or label."
+            metavar="N", min=1, help="Samples to make. Default: one for each prompt or label."
         ),
     ] = None,
     steps: Annotated[
@@ -568,7 +602,7 @@ def generate(
     dtype: DtypeOption = Dtype.float32,
     as_json: AsJson = False,
 ) -> None:
-    """Run a pipeline under a schedule and write its images.
+    """Run a pipeline under a schedule; write images as PNG, clips as GIF, sounds as WAV.
 
     [bold]Example:[/bold] smoothcache generate ./my-dit --schedule dit.json --class-label 3 -o out
     """
@@ -587,7 +621,7 @@ def generate(
     started = time.perf_counter()
     with cached(pipeline, planned) as run:
         for i in _tracked(range(samples or max(1, len(sampler.inputs))), "generating"):
-            files += _write_images(output, i, sampler(i))
+            files += _write_samples(output, i, sampler(i), sampling_rate(pipeline))
     seconds = time.perf_counter() - started
     summary = run.summary()
     if as_json:
@@ -602,7 +636,7 @@ def generate(
         )
         return
     _print(str(summary))
-    _print(f"{len(files)} image(s) in {seconds:.1f} s, written to {output}")
+    _print(f"{len(files)} file(s) in {seconds:.1f} s, written to {output}")
 
 
 @app.command()
@@ -632,7 +666,17 @@ def compare(
     seed: Seed = 0,
     picture: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also draw the samples side by side: png, svg or pdf."),
+        typer.Option(
+            metavar="FILE",
+            help="Also draw the samples side by side: png, svg or pdf, of clips the frames of the "
+            "first; or gif, of clips in motion.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Also write the samples, a folder for each row."
+        ),
     ] = None,
     device: Device = None,
     dtype: DtypeOption = Dtype.float32,
@@ -646,11 +690,17 @@ def compare(
     [bold]Example:[/bold] smoothcache compare ./my-dit --schedule dit.json --class-label 3
     """
     from .compare import compare as run_comparison
-    from .plots import plot_image_grid
 
     variants = _variants(schedule)
-    kind = None if picture is None else _picture_kind(picture)
+    kind = None if picture is None else _picture_kind(picture, ("png", "svg", "pdf", "gif"))
+    if output is not None:
+        _check_output_folder(output)
     pipeline = _load(model, device, dtype)
+    rate = sampling_rate(pipeline)
+    if kind == "gif" and rate is not None:
+        raise InvalidArgumentError(
+            f"the picture '{picture}' must end in .png, .svg or .pdf: that of sounds does not move"
+        )
     sampler = PipelineSampler(
         pipeline,
         tuple(prompt or ()),
@@ -667,17 +717,18 @@ def compare(
         num_samples=samples or max(1, len(sampler.inputs)),
         progress=sys.stderr.isatty(),
     )
-    if picture is not None and kind is not None:
-        (_, reference), *others = comparison.images.items()
-        shown = [(name, images[:_MOST_IMAGES]) for name, images in others]
-        _write_picture(plot_image_grid(shown, reference[:_MOST_IMAGES]), picture, kind)
     report = comparison.report()
     if as_json:
         typer.echo(report.to_json())
-        return
-    _print_report(report)
-    if picture is not None:
-        _print(f"picture written to {picture}")
+    else:
+        _print_report(report)
+    if output is not None:
+        _write_all(output, comparison, rate)
+    if picture is not None and kind is not None:
+        _draw_samples(picture, kind, comparison, rate)
+    for what, path in {"samples": output, "picture": picture}.items():
+        if path is not None and not as_json:
+            _print(f"{what} written to {path}")
 
 
 @app.command()
@@ -806,11 +857,12 @@ def _load(model: str, device: str | None, dtype: Dtype) -> Any:
     return pipeline
 
 
-def _picture_kind(picture: Path) -> str:
+def _picture_kind(picture: Path, kinds: Sequence[str] = ("png", "svg", "pdf")) -> str:
     """The format that the name of a picture asks for; refuses a place that cannot be written."""
     kind = picture.suffix.lstrip(".").lower()
-    if kind not in ("png", "svg", "pdf"):
-        raise InvalidArgumentError(f"the picture '{picture}' must end in .png, .svg or .pdf")
+    if kind not in kinds:
+        endings = ", ".join(f".{kind}" for kind in kinds[:-1])
+        raise InvalidArgumentError(f"the picture '{picture}' must end in {endings} or .{kinds[-1]}")
     _check_output_file(picture)
     return kind
 
@@ -821,25 +873,49 @@ def _write_picture(figure: Figure, path: Path, kind: str) -> None:
     _files.write_atomically(path, data.getvalue())
 
 
-def _write_images(folder: Path, index: int, images: Any) -> list[Path]:
-    """Writes images [batch, channels, height, width] in [0, 1] as PNG files."""
-    from PIL import Image
-
-    if images.ndim != 4:
-        raise InvalidArgumentError(
-            f"the pipeline made a tensor of shape {list(images.shape)}, and only images can be "
-            "written, [batch, channels, height, width]; run it from Python instead"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    pixels = (images.detach().cpu().float().clamp(0, 1) * 255).round().byte()
+def _write_samples(
+    folder: Path, index: int, samples: Tensor, sampling_rate: int | None
+) -> list[Path]:
+    """Writes a batch of images as PNG files, of clips as animated GIF files, of sounds as WAV."""
     written = []
-    for number, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
-        name = f"{index:04d}" if len(pixels) == 1 else f"{index:04d}-{number}"
-        data = io.BytesIO()
-        Image.fromarray(image.squeeze()).save(data, format="PNG")
-        _files.write_atomically(folder / f"{name}.png", data.getvalue())
-        written.append(folder / f"{name}.png")
+    for number, sample in enumerate(samples):
+        ending, data = encoded(sample, sampling_rate)
+        name = f"{index:04d}" if len(samples) == 1 else f"{index:04d}-{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        written.append(folder / f"{name}.{ending}")
+        _files.write_atomically(written[-1], data)
     return written
+
+
+def _write_all(folder: Path, comparison: Comparison, rate: int | None) -> None:
+    """Writes the samples of every row into a folder of its own."""
+    for row, samples in comparison.images.items():
+        place = folder / re.sub(r"[^\w.-]+", "-", row).strip("-.")
+        for i, sample in enumerate(samples):
+            _write_samples(place, i, sample[None], rate)
+
+
+def _draw_samples(picture: Path, kind: str, comparison: Comparison, rate: int | None) -> None:
+    """Draws the first samples of every row; of a clip its frames, unless the picture moves."""
+    from . import plots
+
+    first = {row: samples[:_MOST_SHOWN] for row, samples in comparison.images.items()}
+    (_, reference), *rows = first.items()
+    if reference.ndim == 3:
+        if rate is None:
+            raise InvalidArgumentError(
+                f"'{picture}' is not drawn: the pipeline does not say how many samples of a sound "
+                "make a second"
+            )
+        _write_picture(plots.plot_spectrograms(rows, reference, rate), picture, kind)
+    elif kind == "gif":
+        if reference.ndim == 4:  # images are clips of one frame
+            rows, reference = [(row, x[:, None]) for row, x in rows], reference[:, None]
+        plots.animate_clip_grid(rows, reference, picture)
+    else:
+        if reference.ndim == 5:
+            rows, reference = [(row, x[0]) for row, x in rows], reference[0]
+        _write_picture(plots.plot_image_grid(rows, reference), picture, kind)
 
 
 # ----------------------------------------------------------------------------------- the files
@@ -871,14 +947,19 @@ def _check_output_folder(path: Path) -> None:
 def _print(what: str | Table) -> None:
     """Shows a text or a table: wrapped in a terminal, one line a line elsewhere."""
     is_terminal = sys.stdout.isatty()
-    console = Console(width=None if is_terminal else 200, highlight=False, markup=False)
-    console.print(what, soft_wrap=isinstance(what, str) and not is_terminal)
+    _console().print(what, soft_wrap=isinstance(what, str) and not is_terminal)
+
+
+def _console() -> Console:
+    """Of stdout; as wide as any table where that is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 1000, highlight=False, markup=False)
 
 
 def _print_report(report: Report) -> None:
     if report.title:
         _print(report.title)
-    _print(tables.report_table(report))
+    for table in tables.report_tables(report, _console().width):
+        _print(table)
     for note in report.notes:
         _print(note)
 

@@ -112,7 +112,8 @@ class Comparison:
     Attributes:
         rows: The uncached run first; rows of fewer steps follow the schedules of their cost.
         images: What each row sampled, on the CPU; [samples, channels, height, width] in [0, 1],
-            or of sounds [samples, channels, audio samples].
+            of clips [samples, frames, channels, height, width], of sounds [samples, channels, audio
+            samples].
         rivals: Name of each schedule's row -> name of the row of fewer steps of the same cost.
         recomputed: Name of a row -> why layers ran that its schedule would have reused, and how
             often; empty if all went as planned.
@@ -250,7 +251,8 @@ def compare(
         model: A diffusers pipeline (all of its denoisers) or any module.
         sample: ``sample(i, num_steps)`` runs generation number i from start to end with its own
             fixed seed and that many steps, and returns a batch of one or more images in [0, 1],
-            [batch, channels, height, width], or of sounds, [batch, channels, samples].
+            [batch, channels, height, width], of clips, [batch, frames, channels, height, width], or
+            of sounds, [batch, channels, samples].
         variants: What to compare. Each schedule brings a row of fewer steps with it; schedules
             of the same cost share one.
         num_steps: What ``sample`` is asked for in the uncached run.

@@ -5,13 +5,16 @@ The only file that imports diffusers, and only when a pipeline is loaded.
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import json
 import logging
 import os
 import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +50,8 @@ def load_pipeline(
         device: Where to put the pipeline; None leaves it on the CPU.
 
     Returns:
-        A ``diffusers.DiffusionPipeline`` of the class that its index names.
+        A ``diffusers.DiffusionPipeline`` of the class that its index names; where diffusers has
+        none of that name, it is looked for in the packages that the index names for its parts.
 
     Raises:
         PipelineLoadError: If there is no such folder or repository, it holds no pipeline, or the
@@ -55,13 +59,13 @@ def load_pipeline(
         InvalidArgumentError: If the device cannot be used.
     """
     source = _existing_source(os.fspath(name_or_path))
-    from diffusers import DiffusionPipeline
-
     try:
         with warnings.catch_warnings():
             # Newer versions call it dtype, the oldest that we support know this name alone.
             warnings.filterwarnings("ignore", "`torch_dtype`", FutureWarning)
-            pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype or torch.float32)
+            pipeline = _pipeline_class(source).from_pretrained(
+                source, torch_dtype=dtype or torch.float32
+            )
     except Exception as error:  # a folder can be broken in any way
         raise PipelineLoadError(_why_not_loaded(source, error)) from error
     return pipeline if device is None else _moved(pipeline, device)
@@ -71,11 +75,25 @@ def silence_libraries() -> None:
     """Keeps diffusers and transformers from writing anything but errors to the terminal."""
     for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")  # read when they are first imported
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.disable_progress_bar()
+    hub = importlib.import_module("huggingface_hub.utils")
+    were_hidden = hub.are_progress_bars_disabled()
+    for library in filter(find_spec, ("diffusers", "transformers")):
+        importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
+    if not were_hidden:
+        hub.enable_progress_bars()  # downloads may take long
     for library in ("diffusers", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def sampling_rate(pipeline: Any) -> int | None:
+    """Samples a second of the sounds that a pipeline makes; None if it does not say."""
+    for part in ("vae", "vocoder"):
+        rate = getattr(
+            getattr(getattr(pipeline, part, None), "config", None), "sampling_rate", None
+        )
+        if isinstance(rate, int):
+            return rate
+    return None
 
 
 def multistep_solvers(scheduler: Any) -> dict[str, Any]:
@@ -390,6 +408,23 @@ def _existing_source(name: str) -> str:
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise PipelineLoadError(f"there is no folder '{name}'")
     return name
+
+
+def _pipeline_class(source: str) -> Any:
+    """Diffusers' general class, which finds its own by name; or one from where its parts are."""
+    import diffusers
+
+    index = Path(source) / INDEX
+    entries = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    name = entries.get("_class_name")
+    if not isinstance(name, str) or hasattr(diffusers, name):
+        return diffusers.DiffusionPipeline
+    libraries = [x[0] for x in entries.values() if isinstance(x, list) and isinstance(x[0], str)]
+    for library in filter(lambda library: "." in library, libraries):
+        package = importlib.import_module(library.rpartition(".")[0])
+        if hasattr(package, name):
+            return getattr(package, name)
+    return diffusers.DiffusionPipeline
 
 
 def _why_not_loaded(source: str, error: BaseException) -> str:

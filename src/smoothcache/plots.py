@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ._files import write_atomically
+from ._media import FRAMES_PER_SECOND, encoded_clip, rgb_pixels
 from ._optional import optional_module
 from .errors import InvalidArgumentError
 
@@ -274,20 +276,91 @@ def plot_image_grid(
     if not rows:
         raise InvalidArgumentError("give at least one row of images beside the reference.")
     quality = [float(psnr(images, reference).mean()) for _, images in rows]
-    pictures = [_pixels(images) for _, images in rows]
-    uncached = _pixels(reference)
-    differences = [np.abs(picture - uncached).mean(axis=-1) for picture in pictures]
+    titles = [_with_decibels(title, x) for (title, _), x in zip(rows, quality, strict=True)]
+    pictures = [rgb_pixels(images) for _, images in rows]
+    lines = _beside_their_differences(titles, pictures, (reference_title, rgb_pixels(reference)))
+    strips = [(title, _strip(line)) for title, line in lines]
+    return _saved(_stacked(strips, width=_width_of(len(reference))), path)
+
+
+def animate_clip_grid(
+    rows: Sequence[tuple[str, Tensor]],
+    reference: Tensor,
+    path: Path,
+    *,
+    reference_title: str = "uncached",
+    frames_per_second: float = FRAMES_PER_SECOND,
+) -> None:
+    """An animated picture: uncached clips, and below them cached ones with what changed.
+
+    Each row is named with its mean PSNR. Differences are absolute, averaged over channels and
+    multiplied by one factor for the whole picture, which the labels name.
+
+    Args:
+        rows: A title and clips for each row, [batch, frames, channels, height, width] in [0, 1],
+            of the same seeds as the reference.
+        reference: The uncached clips; the same shape. Each becomes a column.
+        path: Where to save the GIF.
+        reference_title: Names the first row.
+        frames_per_second: How fast it runs.
+
+    Raises:
+        InvalidArgumentError: If there is no row, or clips are not as described.
+        MissingPackageError: If matplotlib or pillow is not installed.
+    """
+    from .metrics import psnr_per_frame  # brings torch with it
+
+    if not rows:
+        raise InvalidArgumentError("give at least one row of clips beside the reference.")
+    quality = [float(psnr_per_frame(clips, reference).mean()) for _, clips in rows]
+    titles = [_with_decibels(title, x) for (title, _), x in zip(rows, quality, strict=True)]
+    pictures = [rgb_pixels(clips.flatten(0, 1)) for _, clips in rows]
+    uncached = rgb_pixels(reference.flatten(0, 1))
+    lines = _beside_their_differences(titles, pictures, (reference_title, uncached))
+    count, length = reference.shape[:2]
+    shots = [
+        _stacked([(title, _strip(line[frame::length])) for title, line in lines],
+                 width=_width_of(count))
+        for frame in range(length)
+    ]  # fmt: skip
+    frames = [_rendered(shot) for shot in shots]
+    write_atomically(path, encoded_clip(frames, frames_per_second=frames_per_second))
+
+
+def _with_decibels(title: str, decibels: float) -> str:
+    measured = "identical" if math.isinf(decibels) else f"PSNR {decibels:.1f} dB"
+    return f"{title}\n{measured}"
+
+
+def _beside_their_differences(
+    titles: Sequence[str],
+    pictures: Sequence[npt.NDArray[np.float32]],
+    reference: tuple[str, npt.NDArray[np.float32]],
+) -> list[tuple[str, npt.NDArray[np.float32]]]:
+    """The reference, then each row of pictures and its difference from it, made visible.
+
+    All of one factor: pictures [batch, height, width, 3], differences [batch, height, width].
+    """
+    differences = [np.abs(picture - reference[1]).mean(axis=-1) for picture in pictures]
     factor = _amplification(differences)
+    lines = [reference]
+    for title, picture, difference in zip(titles, pictures, differences, strict=True):
+        lines += [(title, picture), (f"difference\n× {factor}", difference * factor)]
+    return lines
 
-    strips: list[tuple[str, npt.NDArray[np.float32]]] = [(reference_title, _strip(uncached, 1.0))]
-    for (title, _), decibels, picture, difference in zip(
-        rows, quality, pictures, differences, strict=True
-    ):
-        measured = "identical" if math.isinf(decibels) else f"PSNR {decibels:.1f} dB"
-        strips.append((f"{title}\n{measured}", _strip(picture, 1.0)))
-        strips.append((f"difference\n× {factor}", _strip(difference * factor, math.nan)))
 
-    return _saved(_stacked(strips, width=min(9.0, max(3.2, float(len(uncached))))), path)
+def _width_of(columns: int) -> float:
+    """Width of a grid in inches."""
+    return min(9.0, max(3.2, float(columns)))
+
+
+def _rendered(figure: Figure) -> npt.NDArray[np.uint8]:
+    """The pixels of a figure, [height, width, 3]."""
+    backend = optional_module("matplotlib.backends.backend_agg", extra="plots")
+    canvas = backend.FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels: npt.NDArray[np.uint8] = np.array(canvas.buffer_rgba(), dtype=np.uint8)
+    return pixels[..., :3]
 
 
 def plot_spectrograms(
@@ -327,7 +400,7 @@ def plot_spectrograms(
         return np.asarray(log_mel(sounds.detach().cpu(), sampling_rate).flip(1), dtype=np.float32)
 
     def shown(levels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        return _strip(np.clip(1 + levels / 90, 0, 1), math.nan)
+        return _strip(np.clip(1 + levels / 90, 0, 1))
 
     uncached = decibels(reference)
     strips = [(reference_title, shown(uncached))]
@@ -336,7 +409,7 @@ def plot_spectrograms(
         levels = decibels(sounds)
         change = np.clip(np.abs(levels - uncached) / 30, 0, 1)
         strips.append((f"{title}\n{distance:.1f} dB off", shown(levels)))
-        strips.append(("difference", _strip(change, math.nan)))
+        strips.append(("difference", _strip(change)))
     return _saved(_stacked(strips, width=min(9.0, max(3.2, 1.5 * len(uncached)))), path)
 
 
@@ -463,16 +536,9 @@ def _schedule_title(schedule: Schedule, title: str) -> str:
     return f"{title + ': ' if title else ''}{_steps(schedule.num_steps)}, {cost}"
 
 
-def _pixels(images: Tensor) -> npt.NDArray[np.float32]:
-    """[batch, height, width, 3], grey images in three equal channels."""
-    if images.shape[1] not in (1, 3):
-        raise InvalidArgumentError(f"images must have 1 or 3 channels, got {images.shape[1]}.")
-    rgb = images.detach().cpu().float().expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
-    return np.asarray(rgb.numpy(), dtype=np.float32)
-
-
-def _strip(images: npt.NDArray[np.float32], filling: float) -> npt.NDArray[np.float32]:
-    """Images [batch, height, width, ...] side by side, with a narrow gap between them."""
+def _strip(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Images [batch, height, width] or with colours, side by side with a narrow gap between."""
+    filling = 1.0 if images.ndim == 4 else math.nan
     gap = max(1, images.shape[2] // 16)
     padding = [(0, 0), (0, 0), (0, gap)] + [(0, 0)] * (images.ndim - 3)
     padded = np.pad(images, padding, constant_values=filling)

@@ -30,6 +30,8 @@ class ReportRow:
         log_spectral_distance: Of sounds, likewise, in dB.
         stft_distance: Of sounds, likewise: multi-resolution distance of short-time spectra.
         relative_error: Likewise, relative L1 error.
+        motion_error: Of clips, likewise, of the changes from frame to frame.
+        temporal_consistency: Of clips, one minus the mean change from frame to frame.
         perceptual_distance: Likewise, relative L2 distance of a classifier's features.
         converged_psnr: Against samples of the same noise with many more steps, in dB.
         class_accuracy: Share of samples that a classifier recognises, in [0, 1].
@@ -53,6 +55,8 @@ class ReportRow:
     log_spectral_distance: float | None = None
     stft_distance: float | None = None
     relative_error: float | None = None
+    motion_error: float | None = None
+    temporal_consistency: float | None = None
     perceptual_distance: float | None = None
     converged_psnr: float | None = None
     class_accuracy: float | None = None
@@ -198,6 +202,8 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "log_spectral_distance": ("log-spectral distance, dB", "{:.2f}".format),
     "stft_distance": ("STFT distance", _significant),
     "relative_error": ("relative error", _significant),
+    "motion_error": ("motion error", _significant),
+    "temporal_consistency": ("temporal consistency", "{:.4f}".format),
     "perceptual_distance": ("perceptual distance", _significant),
     "converged_psnr": ("PSNR to converged, dB", "{:.1f}".format),
     "class_accuracy": ("class accuracy", _percent),

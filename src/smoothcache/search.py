@@ -159,7 +159,9 @@ def search(
         sample: ``sample(i)`` runs generation number i and returns its final tensor (or tensors).
             If it also takes ``num_inference_steps`` (and ``scheduler``), the alternatives without
             a cache are measured, and quality is also told against the converged sample.
-        calibration: What ``calibrate`` measured; measured here on the samples if None.
+        calibration: What ``calibrate`` measured; measured here on the samples if None. It says
+            what is reused beside the whole denoiser's output: calibrate with
+            ``granularity="block"`` to search over blocks instead of layers.
         speedup: The budget: at most 1 / speedup of the uncached multiply-accumulates.
         compute: The same budget as a fraction, in (0, 1].
         max_error: Instead of a budget: the cheapest schedule whose error on unseen samples is at

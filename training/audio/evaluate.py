@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared import FOLDER
 from torch import Tensor
 from tqdm import trange
 
 from smoothcache.demo.audio import BATCH, batch_attributes, load_tones, sample_tones
-from smoothcache.demo.tone_classifier import ToneClassifier, load_classifier
+from smoothcache.demo.classifier import load_as
+from smoothcache.demo.tone_classifier import ToneClassifier
 from smoothcache.demo.tones import ATTRIBUTES, generate
+
+FOLDER = Path("src/smoothcache/demo/tones-dit")
 
 
 def wanted_attributes(count: int) -> Tensor:
@@ -83,7 +85,7 @@ def main() -> None:
     args = options.parse_args()
     torch.set_num_threads(args.threads)
 
-    classifier = load_classifier(args.classifier or args.folder / "classifier")
+    classifier = load_as(ToneClassifier, args.classifier or args.folder / "classifier")
     attributes = wanted_attributes(args.samples)
     pipe = load_tones(args.folder)
     sounds = sample_sounds(pipe, attributes, seed=args.seed, steps=args.steps)

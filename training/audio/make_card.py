@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
 import matplotlib
 import torch
-from evaluate import rebuilt, recognised, sample_sounds, table, wanted_attributes
-from shared import FOLDER, RUNS
-from torch import Tensor, nn
+from torch import Tensor
 
 from smoothcache.demo.audio import GUIDANCE, load_tones
-from smoothcache.demo.tone_classifier import load_classifier
+from smoothcache.demo.classifier import load_as
+from smoothcache.demo.tone_classifier import ToneClassifier
 from smoothcache.demo.tones import ATTRIBUTES, SAMPLING_RATE, generate
 from smoothcache.metrics import log_mel, signal_to_noise_ratio
+from training.audio.evaluate import (
+    FOLDER,
+    rebuilt,
+    recognised,
+    sample_sounds,
+    table,
+    wanted_attributes,
+)
+from training.card import draw_losses, length, millions, read_log, smoothed
+from training.common import RUNS
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -41,57 +49,20 @@ def draw_spectrograms(sounds: Tensor, path: Path) -> None:
     plt.close(figure)
 
 
-def read_log(path: Path) -> dict[str, list[float]]:
-    """The columns of a run's loss log."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in rows[0]}
-
-
-def smoothed(values: list[float], weight: float = 0.8) -> list[float]:
-    """Exponential moving average."""
-    average, result = values[0], []
-    for value in values:
-        average = weight * average + (1 - weight) * value
-        result.append(average)
-    return result
-
-
-def draw_losses(log: dict[str, list[float]], path: Path) -> None:
-    """The training loss over steps, raw and smoothed."""
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    axes.plot(log["step"], log["loss"], alpha=0.3, label="mean of 20 steps")
-    axes.plot(log["step"], smoothed(log["loss"]), label="moving average")
-    axes.set(xlabel="step", ylabel="squared error of the velocity", yscale="log")
-    axes.legend()
-    figure.savefig(path, dpi=100, metadata={"Software": None})
-    plt.close(figure)
-
-
-def length(log: dict[str, list[float]]) -> str:
-    """How long a run took."""
-    return f"{log['step'][-1]:,.0f} steps, {log['seconds'][-1] / 60:.0f} minutes"
-
-
-def millions(module: nn.Module) -> float:
-    """Number of parameters, in millions."""
-    return sum(p.numel() for p in module.parameters()) / 1e6
-
-
 def main() -> None:
     """Write README.md, loss_curve.png and samples.png into the pipeline's folder."""
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     options.add_argument("--folder", type=Path, default=FOLDER)
-    options.add_argument("--runs", type=Path, default=RUNS, help="where the training logs are")
+    options.add_argument("--runs", type=Path, default=RUNS / "audio", help="the training logs")
     options.add_argument("--samples", type=int, default=120)
     options.add_argument("--steps", type=int, default=100)
     options.add_argument("--threads", type=int, default=2)
     args = options.parse_args()
     torch.set_num_threads(args.threads)
 
-    pipe, classifier = load_tones(args.folder), load_classifier(args.folder / "classifier")
+    pipe, classifier = load_tones(args.folder), load_as(ToneClassifier, args.folder / "classifier")
     wanted, held_out = wanted_attributes(args.samples), wanted_attributes(600)
     samples = sample_sounds(pipe, wanted, seed=0, steps=args.steps)
     real = generate(held_out, seed=999)[0]
@@ -105,7 +76,7 @@ def main() -> None:
         name: read_log(args.runs / name / "loss.csv")
         for name in ("autoencoder", "classifier", "dit")
     }
-    draw_losses(logs["dit"], args.folder / "loss_curve.png")
+    draw_losses(logs["dit"], args.folder / "loss_curve.png", "squared error of the velocity")
     draw_spectrograms(samples, args.folder / "samples.png")
     parts = ("transformer", "text_encoder", "projection_model", "vae")
     card = TEMPLATE.read_text().format(

@@ -13,11 +13,11 @@ import warnings
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderOobleck
-from shared import Run, parser, random_rows
 from torch import Tensor, nn
 
 from smoothcache.demo.tones import SAMPLING_RATE, generate
 from smoothcache.metrics.audio import signal_to_noise_ratio
+from training.common import Run, parser, random_rows
 
 LATENT_CHANNELS, BLOCK = 32, 256
 CROP = 16  # frames; the decoder is a convolution and is never shown more than this at once
@@ -207,7 +207,7 @@ def _weight(layer: nn.Conv1d) -> Tensor:
 
 def main() -> None:
     """Train, then save the autoencoder to `<out>/final`."""
-    options = parser(__doc__, steps=1000, batch=8, lr=1e-3, out="autoencoder")
+    options = parser(__doc__, steps=1000, batch=8, lr=1e-3, out="audio/autoencoder")
     options.add_argument("--pool", type=int, default=500, help="number of training sounds")
     args = options.parse_args()
     torch.set_num_threads(args.threads)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from shared import Run, parser, random_rows
 
-from smoothcache.demo.tone_classifier import ToneClassifier, save_classifier
+from smoothcache.demo.classifier import save_classifier
+from smoothcache.demo.tone_classifier import ToneClassifier
 from smoothcache.demo.tones import generate
+from training.common import Run, parser, random_rows
 
 
 def main() -> None:
     """Train, then save the classifier to `<out>/final`."""
-    options = parser(__doc__, steps=500, batch=32, lr=2e-3, out="classifier")
+    options = parser(__doc__, steps=500, batch=32, lr=2e-3, out="audio/classifier")
     options.add_argument("--pool", type=int, default=1500, help="number of training sounds")
     args = options.parse_args()
     torch.set_num_threads(args.threads)

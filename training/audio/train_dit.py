@@ -23,13 +23,14 @@ from diffusers import (
     StableAudioProjectionModel,
 )
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
-from export import export_pipeline
-from shared import FOLDER, Run, parser, random_rows, update_average
 from torch import Tensor, nn
-from train_autoencoder import LATENT_CHANNELS, encode
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from smoothcache.demo.tones import NUM_CLASSES, SECONDS, all_attributes, caption, generate
+from training.audio.evaluate import FOLDER
+from training.audio.export import export_pipeline
+from training.audio.train_autoencoder import LATENT_CHANNELS, encode
+from training.common import Run, parser, random_rows, update_average
 
 TEXT_LENGTH = 48  # bytes of the longest caption and the mark of its end, and a little more
 FRAMES = 64
@@ -135,7 +136,7 @@ def learn_captions(
         loss.backward()
         optimizer.step()
     encoder.requires_grad_(False)
-    return float(loss)
+    return loss.item()
 
 
 def _initialise(module: nn.Module) -> None:
@@ -184,7 +185,7 @@ def caption_tokens(tokenizer: ByT5Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
 
 def main() -> None:
     """Train, exporting the averaged weights every few minutes and at the end."""
-    options = parser(__doc__, steps=4000, batch=16, lr=2e-3, out="dit")
+    options = parser(__doc__, steps=4000, batch=16, lr=2e-3, out="audio/dit")
     options.add_argument(
         "--vae",
         type=Path,

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
-import matplotlib
 import torch
-from common import RUNS
-from evaluate import FOLDER, load_pipeline, recognised, sample_images
 from PIL import Image
 from torch import Tensor
 
 from smoothcache.demo.classifier import load_classifier
 from smoothcache.demo.shapes import CLASS_NAMES, IMAGE_SIZE, generate
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
+from training.card import draw_losses, length, megabytes, millions, read_log, smoothed
+from training.common import RUNS
+from training.image.evaluate import FOLDER, load_pipeline, recognised, sample_images
 
 TEMPLATE = Path(__file__).with_name("card.md")
 SCALE = 2  # the grid shows every pixel as 2x2
@@ -30,43 +26,6 @@ def sample_grid(samples: Tensor, columns: int) -> Image.Image:
     grid = rows.permute(0, 3, 1, 4, 2).reshape(-1, columns * side, 3)
     picture = Image.fromarray((127.5 * (grid + 1)).round().byte().numpy())
     return picture.resize((SCALE * picture.width, SCALE * picture.height), Image.Resampling.NEAREST)
-
-
-def read_log(path: Path) -> dict[str, list[float]]:
-    """The columns of a run's loss log."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in rows[0]}
-
-
-def smoothed(values: list[float], weight: float = 0.8) -> list[float]:
-    """Exponential moving average."""
-    average, result = values[0], []
-    for value in values:
-        average = weight * average + (1 - weight) * value
-        result.append(average)
-    return result
-
-
-def draw_losses(log: dict[str, list[float]], path: Path) -> None:
-    """The training loss over steps, raw and smoothed."""
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    axes.plot(log["step"], log["loss"], alpha=0.3, label="mean of 20 steps")
-    axes.plot(log["step"], smoothed(log["loss"]), label="moving average")
-    axes.set(xlabel="step", ylabel="weighted noise error", yscale="log")
-    axes.legend()
-    figure.savefig(path, dpi=100, metadata={"Software": None})
-    plt.close(figure)
-
-
-def length(log: dict[str, list[float]]) -> str:
-    """How long a run took."""
-    return f"{log['step'][-1]:,.0f} steps, {log['seconds'][-1] / 60:.0f} minutes"
-
-
-def megabytes(folder: Path) -> float:
-    """Size of everything in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 
 def table(real: Tensor, samples: Tensor) -> str:
@@ -84,7 +43,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     options.add_argument("--folder", type=Path, default=FOLDER)
-    options.add_argument("--runs", type=Path, default=RUNS, help="where the training logs are")
+    options.add_argument(
+        "--runs", type=Path, default=RUNS / "image", help="where the training logs are"
+    )
     options.add_argument("--samples", type=int, default=300)
     options.add_argument("--steps", type=int, default=50)
     options.add_argument("--guidance", type=float, default=3.0)
@@ -100,12 +61,12 @@ def main() -> None:
     sample_rates = recognised(classifier, samples, labels)
 
     logs = {name: read_log(args.runs / name / "loss.csv") for name in ("vae", "classifier", "dit")}
-    draw_losses(logs["dit"], args.folder / "loss_curve.png")
+    draw_losses(logs["dit"], args.folder / "loss_curve.png", "weighted noise error")
     sample_grid(samples[:100], columns=10).save(args.folder / "samples.png", optimize=True)
     card = TEMPLATE.read_text().format(
-        parameters=sum(p.numel() for p in pipe.transformer.parameters()) / 1e6,
-        vae_parameters=sum(p.numel() for p in pipe.vae.parameters()) / 1e6,
-        classifier_parameters=sum(p.numel() for p in classifier.parameters()) / 1e6,
+        parameters=millions(pipe.transformer),
+        vae_parameters=millions(pipe.vae),
+        classifier_parameters=millions(classifier),
         dit_length=length(logs["dit"]),
         vae_length=length(logs["vae"]),
         classifier_length=length(logs["classifier"]),

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from common import Run, parser, random_rows
 
 from smoothcache.demo.classifier import ShapeClassifier, save_classifier
 from smoothcache.demo.shapes import generate
+from training.common import Run, parser, random_rows
 
 
 def main() -> None:
     """Train, then save the classifier to `<out>/final`."""
-    options = parser(__doc__, steps=5000, batch=64, lr=2e-3, out="classifier")
+    options = parser(__doc__, steps=5000, batch=64, lr=2e-3, out="image/classifier")
     options.add_argument("--pool", type=int, default=40000, help="number of training images")
     args = options.parse_args()
     torch.set_num_threads(args.threads)

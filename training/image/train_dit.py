@@ -12,15 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import parallel
 import torch
-from common import Run, parser, random_rows, update_average
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
-from export import export_pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smoothcache.demo.shapes import CLASS_NAMES, generate
+from training import parallel
+from training.common import Run, parser, random_rows, update_average
+from training.image.export import export_pipeline
 
 NULL_CLASS = 1000  # the index that DiTPipeline gives to the unconditional half of a batch
 
@@ -132,7 +132,7 @@ def encoded_pool(vae: AutoencoderKL, size: int, seed: int, folder: Path) -> tupl
 
 def main() -> None:
     """Train, exporting the averaged weights every few minutes and at the end."""
-    options = parser(__doc__, steps=20000, batch=64, lr=1e-3, out="dit")
+    options = parser(__doc__, steps=20000, batch=64, lr=1e-3, out="image/dit")
     options.add_argument("--vae", type=Path, default=Path("runs/image/vae/final"))
     options.add_argument("--init", type=Path, help="pipeline whose transformer to start from")
     options.add_argument("--pool", type=int, default=50000, help="number of training images")

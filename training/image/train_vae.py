@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from common import Run, parser, random_rows
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from smoothcache.demo.shapes import IMAGE_SIZE, generate
+from training.common import Run, parser, random_rows
 
 
 def new_vae() -> AutoencoderKL:
@@ -55,7 +55,7 @@ def standardise(vae: AutoencoderKL, images: Tensor) -> None:
 
 def main() -> None:
     """Train, then save the autoencoder to `<out>/final`."""
-    options = parser(__doc__, steps=2500, batch=32, lr=2e-3, out="vae")
+    options = parser(__doc__, steps=2500, batch=32, lr=2e-3, out="image/vae")
     options.add_argument("--kl-weight", type=float, default=1e-3)
     options.add_argument("--pool", type=int, default=20000, help="number of training images")
     args = options.parse_args()

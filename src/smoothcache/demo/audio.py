@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import os
 import warnings
-import wave
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import plots
-from .._checks import check_count
-from .._optional import optional_module
-from ..calibrate import calibrate
-from ..calibration import Calibration
-from ..compare import REFERENCE, Comparison, Variant, compare
+from .._media import encoded_sound
+from ..compare import REFERENCE, Comparison
 from ..diffusers_io import load_pipeline, third_order_sde
-from ..errors import InvalidArgumentError
 from ..metrics import class_accuracy, frechet_distance, label_divergence
 from ..report import Report
-from .image import DemoResult, Groups, _alpha, _documents, _Stages, _stem, plan_demo
-from .tone_classifier import ToneClassifier, load_classifier
+from .classifier import load_as
+from .course import (
+    CALIBRATION_SEEDS,
+    DATA_SEED,
+    DemoResult,
+    Groups,
+    Material,
+    Stages,
+    checked_output,
+    rows_to_show,
+    run_course,
+    stem,
+)
+from .tone_classifier import ToneClassifier
 from .tones import ATTRIBUTES, NUM_CLASSES, SAMPLING_RATE, caption, generate
 
 FOLDER = Path(__file__).with_name("tones-dit")
-NUM_STEPS, GUIDANCE, MAX_GAP = 100, 2.0, 3
+NUM_STEPS, GUIDANCE = 100, 2.0
 BATCH = NUM_CLASSES[0] * NUM_CLASSES[1]  # every timbre at every pitch
 NUM_CALIBRATION = 10
-CALIBRATION_SEEDS, DATA_SEED = 1_000_000, 20_000  # apart from those of the compared samples
 NUM_REAL = 600
 
 
@@ -71,24 +76,21 @@ def run_demo(
         PipelineLoadError: If there is no pipeline in the folder.
         MissingPackageError: If a package of the ``demo`` or ``audio`` extra is not installed.
     """
-    check_count("num_samples", num_samples, least=1)
-    check_count("num_steps", num_steps, least=2)
-    check_count("seed", seed, least=0)
-    if num_samples % BATCH:
-        raise InvalidArgumentError(
-            f"num_samples must be a multiple of {BATCH}, one for each timbre at each pitch, got "
-            f"{num_samples}."
-        )
-    for package in ("transformers", "torchsde"):
-        optional_module(package, extra="audio")
-    output = Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    output = checked_output(
+        output_dir,
+        num_samples=num_samples,
+        batch=BATCH,
+        num_steps=num_steps,
+        seed=seed,
+        packages=("transformers", "torchsde"),
+        extra="audio",
+    )
     source = FOLDER if folder is None else Path(folder)
-    stages = _Stages(tell)
+    stages = Stages(tell)
 
     with stages("loading the pipeline"):
         pipe = load_tones(source)
-        judge = Judge(load_classifier(source / "classifier"))
+        judge = Judge(load_as(ToneClassifier, source / "classifier"))
 
     def sample(i: int, steps: int) -> Tensor:
         return sample_tones(pipe, batch_attributes(i), seed + BATCH * i, steps)
@@ -98,31 +100,21 @@ def run_demo(
         chosen = batch_attributes(i)[place : place + 1]
         return sample_tones(pipe, chosen, seed + CALIBRATION_SEEDS + i, num_steps)
 
-    with stages(f"calibrating on {NUM_CALIBRATION} samples of {num_steps} steps"):
-        gap = min(MAX_GAP, num_steps - 1)
-        calibration = calibrate(pipe, calibration_sample, NUM_CALIBRATION, gap, progress=progress)
-    with stages("planning"):
-        # The last step takes away all noise that is left, 0.3 of the sound's amplitude at once.
-        groups = plan_demo(calibration, last=True)
-        schedules = {name: x for group in groups.values() for name, x in group.items()}
-    with stages(f"sampling {num_samples} sounds in each way"):
-        comparison = compare(
-            pipe,
-            sample,
-            [Variant(name, schedule) for name, schedule in schedules.items()],
-            num_steps=num_steps,
-            num_samples=num_samples // BATCH,
-            scores=judge.scores(),
-            progress=progress,
-        )
-    report = _report(comparison, judge, num_samples)
-    with stages(f"writing sounds and pictures, into {output}"):
-        files = _sounds(output, groups, comparison)
-        files += _pictures(output, calibration, groups, comparison)
-        files += _documents(output, calibration, groups, report)
-    return DemoResult(
-        report, comparison, calibration, schedules, output, tuple(files), stages.seconds
+    material = Material(
+        pipe,
+        "sounds",
+        sample,
+        count=num_samples,
+        batches=num_samples // BATCH,
+        calibration_sample=calibration_sample,
+        calibration_count=NUM_CALIBRATION,
+        num_steps=num_steps,
+        scores=judge.scores(),
+        describe=lambda comparison: _report(comparison, judge, num_samples),
+        show=_show,
+        last=True,  # it takes away all noise that is left, 0.3 of the sound's amplitude at once
     )
+    return run_course(material, output, stages, progress=progress)
 
 
 def load_tones(folder: str | os.PathLike[str] = FOLDER) -> Any:
@@ -221,29 +213,6 @@ def real_sounds(count: int) -> Tensor:
     return generate(_attributes(count), seed=DATA_SEED + 1)[0]
 
 
-def write_wave(path: str | os.PathLike[str], waveform: Tensor, sampling_rate: int) -> None:
-    """Writes one sound as a WAV file of 16 bits.
-
-    Args:
-        path: Where to write it.
-        waveform: [channels, samples]; what is beyond [-1, 1] is cut off.
-        sampling_rate: Samples a second.
-
-    Raises:
-        InvalidArgumentError: If the waveform is not as described.
-    """
-    if waveform.ndim != 2 or not waveform.numel() or not waveform.isfinite().all():
-        raise InvalidArgumentError(
-            f"a waveform must be finite numbers [channels, samples], got {list(waveform.shape)}."
-        )
-    samples = (32767 * waveform.detach().cpu().float().clamp(-1, 1)).round().T.contiguous()
-    with wave.open(os.fspath(path), "wb") as file:
-        file.setnchannels(len(waveform))
-        file.setsampwidth(2)
-        file.setframerate(sampling_rate)
-        file.writeframes(np.asarray(samples, dtype="<i2").tobytes())
-
-
 def _attributes(count: int) -> Tensor:
     """What the first sounds of the comparison are: [count, 3]."""
     batches = [batch_attributes(i) for i in range(-(-count // BATCH))]
@@ -272,18 +241,29 @@ def _report(comparison: Comparison, judge: Judge, num_samples: int) -> Report:
     return replace(report, notes=(*notes, *report.notes))
 
 
+def _show(folder: Path, groups: Groups, comparison: Comparison) -> list[Path]:
+    """Sounds to listen to, and their spectrograms side by side."""
+    files = _sounds(folder, groups, comparison)
+    uncached = _shown(comparison.images[REFERENCE])
+    for interval, group in groups.items():
+        rows = [(name, _shown(comparison.images[name])) for name in rows_to_show(comparison, group)]
+        files.append(folder / f"spectrograms-n{interval}.png")
+        plots.plot_spectrograms(rows, uncached, SAMPLING_RATE, files[-1])
+    return files
+
+
 def _sounds(folder: Path, groups: Groups, comparison: Comparison) -> list[Path]:
     """One sound of every timbre, uncached and under every schedule."""
     names = {REFERENCE: "uncached"} | {
-        name: _stem(interval, schedule).removeprefix("schedule-")
+        name: stem(interval, schedule).removeprefix("schedule-")
         for interval, group in groups.items()
         for name, schedule in group.items()
     }
     files = []
-    for row, stem in names.items():
+    for row, name in names.items():
         for sound, timbre in zip(_shown(comparison.images[row]), ATTRIBUTES["timbre"], strict=True):
-            files.append(folder / f"{timbre}-{stem}.wav")
-            write_wave(files[-1], sound, SAMPLING_RATE)
+            files.append(folder / f"{timbre}-{name}.wav")
+            files[-1].write_bytes(encoded_sound(sound, SAMPLING_RATE))
     return files
 
 
@@ -291,22 +271,3 @@ def _shown(sounds: Tensor) -> Tensor:
     """One sound of every timbre, each at another pitch: [5, 1, samples]."""
     places = [NUM_CLASSES[1] * i + i % NUM_CLASSES[1] for i in range(NUM_CLASSES[0])]
     return sounds[places]
-
-
-def _pictures(
-    folder: Path, calibration: Calibration, groups: Groups, comparison: Comparison
-) -> list[Path]:
-    files = [folder / "error-curves.png", folder / "composition.png"]
-    thresholds = [_alpha(x) for group in groups.values() for x in group.values() if _alpha(x)]
-    plots.plot_error_curves(calibration, files[0], alphas=sorted(set(thresholds)))
-    plots.plot_composition(calibration, files[1])
-    uncached = _shown(comparison.images[REFERENCE])
-    for interval, group in groups.items():
-        for name, schedule in group.items():
-            files.append(folder / f"{_stem(interval, schedule)}.png")
-            plots.plot_schedule(schedule, files[-1], title=name)
-        shown = dict.fromkeys([*group, *(comparison.rivals[name] for name in group)])
-        rows = [(name, _shown(comparison.images[name])) for name in shown]
-        files.append(folder / f"spectrograms-n{interval}.png")
-        plots.plot_spectrograms(rows, uncached, SAMPLING_RATE, files[-1])
-    return files

@@ -1,15 +1,21 @@
-"""A small classifier of the demo images: judges samples and gives features to compare sets by."""
+"""A small classifier of the demo images: judges samples and gives features to compare sets by.
+
+Also how the demo's classifiers are built and stored.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+Classifier = TypeVar("Classifier", bound=nn.Module)
 
 
 class ShapeClassifier(nn.Module):
@@ -25,7 +31,7 @@ class ShapeClassifier(nn.Module):
         super().__init__()
         self.config = {"num_classes": num_classes, "width": width, "feature_dim": feature_dim}
         self.trunk = nn.Sequential(
-            _stage(3, width), _stage(width, 2 * width), _stage(2 * width, 4 * width)
+            stage(3, width), stage(width, 2 * width), stage(2 * width, 4 * width)
         )
         self.project = nn.Linear(4 * width * 16, feature_dim)
         self.head = nn.Linear(feature_dim, num_classes)
@@ -50,8 +56,8 @@ class ShapeClassifier(nn.Module):
         return found
 
 
-def save_classifier(classifier: ShapeClassifier, folder: str | Path) -> None:
-    """Write the weights in half precision and the configuration to `folder`."""
+def save_classifier(classifier: nn.Module, folder: str | Path) -> None:
+    """Write the weights in half precision and the classifier's ``config`` to `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.cpu().half() for name, value in classifier.state_dict().items()}
@@ -60,15 +66,19 @@ def save_classifier(classifier: ShapeClassifier, folder: str | Path) -> None:
 
 
 def load_classifier(folder: str | Path) -> ShapeClassifier:
-    """The classifier that `save_classifier` wrote to `folder`, in float32 and evaluation mode."""
+    """The classifier of images that `save_classifier` wrote, in float32 and evaluation mode."""
+    return load_as(ShapeClassifier, folder)
+
+
+def load_as(kind: type[Classifier], folder: str | Path) -> Classifier:
+    """The classifier of this kind that `save_classifier` wrote, in float32, to evaluate with."""
     folder = Path(folder)
-    config = json.loads((folder / CONFIG).read_text())
-    classifier = ShapeClassifier(**config)
+    classifier = kind(**json.loads((folder / CONFIG).read_text()))
     classifier.load_state_dict(load_file(folder / WEIGHTS))
     return classifier.eval()
 
 
-def _stage(inputs: int, outputs: int) -> nn.Sequential:
+def stage(inputs: int, outputs: int) -> nn.Sequential:
     """A convolution that halves the resolution."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, padding=1),

@@ -1,12 +1,10 @@
-"""The whole method on a small trained pipeline: calibrate, plan, sample, compare, draw."""
+"""The whole method on a small trained pipeline of images."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,51 +12,28 @@ import torch
 from torch import Tensor
 
 from .. import plots
-from .._checks import check_count
 from ..benchmark import IMAGE_MEASURES, Case
-from ..calibrate import calibrate
-from ..calibration import Calibration
-from ..compare import REFERENCE, Comparison, Variant, compare
+from ..compare import REFERENCE, Comparison
 from ..diffusers_io import load_pipeline
-from ..errors import InvalidArgumentError
-from ..methods import plan_at_cost
 from ..metrics import class_accuracy, frechet_distance, relative_error
-from ..planners import plan_uniform
 from ..report import Report
-from ..schedule import Schedule
 from .classifier import ShapeClassifier, load_classifier
+from .course import (
+    CALIBRATION_SEEDS,
+    DATA_SEED,
+    DemoResult,
+    Groups,
+    Material,
+    Stages,
+    checked_output,
+    rows_to_show,
+    run_course,
+)
 from .shapes import CLASS_NAMES, generate
 
 FOLDER = Path(__file__).with_name("shapes-dit")
-NUM_STEPS, GUIDANCE, MAX_GAP = 50, 3.0, 3
-INTERVALS = (2, 3)
-CALIBRATION_SEEDS, DATA_SEED = 1_000_000, 20_000  # apart from those of the compared samples
+NUM_STEPS, GUIDANCE = 50, 3.0
 NUM_CLASSES, NUM_REAL = len(CLASS_NAMES), 3000
-
-Groups = Mapping[int, Mapping[str, Schedule]]
-
-
-@dataclass(frozen=True, eq=False)
-class DemoResult:
-    """What the demo measured and where it wrote it.
-
-    Attributes:
-        report: The table, with what it was measured on and the verdict below it.
-        comparison: The rows and samples behind it.
-        calibration: The error curves.
-        schedules: Name of a row -> its schedule.
-        folder: Where everything was written.
-        files: What was written, pictures first.
-        seconds: Stage -> wall clock.
-    """
-
-    report: Report
-    comparison: Comparison
-    calibration: Calibration
-    schedules: Mapping[str, Schedule]
-    folder: Path
-    files: tuple[Path, ...]
-    seconds: Mapping[str, float]
 
 
 def run_demo(
@@ -92,18 +67,15 @@ def run_demo(
         PipelineLoadError: If there is no pipeline in the folder.
         MissingPackageError: If a package of the ``demo`` extra is not installed.
     """
-    check_count("num_samples", num_samples, least=1)
-    check_count("num_steps", num_steps, least=2)
-    check_count("seed", seed, least=0)
-    if num_samples % NUM_CLASSES:
-        raise InvalidArgumentError(
-            f"num_samples must be a multiple of {NUM_CLASSES}, one for each class, got "
-            f"{num_samples}."
-        )
-    output = Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    output = checked_output(
+        output_dir,
+        num_samples=num_samples,
+        batch=NUM_CLASSES,
+        num_steps=num_steps,
+        seed=seed,
+    )
     source = FOLDER if folder is None else Path(folder)
-    stages = _Stages(tell)
+    stages = Stages(tell)
 
     with stages("loading the pipeline"):
         pipe = load_pipeline(source, dtype=torch.float32)
@@ -116,29 +88,20 @@ def run_demo(
     def calibration_sample(i: int) -> Tensor:
         return sample_shapes(pipe, [i % NUM_CLASSES], seed + CALIBRATION_SEEDS + i, num_steps)
 
-    with stages(f"calibrating on {NUM_CLASSES} samples of {num_steps} steps"):
-        gap = min(MAX_GAP, num_steps - 1)
-        calibration = calibrate(pipe, calibration_sample, NUM_CLASSES, gap, progress=progress)
-    with stages("planning"):
-        groups = plan_demo(calibration)
-        schedules = {name: x for group in groups.values() for name, x in group.items()}
-    with stages(f"sampling {num_samples} images in each way"):
-        comparison = compare(
-            pipe,
-            sample,
-            [Variant(name, schedule) for name, schedule in schedules.items()],
-            num_steps=num_steps,
-            num_samples=num_samples // NUM_CLASSES,
-            scores={"class_accuracy": judge.accuracy, "frechet_distance": judge.distance},
-            progress=progress,
-        )
-    report = _report(comparison, judge, num_samples)
-    with stages(f"drawing, into {output}"):
-        files = _pictures(output, calibration, groups, comparison)
-        files += _documents(output, calibration, groups, report)
-    return DemoResult(
-        report, comparison, calibration, schedules, output, tuple(files), stages.seconds
+    material = Material(
+        pipe,
+        "images",
+        sample,
+        count=num_samples,
+        batches=num_samples // NUM_CLASSES,
+        calibration_sample=calibration_sample,
+        calibration_count=NUM_CLASSES,
+        num_steps=num_steps,
+        scores={"class_accuracy": judge.accuracy, "frechet_distance": judge.distance},
+        describe=lambda comparison: _report(comparison, judge, num_samples),
+        show=_grids,
     )
+    return run_course(material, output, stages, progress=progress)
 
 
 def sample_shapes(
@@ -247,44 +210,8 @@ def real_images(count: int) -> Tensor:
     return generate(_labels(count), seed=DATA_SEED + 1)[0] / 2 + 0.5
 
 
-def plan_demo(calibration: Calibration, *, last: bool = False) -> dict[int, dict[str, Schedule]]:
-    """FORA's interval -> name of a row -> schedule; those of an interval cost about the same.
-
-    Args:
-        calibration: What was measured.
-        last: Whether FORA also computes the last step, as in the published schedules.
-    """
-    groups = {}
-    for interval in INTERVALS:
-        even = plan_uniform(calibration, interval=interval, last=last)
-        threshold = plan_at_cost(calibration, even.compute or 1.0)
-        taylor = plan_uniform(calibration, interval=interval, predictor="taylor", last=last)
-        groups[interval] = {
-            f"α = {threshold.provenance['alpha']}": threshold,
-            f"FORA n = {interval}": even,
-            f"FORA n = {interval}, Taylor": taylor,
-        }
-    return groups
-
-
 def _labels(count: int) -> Tensor:
     return torch.arange(count) % NUM_CLASSES
-
-
-@dataclass
-class _Stages:
-    """Announces each stage and takes its time."""
-
-    tell: Callable[[str], None] | None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        if self.tell is not None:
-            self.tell(name)
-        start = time.perf_counter()
-        yield
-        self.seconds[name.partition(",")[0]] = time.perf_counter() - start
 
 
 def _report(comparison: Comparison, judge: Judge, num_samples: int) -> Report:
@@ -305,46 +232,12 @@ def _report(comparison: Comparison, judge: Judge, num_samples: int) -> Report:
     return replace(report, notes=(*notes, *report.notes))
 
 
-def _pictures(
-    folder: Path, calibration: Calibration, groups: Groups, comparison: Comparison
-) -> list[Path]:
-    files = [folder / "error-curves.png", folder / "composition.png"]
-    thresholds = [_alpha(x) for group in groups.values() for x in group.values() if _alpha(x)]
-    plots.plot_error_curves(calibration, files[0], alphas=sorted(set(thresholds)))
-    plots.plot_composition(calibration, files[1])
+def _grids(folder: Path, groups: Groups, comparison: Comparison) -> list[Path]:
+    files = []
     uncached = comparison.images[REFERENCE][:NUM_CLASSES]
     for interval, group in groups.items():
-        for name, schedule in group.items():
-            files.append(folder / f"{_stem(interval, schedule)}.png")
-            plots.plot_schedule(schedule, files[-1], title=name)
-        shown = dict.fromkeys([*group, *(comparison.rivals[name] for name in group)])
+        shown = rows_to_show(comparison, group)
         rows = [(name, comparison.images[name][:NUM_CLASSES]) for name in shown]
         files.append(folder / f"images-n{interval}.png")
         plots.plot_image_grid(rows, uncached, files[-1])
     return files
-
-
-def _documents(
-    folder: Path, calibration: Calibration, groups: Groups, report: Report
-) -> list[Path]:
-    files = [folder / "table.md", folder / "table.json", folder / "calibration.safetensors"]
-    files[0].write_text(report.to_markdown() + "\n", encoding="utf-8")
-    files[1].write_text(report.to_json() + "\n", encoding="utf-8")
-    calibration.save(files[2])
-    for interval, group in groups.items():
-        for schedule in group.values():
-            files.append(folder / f"{_stem(interval, schedule)}.json")
-            schedule.save(files[-1])
-    return files
-
-
-def _alpha(schedule: Schedule) -> float:
-    """The threshold of a schedule; 0 if it has none."""
-    return float(schedule.provenance.get("alpha", 0))
-
-
-def _stem(interval: int, schedule: Schedule) -> str:
-    """Name of a schedule's files, the same whatever threshold was found."""
-    extrapolates = schedule.provenance["predictor"] != "hold"
-    method = "smoothcache" if _alpha(schedule) else "taylor" if extrapolates else "fora"
-    return f"schedule-n{interval}-{method}"

@@ -61,21 +61,21 @@ def generate(
 
 def _draw(labels: Tensor, size: int, rng: torch.Generator) -> Tensor:
     """One chunk of images of shape [n, 3, size, size] in [-1, 1]."""
-    pixels = _pixel_centres(size)
+    pixels = pixel_centres(size)
     radius, centre, rotation = _random_places(len(labels), size, rng)
-    local = _rotate(pixels - centre[:, None], -rotation)
+    local = rotate(pixels - centre[:, None], -rotation)
     distance = _distances(local / radius[:, None, None], labels) * radius[:, None]
     inside = (0.5 - distance).clamp(0, 1)[..., None]
     background, *foreground = _random_colours(len(labels), rng)
     drawn = inside * _textures(pixels, foreground, rng)
-    drawn = drawn + (1 - inside) * _soft_gradients(pixels, background, size, rng)
+    drawn = drawn + (1 - inside) * soft_gradients(pixels, background, size, rng)
     return (2 * drawn - 1).transpose(1, 2).reshape(-1, 3, size, size)
 
 
 # --- where the shapes are ---------------------------------------------------------------------
 
 
-def _pixel_centres(size: int) -> Tensor:
+def pixel_centres(size: int) -> Tensor:
     """Coordinates of shape [size * size, 2], with the image's middle at the origin."""
     axis = torch.arange(size) - (size - 1) / 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -87,20 +87,20 @@ def _random_places(n: int, size: int, rng: torch.Generator) -> tuple[Tensor, Ten
 
     At rotation 0 shapes point to the right; they are turned to point up, give or take `TILT`.
     """
-    radius = size * _uniform((n,), 0.36, 0.44, rng)
+    radius = size * uniform((n,), 0.36, 0.44, rng)
     room = (size / 4 - radius / 2)[:, None]
-    centre = room * _uniform((n, 2), -1, 1, rng)
-    return radius, centre, _uniform((n,), -TILT, TILT, rng) - math.pi / 2
+    centre = room * uniform((n, 2), -1, 1, rng)
+    return radius, centre, uniform((n,), -TILT, TILT, rng) - math.pi / 2
 
 
-def _rotate(points: Tensor, angle: Tensor) -> Tensor:
+def rotate(points: Tensor, angle: Tensor) -> Tensor:
     """Points [n, p, 2] turned about the origin, each image by its own angle [n]."""
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     x, y = points.unbind(-1)
     return torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)
 
 
-def _uniform(shape: tuple[int, ...], low: float, high: float, rng: torch.Generator) -> Tensor:
+def uniform(shape: tuple[int, ...], low: float, high: float, rng: torch.Generator) -> Tensor:
     return low + (high - low) * torch.rand(shape, generator=rng)
 
 
@@ -220,12 +220,14 @@ def _random_colours(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tenso
     return background, first, (first + candidates[rows, second]) / 2
 
 
-def _soft_gradients(pixels: Tensor, colour: Tensor, size: int, rng: torch.Generator) -> Tensor:
-    """Each colour [n, 3] varied a little along a random direction: [n, p, 3]."""
+def soft_gradients(
+    pixels: Tensor, colour: Tensor, size: int, rng: torch.Generator, *, most: float = 0.3
+) -> Tensor:
+    """Each colour [n, 3] varied along a random direction, by at most `most`: [n, p, 3]."""
     n = len(colour)
-    angle = _uniform((n, 1), 0, 2 * math.pi, rng)
+    angle = uniform((n, 1), 0, 2 * math.pi, rng)
     direction = torch.cat([angle.cos(), angle.sin()], dim=1)
-    change = _uniform((n, 1, 3), -0.3, 0.3, rng)
+    change = uniform((n, 1, 3), -most, most, rng)
     slope = (direction @ pixels.T)[..., None] / size
     return (colour[:, None] + change * slope).clamp(0, 1)
 
@@ -235,9 +237,9 @@ def _textures(pixels: Tensor, colours: list[Tensor], rng: torch.Generator) -> Te
     first, second = colours
     n = len(first)
     kind = torch.randint(5, (n,), generator=rng)
-    turned = _rotate(pixels.expand(n, -1, -1), _uniform((n,), 0, 2 * math.pi, rng))
-    period = _uniform((n, 1, 1), 6.0, 9.0, rng)
-    phase = _uniform((n, 1, 2), 0, 2 * math.pi, rng)
+    turned = rotate(pixels.expand(n, -1, -1), uniform((n,), 0, 2 * math.pi, rng))
+    period = uniform((n, 1, 1), 6.0, 9.0, rng)
+    phase = uniform((n, 1, 2), 0, 2 * math.pi, rng)
     waves = (2 * math.pi * turned / period + phase).sin()
     patterns = torch.stack(
         [

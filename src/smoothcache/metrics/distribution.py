@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from .._optional import optional_module
@@ -86,6 +88,36 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
             f"got {int(labels.min())} to {int(labels.max())}."
         )
     return float((logits.argmax(dim=1) == labels).double().mean())
+
+
+def attribute_accuracy(
+    logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Share of samples in which a classifier recognises what was asked for, for each attribute.
+
+    Args:
+        logits: Name of an attribute -> the classifier's scores; [samples, values].
+        labels: Name of an attribute -> the value that each sample was asked to have; integers,
+            [samples].
+
+    Returns:
+        Name of an attribute -> a fraction in [0, 1].
+
+    Raises:
+        InvalidArgumentError: If names differ, or shapes or types are not as described.
+
+    Example:
+        >>> import torch
+        >>> scores = torch.tensor([[2.0, 1.0], [0.0, 3.0]])
+        >>> attribute_accuracy({"colour": scores}, {"colour": torch.tensor([0, 0])})
+        {'colour': 0.5}
+    """
+    if logits.keys() != labels.keys():
+        raise InvalidArgumentError(
+            f"the classifier knows the attributes {', '.join(logits)}, and the labels are of "
+            f"{', '.join(labels)}."
+        )
+    return {name: class_accuracy(scores, labels[name]) for name, scores in logits.items()}
 
 
 def _check_features(name: str, features: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Several processes that train one model: `torchrun --nproc-per-node 2 train_dit.py ...`.
+"""Several processes that train one model: `torchrun --nproc-per-node 2 -m ...`.
 
 On a CPU whose cores are shared with other work this is faster than one process with several
 threads, because the processes wait for each other once per step, the threads at every operation.

@@ -1,20 +1,23 @@
-"""What the three training scripts share: options, checkpoints, schedules, the loss log."""
+"""What the training scripts share: options, checkpoints, schedules, the loss log."""
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import parallel
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-RUNS = Path("runs/image")
+from training import parallel
+
+RUNS = Path("runs")
 
 
 def parser(
@@ -29,6 +32,7 @@ def parser(
     options.add_argument("--minutes", type=float, default=math.inf, help="wall-clock budget")
     options.add_argument("--batch-size", type=int, default=batch)
     options.add_argument("--lr", type=float, default=lr, help="peak learning rate")
+    options.add_argument("--warm-up", type=int, help="steps; else a tenth of all, at most 500")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -131,7 +135,9 @@ class Run:
         return int(self.options.seed) * 1_000_003 + own
 
     def _set_lr(self) -> None:
-        warm = min(1.0, (self.step + 1) / max(1, min(500, self.options.steps // 10)))
+        options = self.options
+        steps = min(500, options.steps // 10) if options.warm_up is None else options.warm_up
+        warm = min(1.0, (self.step + 1) / max(1, steps))
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.progress)))
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.lr * warm * max(0.01, cosine)
@@ -143,6 +149,23 @@ def update_average(average: nn.Module, model: nn.Module, step: int, decay: float
     weight = 1 - min(decay, (step + 1) / (step + 10))
     for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
         slow.lerp_(fast, weight)
+
+
+def forget_paths(folder: Path) -> None:
+    """Drop the notes, in the configurations of a pipeline, of which folder a part came from."""
+    for config in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
+        content = json.loads(config.read_text())
+        content.pop("_name_or_path", None)
+        config.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Move all files below `source` to the same places below `target`; others there stay."""
+    for path in [path for path in source.rglob("*") if path.is_file()]:
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
+    shutil.rmtree(source)
 
 
 def random_rows(pool: Tensor, batch_size: int) -> Tensor:

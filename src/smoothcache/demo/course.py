@@ -1,0 +1,249 @@
+"""What all demos do: calibrate, plan, sample each way, compare, draw; whatever is sampled."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import plots
+from .._checks import check_count
+from .._optional import optional_module
+from ..calibrate import calibrate
+from ..calibration import Calibration
+from ..compare import Comparison, Variant, compare
+from ..errors import InvalidArgumentError
+from ..methods import plan_at_cost
+from ..planners import plan_uniform
+from ..report import Report
+from ..schedule import Schedule
+
+MAX_GAP = 3
+INTERVALS = (2, 3)
+CALIBRATION_SEEDS, DATA_SEED = 1_000_000, 20_000  # apart from those of the compared samples
+
+Groups = Mapping[int, Mapping[str, Schedule]]
+
+
+@dataclass(frozen=True, eq=False)
+class DemoResult:
+    """What the demo measured and where it wrote it.
+
+    Attributes:
+        report: The table, with what it was measured on and the verdict below it.
+        comparison: The rows and samples behind it.
+        calibration: The error curves.
+        schedules: Name of a row -> its schedule.
+        folder: Where everything was written.
+        files: What was written, pictures first.
+        seconds: Stage -> wall clock.
+    """
+
+    report: Report
+    comparison: Comparison
+    calibration: Calibration
+    schedules: Mapping[str, Schedule]
+    folder: Path
+    files: tuple[Path, ...]
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the demo of one modality brings along.
+
+    Attributes:
+        pipeline: Is calibrated and sampled from.
+        noun: What it makes, in the plural.
+        sample: Generation number -> steps -> a batch of samples.
+        count: How many samples to compare.
+        batches: In how many generations.
+        calibration_sample: Generation number -> one sample of all steps.
+        calibration_count: How many of them to calibrate on.
+        num_steps: Solver steps of the uncached run.
+        scores: Columns of the table beside those of the modality.
+        describe: Puts title and notes to what was compared.
+        show: Writes samples and pictures of them, of all rows, into a folder.
+        last: Whether FORA also computes the last step, as in the published schedules.
+    """
+
+    pipeline: Any
+    noun: str
+    sample: Callable[[int, int], Tensor]
+    count: int
+    batches: int
+    calibration_sample: Callable[[int], Tensor]
+    calibration_count: int
+    num_steps: int
+    scores: Mapping[str, Callable[[Tensor], float]]
+    describe: Callable[[Comparison], Report]
+    show: Callable[[Path, Groups, Comparison], list[Path]]
+    last: bool = False
+
+
+def checked_output(
+    output_dir: str | os.PathLike[str],
+    *,
+    num_samples: int,
+    batch: int,
+    num_steps: int,
+    seed: int,
+    packages: Sequence[str] = (),
+    extra: str = "demo",
+) -> Path:
+    """The folder to write to, which is made once all arguments have been found sensible.
+
+    Args:
+        output_dir: The folder.
+        num_samples: Samples each way.
+        batch: Samples of one generation.
+        num_steps: Solver steps of the uncached run.
+        seed: Of the first sample.
+        packages: What has to be installed beside what images need.
+        extra: Which brings them.
+
+    Raises:
+        InvalidArgumentError: If an argument has no sensible value.
+        MissingPackageError: If a package is not installed.
+    """
+    check_count("num_samples", num_samples, least=1)
+    check_count("num_steps", num_steps, least=2)
+    check_count("seed", seed, least=0)
+    if num_samples % batch:
+        raise InvalidArgumentError(
+            f"num_samples must be a multiple of {batch}, which are sampled at once, got "
+            f"{num_samples}."
+        )
+    for package in packages:
+        optional_module(package, extra=extra)
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+@dataclass
+class Stages:
+    """Announces each stage and takes its time."""
+
+    tell: Callable[[str], None] | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if self.tell is not None:
+            self.tell(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name.partition(",")[0]] = time.perf_counter() - start
+
+
+def run_course(material: Material, output: Path, stages: Stages, *, progress: bool) -> DemoResult:
+    """Calibrates, plans, compares and draws.
+
+    Args:
+        material: What to work on.
+        output: The folder to write to; it exists.
+        stages: Is told of each stage.
+        progress: Whether to show progress bars.
+    """
+    count, steps = material.calibration_count, material.num_steps
+    with stages(f"calibrating on {count} samples of {steps} steps"):
+        calibration = calibrate(
+            material.pipeline,
+            material.calibration_sample,
+            count,
+            min(MAX_GAP, steps - 1),
+            progress=progress,
+        )
+    with stages("planning"):
+        groups = plan_beside_fora(calibration, last=material.last)
+        schedules = {name: x for group in groups.values() for name, x in group.items()}
+    with stages(f"sampling {material.count} {material.noun} in each way"):
+        comparison = compare(
+            material.pipeline,
+            material.sample,
+            [Variant(name, schedule) for name, schedule in schedules.items()],
+            num_steps=steps,
+            num_samples=material.batches,
+            scores=material.scores,
+            progress=progress,
+        )
+    report = material.describe(comparison)
+    with stages(f"writing, into {output}"):
+        files = _pictures(output, calibration, groups)
+        files += material.show(output, groups, comparison)
+        files += _documents(output, calibration, groups, report)
+    return DemoResult(
+        report, comparison, calibration, schedules, output, tuple(files), stages.seconds
+    )
+
+
+def plan_beside_fora(
+    calibration: Calibration, *, last: bool = False
+) -> dict[int, dict[str, Schedule]]:
+    """FORA's interval -> name of a row -> schedule; those of an interval cost about the same.
+
+    Args:
+        calibration: What was measured.
+        last: Whether FORA also computes the last step, as in the published schedules.
+    """
+    groups = {}
+    for interval in INTERVALS:
+        even = plan_uniform(calibration, interval=interval, last=last)
+        threshold = plan_at_cost(calibration, even.compute or 1.0)
+        taylor = plan_uniform(calibration, interval=interval, predictor="taylor", last=last)
+        groups[interval] = {
+            f"α = {threshold.provenance['alpha']}": threshold,
+            f"FORA n = {interval}": even,
+            f"FORA n = {interval}, Taylor": taylor,
+        }
+    return groups
+
+
+def rows_to_show(comparison: Comparison, group: Mapping[str, Schedule]) -> list[str]:
+    """Names of the schedules of a group and of the fewer steps that they are measured by."""
+    return list(dict.fromkeys([*group, *(comparison.rivals[name] for name in group)]))
+
+
+def _pictures(folder: Path, calibration: Calibration, groups: Groups) -> list[Path]:
+    files = [folder / "error-curves.png", folder / "composition.png"]
+    thresholds = [_alpha(x) for group in groups.values() for x in group.values() if _alpha(x)]
+    plots.plot_error_curves(calibration, files[0], alphas=sorted(set(thresholds)))
+    plots.plot_composition(calibration, files[1])
+    for interval, group in groups.items():
+        for name, schedule in group.items():
+            files.append(folder / f"{stem(interval, schedule)}.png")
+            plots.plot_schedule(schedule, files[-1], title=name)
+    return files
+
+
+def _documents(
+    folder: Path, calibration: Calibration, groups: Groups, report: Report
+) -> list[Path]:
+    files = [folder / "table.md", folder / "table.json", folder / "calibration.safetensors"]
+    files[0].write_text(report.to_markdown() + "\n", encoding="utf-8")
+    files[1].write_text(report.to_json() + "\n", encoding="utf-8")
+    calibration.save(files[2])
+    for interval, group in groups.items():
+        for schedule in group.values():
+            files.append(folder / f"{stem(interval, schedule)}.json")
+            schedule.save(files[-1])
+    return files
+
+
+def _alpha(schedule: Schedule) -> float:
+    """The threshold of a schedule; 0 if it has none."""
+    return float(schedule.provenance.get("alpha", 0))
+
+
+def stem(interval: int, schedule: Schedule) -> str:
+    """Name of a schedule's files, the same whatever threshold was found."""
+    extrapolates = schedule.provenance["predictor"] != "hold"
+    method = "smoothcache" if _alpha(schedule) else "taylor" if extrapolates else "fora"
+    return f"schedule-n{interval}-{method}"
