@@ -402,9 +402,10 @@ def test_a_block_that_bypasses_its_layers_is_taken_as_a_whole(bypassing: Toy) ->
     assert paths(as_found) == [f"blocks.{i}.{name}" for i in range(2) for name in ("attn", "mlp")]
     seen = sc.observe_layers(bypassing, lambda i: sample(bypassing))
     with MacCounter() as counter:
-        bypassing.blocks[0](torch.zeros(1, 6, WIDTH), torch.zeros(1, WIDTH))
+        output = bypassing.blocks[0](torch.zeros(1, 6, WIDTH), torch.zeros(1, WIDTH))
     assert seen == [
-        sc.CacheLayer(f"blocks.{i}", "block", f"blocks.{i}", counter.total) for i in range(2)
+        sc.CacheLayer(f"blocks.{i}", "block", f"blocks.{i}", counter.total, output.nbytes)
+        for i in range(2)
     ]
     with sc.cached(bypassing, sc.Schedule.uniform(bypassing, STEPS, 2, layers=seen)) as run:
         sample(bypassing)
