@@ -186,6 +186,11 @@ def test_plan_writes_what_the_library_plans(calibration: Path, schedule: Path) -
     assert picture.read_bytes().startswith(b"\x89PNG")
     succeed("plan", calibration, "--alpha", 10, "--patterns", 1, "-o", file)
     assert Schedule.load(file) == plan(Calibration.load(calibration), alpha=10.0, patterns=1)
+    limit = (plan(Calibration.load(calibration), alpha=10.0).buffer_bytes or 0) // 2
+    succeed("plan", calibration, "--alpha", 10, "--max-bytes", limit, "-o", file)
+    limited = Schedule.load(file)
+    assert limited == plan(Calibration.load(calibration), alpha=10.0, max_bytes=limit)
+    assert 0 < (limited.buffer_bytes or 0) <= limit
     shown = succeed("plan", calibration, "--alpha", 10, "-o", file).stdout
     assert "self_attn" in shown and "#..#" in shown and "of the MACs" in shown
 

@@ -413,6 +413,15 @@ def plan(
             help="Most different steps, so graphs of a compiled model. Default: any number.",
         ),
     ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(
+            "--max-bytes",
+            metavar="N",
+            min=0,
+            help="Most bytes that a run keeps, at the batch that was calibrated. Default: any.",
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -443,6 +452,7 @@ def plan(
         max_gap=max_gap,
         predictor=predictor,
         patterns=patterns,
+        max_bytes=max_bytes,
     )
     _check_output_file(output)
     if picture is not None:
