@@ -79,7 +79,7 @@ class _Kept:
     dtypes: list[torch.dtype | None]
     form: list[Any]
     into: list[int | None]  # the input, by its number, that a leaf is and was written into
-    is_held_tensor: bool  # one tensor, to be returned as it is
+    is_tensor: bool  # one tensor on its device, to be returned as it is predicted
 
     @property
     def nbytes(self) -> int:
@@ -268,8 +268,11 @@ class ReusedLayer:
                 self._tally.reused += 1
                 if self.inner:
                     self._pass_over_inner()
-                if newest.is_held_tensor and newest.last_use > self._step:  # the shortest way
-                    return newest.leaves[0].clone()
+                if newest.is_tensor and history[0].last_use > self._step:  # the shortest ways
+                    if len(history) == 1:
+                        return newest.leaves[0].clone()
+                    weights = self._weights(tuple([kept.step for kept in history]), self._step)
+                    return combined([kept.leaves[0] for kept in history], weights, consume=False)
                 return self._reuse((self._branch, use), history, args, kwargs)
         return self._run((self._branch, use), history, forward, args, kwargs)
 
@@ -397,8 +400,8 @@ class ReusedLayer:
         dtypes = [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves]
         into = [next((i for i, x in written.items() if x is leaf), None) for leaf in leaves]
         is_one = isinstance(output, Tensor) and into == [None]
-        is_held = is_one and self._order == 0 and not (self._residual or self._on_host)
-        kept = _Kept(self._step, last_use, values, rebuild, swapped, dtypes, form, into, is_held)
+        is_tensor = is_one and not (self._residual or self._on_host)
+        kept = _Kept(self._step, last_use, values, rebuild, swapped, dtypes, form, into, is_tensor)
         self._keep(place, kept)
         return output
 
