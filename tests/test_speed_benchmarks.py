@@ -44,27 +44,99 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers, of its own modules
 def test_gpu_benchmark(written: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "--tiny --device cpu --rounds 1 --ways eager --cases stable-audio wan-1.3b flux"
+    cases = ("stable-audio", "wan-1.3b", "flux", "open-sora")
+    arguments = f"--tiny --device cpu --rounds 1 --ways eager --no-rivals --cases {' '.join(cases)}"
     found = written("gpu", *arguments.split())
     assert not found["left_out"]
     assert not [row for row in found["rows"] if "failed" in row]
     rows = {(row["case"], row["cache"]): row for row in found["rows"]}
-    for case in ("stable-audio", "wan-1.3b", "flux"):
+    for case in cases:
         assert rows[case, "all computed"]["mac_fraction"] == pytest.approx(1, abs=0.01)
         assert rows[case, "every 3. step (FORA)"]["mac_fraction"] < 0.75
         assert rows[case, "model, every 3. step"]["mac_fraction"] == pytest.approx(1 / 3, abs=0.02)
         assert rows[case, "every 2. step (FORA)"]["kept_bytes"] > 0
-    assert ("flux", "FirstBlockCache 0.1") in rows
-    assert found["environment"]["torch"] == torch.__version__
+    assert found["environment"]["versions"]["torch"] == torch.__version__
     assert capsys.readouterr().out.count("\n") == len(found["rows"]) + 2
+
+
+def test_gpu_benchmark_has_rivals_at_about_equal_macs(written: Any) -> None:
+    found = written("gpu", *"--tiny --device cpu --rounds 1 --ways eager --cases flux".split())
+    rows = {row["cache"]: row for row in found["rows"]}
+    ours = rows["every 2. step (FORA)"]["mac_fraction"]
+    for name in ("FirstBlockCache, about 1/2", "TaylorSeer, layers, every 2."):
+        assert rows[f"diffusers {name}"]["mac_fraction"] == pytest.approx(ours, abs=0.2)
+    cache_dit = rows["cache-dit DBCache, every 2."]
+    if importlib.util.find_spec("cache_dit") is None:
+        assert "cache_dit" in cache_dit["failed"]
+    else:
+        assert cache_dit["mac_fraction"] == pytest.approx(ours, abs=0.2)
 
 
 def test_gpu_benchmark_says_what_it_left_out(
     written: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = "--tiny --device cpu --seconds 0 --ways eager --cases dit-1"
-    assert written("gpu", *arguments.split())["left_out"] == ["dit-1 eager"]
-    assert "dit-1 eager" in capsys.readouterr().err
+    found = written("gpu", *arguments.split())
+    assert not found["rows"]
+    first = {"case": "dit-1", "way": "eager", "cache": "no cache"}
+    assert found["left_out"][0] == first
+    assert "left out of dit-1 eager: no cache, all computed" in capsys.readouterr().err
+
+
+def test_gpu_benchmark_begins_with_what_has_an_aim() -> None:
+    gpu = script("gpu")
+    tasks = gpu.plan(list(gpu.CASES), gpu.WAYS)
+    assert len(set(tasks)) == len(tasks)
+    plain = [index for index, task in enumerate(tasks) if task.cache == "no cache"]
+    for index in plain:  # without which nothing is compared
+        of_same = [at for at, task in enumerate(tasks) if task[:2] == tasks[index][:2]]
+        assert min(of_same) == index
+    rival = min(index for index, task in enumerate(tasks) if gpu.is_rival(task))
+    for task in (
+        *(("dit-32", way, "published alpha 0.18") for way in ("eager", "whole")),
+        *((case, "blocks", "every 3. step (FORA)") for case in ("flux", "wan-1.3b")),
+        ("stable-audio", "blocks", "every 2. step (FORA)"),
+    ):
+        assert tasks.index(task) < rival
+
+
+def test_gpu_benchmark_begins_no_row_that_would_take_too_long() -> None:
+    gpu = script("gpu")
+    clock, task = gpu.Clock(limit=100.0), gpu.Task("flux", "blocks", "all computed")
+    assert clock.has_time_for(task)
+    clock.note(task, 200.0)
+    assert not clock.has_time_for(task)
+    assert not clock.has_time_for(task._replace(case="dit-1"))  # of which nothing is known
+    clock.note(task._replace(case="dit-1"), 1.0)
+    assert clock.has_time_for(task._replace(case="dit-1"))
+
+
+def test_gpu_benchmark_that_is_stopped_leaves_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, file = script("gpu"), tmp_path / "figures.json"
+    whole = gpu.Bench.row
+
+    def row(self: Any, task: Any) -> Any:
+        if task.cache != "no cache":
+            raise KeyboardInterrupt
+        return whole(self, task)
+
+    monkeypatch.setattr(gpu.Bench, "row", row)
+    arguments = "--tiny --device cpu --rounds 1 --ways eager --cases wan-1.3b --json"
+    monkeypatch.setattr(sys, "argv", ["gpu", *arguments.split(), str(file)])
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main()
+    assert [row["cache"] for row in json.loads(file.read_text())["rows"]] == ["no cache"]
+
+
+def test_gpu_benchmark_fails_if_a_row_of_ours_does(
+    written: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("full_size.caches._uniform", lambda *_, **__: 1 / 0)
+    arguments = "--tiny --device cpu --rounds 1 --ways eager --cases wan-1.3b --no-rivals"
+    with pytest.raises(SystemExit, match=r"wan-1\.3b eager all computed"):
+        written("gpu", *arguments.split())
 
 
 def test_cpu_benchmark(written: Any) -> None:

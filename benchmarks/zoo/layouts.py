@@ -64,7 +64,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(sinusoids(t))
+        return self.mlp(sinusoids(t).to(self.mlp[0].weight.dtype))
 
 
 class FinalLayer(nn.Module):
@@ -271,7 +271,7 @@ class SizeEmbedder(TimestepEmbedder):
     def forward(self, sizes: Tensor, batch: int) -> Tensor:
         """Embeds sizes [1 or batch, n] one by one: [batch, n * width]."""
         sizes = sizes.expand(batch, -1)
-        return self.mlp(sinusoids(sizes.flatten())).unflatten(0, sizes.shape).flatten(1)
+        return super().forward(sizes.flatten()).unflatten(0, sizes.shape).flatten(1)
 
 
 class CaptionEmbedder(nn.Module):
@@ -445,7 +445,7 @@ class STDiT3(nn.Module):
             t0_mlp = self.t_block(self.t_embedder(torch.zeros_like(timestep)) + frame_rate)
         y, lengths = self.encode_text(y, mask)
         tokens = self.x_embedder(x).unflatten(1, (T, H * W))
-        tokens = (tokens + self.pos_embed(H, W, scale)).flatten(1, 2)
+        tokens = (tokens + self.pos_embed(H, W, scale).to(tokens.dtype)).flatten(1, 2)
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
             tokens = spatial(tokens, y, t_mlp, lengths, x_mask, t0_mlp, T, H * W)
             tokens = temporal(tokens, y, t_mlp, lengths, x_mask, t0_mlp, T, H * W)
