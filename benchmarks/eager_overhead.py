@@ -1,10 +1,12 @@
 """What smoothcache costs in Python for each layer and call, uncompiled (aim: 2 us when reused).
 
 A model of many layers that do nothing is called under schedules, and so is the same model whose
-layers return a copy of a ready tensor, which is the least that a reuse can be. The difference, over
-the number of layers, is ours: telling that the call is reused, checking the shapes of its inputs,
-counting it. Times are those of the thread alone (other processes do not count), the lowest of all
-rounds; what a call of the denoiser costs once is shown apart.
+layers return a copy of a ready tensor, or a line through two of them, which is the least that a
+reuse can be (at its last use a value is handed out itself, uncopied). The difference is ours:
+telling that the call is reused, checking the shapes of its inputs, counting it. What a call of the
+denoiser costs once, however many layers it has, is measured with a model of one layer, taken off,
+and shown apart. Times are those of the thread alone (other processes do not count), the lowest of
+all rounds.
 
     python benchmarks/eager_overhead.py [--layers 100] [--rounds 200] [--profile] [--json FILE]
 """
@@ -17,7 +19,9 @@ import json
 import platform
 import pstats
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +48,13 @@ class Ready(nn.Module):
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.ready.clone()
+
+
+class Line(Ready):
+    """A layer that returns what lies on a line through two ready tensors."""
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+        return torch.lerp(self.ready, self.ready, 1.5)
 
 
 class Chain(nn.Module):
@@ -81,20 +92,29 @@ def under(model: Chain, x: Tensor, rounds: int, predictor: str, interval: int) -
 def measure(count: int, rounds: int) -> dict[str, float]:
     """Microseconds for each layer and call, by what happens in it; and once for each call."""
     x = torch.zeros(1)
-    model, ready = Chain([Nothing() for _ in range(count)]), x.clone()
-    copies = min(lowest(Chain([Ready(ready) for _ in range(count)]), x, rounds))
-    nothing = min(lowest(model, x, rounds))
-    hold = under(model, x, rounds, "hold", STEPS)
-    taylor = under(model, x, rounds, "taylor", STEPS // 2)
-    everything = under(model, x, rounds, "hold", 1)
-    few = under(Chain([Nothing()]), x, rounds, "hold", STEPS)
+
+    def each(layer: Callable[[], nn.Module], step: int, *schedule: Any) -> float:
+        """The time that one further layer takes."""
+        many, one = Chain([layer() for _ in range(count)]), Chain([layer()])
+        times = [
+            under(model, x, rounds, *schedule) if schedule else lowest(model, x, rounds)
+            for model in (many, one)
+        ]
+        return (times[0][step] - times[1][step]) / (count - 1)
+
+    nothing, copy = each(Nothing, 2), each(lambda: Ready(x.clone()), 2)
+    line = each(lambda: Line(x.clone()), 2)
+    one = Chain([Nothing()])
     return {
-        "reused, hold": (hold[2] - copies) / count,
-        "reused, taylor": (taylor[4] - copies) / count,
-        "computed, not kept": (everything[2] - nothing) / count,
-        "computed and kept": (taylor[3] - copies) / count,
-        "a call of the denoiser, once": few[2],
-        "a copy of a ready tensor": copies / count,
+        "reused, hold": each(Nothing, 2, "hold", STEPS) - copy,
+        "reused, taylor": each(Nothing, 4, "taylor", STEPS // 2) - line,
+        "reused, hold, at its last use": each(Nothing, 3, "hold", 2) - nothing,
+        "computed, not kept": each(Nothing, 2, "hold", 1) - nothing,
+        "computed and kept": each(Nothing, 3, "taylor", STEPS // 2) - copy,
+        "a call of the denoiser, once": under(one, x, rounds, "hold", 1)[2]
+        - lowest(one, x, rounds)[2],
+        "a copy of a ready tensor": copy,
+        "a line through two": line,
     }
 
 

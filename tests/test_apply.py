@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from toys import TOYS, WIDTH, Attention, Block, Mlp, SharedLayerToy, Toy, build
 
 import smoothcache as sc
-from smoothcache._reuse import ReusedLayer, Tally
+from smoothcache._reuse import Call, ReusedLayer, Tally
 
 every_toy = pytest.mark.parametrize("toy_name", TOYS)
 every_predictor = pytest.mark.parametrize("predictor", sc.PREDICTORS)
@@ -42,13 +42,12 @@ def uniform(model: Any, interval: int = 2, predictor: str = "hold") -> sc.Schedu
 
 def answers(predictor: str, computed: list[bool], value: Callable[[int], Any]) -> list[Any]:
     """What a layer under a schedule returns at each step."""
-    layer = ReusedLayer("layer", computed, predictor, Tally())
+    layer = ReusedLayer("layer", computed, predictor, call := Call(), Tally())
     got = []
     for step in range(len(computed)):
         layer.expire(step)
-        layer.begin(step, 0)
+        call.begin(step, 0)
         got.append(layer(lambda *_, step=step: value(step), (), {}))
-        layer.end()
     return got
 
 
@@ -96,10 +95,11 @@ def test_outputs_of_any_structure(predictor: str) -> None:
 
 @every_predictor
 def test_what_a_reuse_gives_may_be_written_into(predictor: str) -> None:
-    layer = ReusedLayer("layer", [True, True, False, False, False], predictor, Tally())
+    row = [True, True, False, False, False]
+    layer = ReusedLayer("layer", row, predictor, call := Call(), Tally())
     got = []
     for step in range(5):
-        layer.begin(step, 0)
+        call.begin(step, 0)
         output = layer(lambda *_, step=step: torch.full((2,), float(step)), (), {})
         got.append(output.clone())
         output.fill_(100.0)

@@ -76,9 +76,12 @@ def denoised(model: Any, seed: int = 0, *, batch: int = 1, calls: int = 1) -> Te
 def compiled(model: nn.Module, how: str, backend: Any) -> Any:
     if how == "wrapped":
         return torch.compile(model, backend=backend, fullgraph=True)
-    parts = [model] if how == "in place" else model.get_submodule("blocks").children()
+    parts = model.get_submodule("blocks").children() if "blocks" in how else [model]
     for part in parts:
-        part.compile(backend=backend, fullgraph=True)
+        if "forward" in how:
+            part.forward = torch.compile(part.forward, backend=backend, fullgraph=True)
+        else:
+            part.compile(backend=backend, fullgraph=True)
     return model
 
 
@@ -96,7 +99,9 @@ def close(a: list[Tensor], b: list[Tensor], atol: float = 1e-6) -> bool:
 
 
 @pytest.mark.parametrize("order", ["EC", "CE", "CRE", "ECDE"])
-@pytest.mark.parametrize("how", ["wrapped", "in place", "blocks"])
+@pytest.mark.parametrize(
+    "how", ["wrapped", "in place", "blocks", "its forward", "forward of blocks"]
+)
 def test_one_graph_for_each_pattern_in_any_order(how: str, order: str) -> None:
     """E enables, C compiles, R runs, D disables."""
     toy, backend = build("single", depth=2), Counting()
@@ -129,6 +134,8 @@ def test_one_graph_for_each_pattern_in_any_order(how: str, order: str) -> None:
         left = dict(vars(module))
         for of_torch in ("_compiled_call_impl", "_is_torch_compile"):
             left.pop(of_torch, None)
+        if "forward" in how:
+            left.pop("forward", None)
         assert left == before[name]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from toys import TOYS, WIDTH, Block, Toy, build
 
 import smoothcache as sc
-from smoothcache._reuse import ReusedLayer, Tally
+from smoothcache._reuse import Call, ReusedLayer, Tally
 from smoothcache._routed import RoutedLayer
 
 LAYERED = sorted(set(TOYS) - {"parallel-block"})  # its layers are whole blocks
@@ -214,13 +214,13 @@ def test_the_benchmark_finds_an_interval_that_leaves_a_choice(budget: float, int
 )
 def test_shares_of_0_and_1_are_what_a_schedule_does(later: list[bool], predictor: str) -> None:
     row = (True, *later)
-    reused = ReusedLayer("layer", row, predictor, Tally())
+    reused = ReusedLayer("layer", row, predictor, call := Call(), Tally())
     routed = RoutedLayer(predictor)
     values = torch.randn(len(row), 2, 3, generator=torch.Generator().manual_seed(0))
     for step, is_computed in enumerate(row):
         share = None if step == 0 else torch.tensor(float(is_computed))
         outputs = []
-        reused.begin(step, 0)
+        call.begin(step, 0)
         routed.begin(step, 0, share)
         for handler in (reused, routed):
             outputs.append(handler(lambda step=step: (values[step], None), (), {})[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up import calibration_of
 from torch import Tensor
-from toys import TOYS, Toy, build
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from toys import TOKENS, TOYS, WIDTH, Block, Toy, build
 
 import smoothcache as sc
 from smoothcache._memory import buffer_bytes, peak_bytes
-from smoothcache._reuse import ReusedLayer, Tally
+from smoothcache._reuse import Call, ReusedLayer, Tally
 from smoothcache._store import Parked
 from smoothcache.errors import InvalidArgumentError, SmoothCacheError
 from smoothcache.planners import plan_uniform
@@ -107,13 +110,96 @@ def test_a_residual_is_kept_in_the_dtype_of_the_output() -> None:
     """Also where the input is wider, as that of a first block under autocast may be."""
     wide, narrow = torch.randn(1, 3, 4), torch.randn(1, 3, 4, dtype=torch.bfloat16)
     row = (True, False, False)
-    layer = ReusedLayer("block", row, "taylor", tally := Tally(), residual=True)
+    layer = ReusedLayer("block", row, "taylor", call := Call(), tally := Tally(), residual=True)
     for step in range(3):
-        layer.begin(step, 0)
+        call.begin(step, 0)
         out = layer(lambda x: narrow, (wide,), {})
-        layer.end()
         assert out.dtype == torch.bfloat16
         assert tally.peak_bytes == narrow.nbytes
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that make new tensors of floats, of the size of a layer's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        of_tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+        is_new = isinstance(out, Tensor) and all(
+            x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr() for x in of_tensors
+        )
+        if is_new and out.shape == (1, TOKENS, WIDTH):
+            self.counted[func.__name__.split(".")[0]] += 1
+        return out
+
+
+def made_at_each_step(toy: Toy, schedule: sc.Schedule) -> list[Counter[str]]:
+    """Which operations make new tensors of that size, step by step."""
+    counts = []
+    with sc.cached(toy, schedule):
+        x, y = torch.randn(1, TOKENS, WIDTH), torch.zeros(1, dtype=torch.long)
+        for step in range(schedule.num_steps):
+            with Operations() as operations:
+                toy(x, torch.tensor([1000.0 - step]), y)
+            counts.append(operations.counted)
+    return counts
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("granularity", ["layer", "block", "model"])
+def test_nothing_is_made_but_kept_values_and_what_is_handed_out(
+    granularity: Any, inference: bool
+) -> None:
+    toy = build("single")
+    with torch.inference_mode(inference), torch.no_grad():
+        plain, *_ = made_at_each_step(toy, sc.Schedule.uniform(toy, 4, 1))
+        layers = sc.find_layers(toy, granularity=granularity)
+        schedule = sc.Schedule.uniform(toy, 8, 3, layers=layers)
+        _, middle, last, computed, *_ = made_at_each_step(toy, schedule)
+    kept, number = ("sub" if granularity == "block" else "clone"), len(layers)
+    assert computed - plain == {kept: number}  # what is kept
+    assert not plain - computed
+    added = {"add": number} if granularity == "block" else {}
+    assert {**added, "clone": number}.items() <= middle.items()  # what is handed out, as the layer
+    assert middle - plain == {"clone": number}  # would have made it itself
+    assert not last["clone"] and not last - plain  # at its last use the value itself
+
+
+def test_the_second_value_lies_where_nothing_was_copied() -> None:
+    """A block's inputs are copied in the first call, which shows that it writes into none."""
+    toy = build("single")
+    layers = sc.find_layers(toy, granularity="block")
+    first, _, second, *_ = made_at_each_step(toy, sc.Schedule.uniform(toy, 4, 2, layers=layers))
+    assert first["clone"] == len(layers)
+    assert not second["clone"]
+
+
+class Moody(Toy):
+    """Its block begins to write into its input when it is told to."""
+
+    class block(Block):
+        writes = False
+
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            out: Tensor = super().forward(x, c)
+            return x.copy_(out) if self.writes else out
+
+
+def test_a_block_that_begins_to_write_into_its_input_is_computed_anew() -> None:
+    torch.manual_seed(0)
+    toy = Moody(depth=1).eval().requires_grad_(False)
+    layers = sc.find_layers(toy, granularity="block")
+    x, y = torch.randn(1, TOKENS, WIDTH), torch.zeros(1, dtype=torch.long)
+    with sc.cached(toy, sc.Schedule.uniform(toy, 6, 2, layers=layers)) as run:
+        for step in range(6):
+            toy.blocks[0].writes = step >= 2
+            toy(x, torch.tensor([1000.0 - step]), y)
+    assert run.summary().computed == 3
+    assert run.summary().reused == 2  # at steps 1 and 5
+    assert sum(run.summary().recomputed.values()) == 1  # at step 3: what step 2 was given is lost
 
 
 # ----------------------------------------------------------------------------------------- a limit

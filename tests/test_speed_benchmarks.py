@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+import smoothcache as sc
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -81,6 +83,22 @@ def test_gpu_benchmark_says_what_it_left_out(
     first = {"case": "dit-1", "way": "eager", "cache": "no cache"}
     assert found["left_out"][0] == first
     assert "left out of dit-1 eager: no cache, all computed" in capsys.readouterr().err
+
+
+def test_gpu_benchmark_calls_models_of_full_size() -> None:
+    """Where there is no memory for them, without numbers: on the meta device."""
+    cases = script("gpu").CASES
+    for name, case in cases.items():
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("meta"):
+                model, x = case.build(**case.full), torch.empty(case.shape)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        with torch.no_grad():
+            out = case.call(model, x, torch.full((len(x),), 500, device="meta"))
+        assert (out.shape, out.dtype) == (x.shape, torch.bfloat16), name
+        assert len(sc.Schedule.uniform(model, case.steps, 2).layers or ()) >= 56
 
 
 def test_gpu_benchmark_begins_with_what_has_an_aim() -> None:

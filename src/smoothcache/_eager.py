@@ -48,8 +48,10 @@ def traced() -> tuple[Tensor, bool]:
 
 
 def has_compiled_parts(module: nn.Module) -> bool:
-    """Whether a module, or some part of it, was compiled in place or wrapped."""
+    """Whether a module, some part of it, or the forward of one was compiled in place or wrapped."""
     return any(
-        part._compiled_call_impl is not None or "_orig_mod" in part._modules
+        part._compiled_call_impl is not None
+        or "_orig_mod" in part._modules
+        or hasattr(getattr(part.forward, "plain", part.forward), "_torchdynamo_orig_callable")
         for part in module.modules()
     )

@@ -96,6 +96,15 @@ class _Forward:
             slot.inside = outer
 
     @property
+    def _torchdynamo_orig_callable(self) -> Callable[..., Any]:
+        """As of what was compiled already: compiling ``module.forward`` compiles what is behind."""
+        return self.plain
+
+    @property
+    def _torchdynamo_wrapper_id(self) -> int:
+        return id(self)
+
+    @property
     def __func__(self) -> Callable[..., Any]:
         """As of a bound method, for those who wrap the function and bind it again."""
 

@@ -13,61 +13,93 @@ from torch.utils import _pytree as pytree
 
 from ._content import are_equal, digest, version
 
+_NO_TENSORS = frozenset({type(None), bool, int, float, str})
 
-def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Shapes and types of the tensors that a layer is given."""
-    form: list[Any] = []
+
+def tensors_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a layer is given, told at once in most cases."""
+    tensors: list[Tensor] = []
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
-            form.append((value.shape, value.dtype))
-        elif isinstance(value, list | tuple | dict):
-            leaves = pytree.tree_leaves(value)
-            form += [(x.shape, x.dtype) for x in leaves if isinstance(x, Tensor)]
-    return form
+            tensors.append(value)
+        elif type(value) not in _NO_TENSORS:
+            tensors += tensors_in(value)
+    return tensors
+
+
+def form_of(given: list[Tensor]) -> list[Any]:
+    """Shapes and types of tensors."""
+    return [(x.shape, x.dtype) for x in given]
 
 
 def has_form(form: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether ``form_of`` would give this form, told at once in most cases."""
-    count, most = 0, len(form)
+    """Whether ``form_of`` the given tensors is this one, told at once in most cases."""
+    count = 0
     for value in (*args, *kwargs.values()) if kwargs else args:
         if value is None:
             continue
         if isinstance(value, Tensor):
-            if count == most or value.shape != form[count][0] or value.dtype != form[count][1]:
+            if count == len(form):
+                return False
+            shape, dtype = form[count]
+            if value.shape != shape or value.dtype != dtype:
                 return False
             count += 1
-        elif isinstance(value, list | tuple | dict):
-            return form_of(args, kwargs) == form
-    return count == most
+        elif type(value) not in _NO_TENSORS:
+            return form_of(tensors_given(args, kwargs)) == form
+    return count == len(form)
+
+
+def is_plain(output: Any) -> bool:
+    """Whether an output is one tensor of floats."""
+    return isinstance(output, Tensor) and output.is_floating_point()
 
 
 class Writes:
     """Notices which of the tensors that it is given a layer writes into.
 
-    In inference mode nothing counts writes. There the contents are compared instead, in the first
-    call; a layer does not change its habits.
+    A layer does not change its habits: what it does not write into in the first call, it does not
+    later. In inference mode nothing counts writes. There the contents are compared instead, in the
+    first call.
+
+    Attributes:
+        surprised: Whether the last call wrote into what was not written into before.
     """
 
     def __init__(self) -> None:
         self._habits: set[int] | None = None
+        self.surprised = False
+
+    def spared(self, given: list[Tensor]) -> list[Tensor]:
+        """The tensors, or copies of those that the layer may write into."""
+        if not self._habits and self._habits is not None:
+            return given
+        return [
+            x.detach().clone() if self._habits is None or i in self._habits else x
+            for i, x in enumerate(given)
+        ]
 
     def before(self, given: list[Tensor]) -> list[Any]:
         """What ``after`` compares with."""
         is_known = self._habits is not None
-        return [digest(x) if version(x) is None and not is_known else version(x) for x in given]
+        return [version(x) if is_known or not x.is_inference() else digest(x) for x in given]
 
     def after(self, given: list[Tensor], marks: list[Any]) -> dict[int, Tensor]:
         """The tensors that were written into, by their number."""
-        pairs = list(enumerate(zip(given, marks, strict=True)))
-        written = {i: x for i, (x, mark) in pairs if version(x) != mark and version(x) is not None}
-        uncounted = {i: x for i, (x, _) in pairs if version(x) is None}
-        if uncounted and self._habits is None:
-            self._habits = {
-                i
-                for i, x in uncounted.items()
-                if marks[i] is not None and not are_equal(marks[i], digest(x))
-            }
-        return written | {i: x for i, x in uncounted.items() if i in (self._habits or ())}
+        habits = self._habits
+        written: dict[int, Tensor] = {}
+        for i, (x, mark) in enumerate(zip(given, marks, strict=True)):
+            if not x.is_inference():
+                is_written = x._version != mark
+            elif habits is None:
+                is_written = mark is not None and not are_equal(mark, digest(x))
+            else:
+                is_written = i in habits
+            if is_written:
+                written[i] = x
+        self.surprised = habits is not None and not habits.issuperset(written)
+        self._habits = set(written) if habits is None else habits.union(written)
+        return written
 
 
 def taken_apart(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
@@ -199,7 +231,7 @@ def kept_of(leaf: Any, base: Tensor | None) -> Any:
 
 def minus(leaf: Tensor, base: Tensor) -> Tensor:
     """What was added to a base, in the dtype of the sum (autocast may have changed it)."""
-    return (leaf.detach() - base).to(leaf.dtype)
+    return (leaf.detach() - base.detach()).to(leaf.dtype)
 
 
 def plus(value: Any, base: Tensor | None, dtype: torch.dtype | None) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from ._outputs import (
     form_of,
     has_form,
     hides_tensors,
+    is_plain,
     kept_of,
     plus,
     taken_apart,
-    tensors_in,
+    tensors_given,
     written_into,
 )
 from ._slots import Slots
@@ -47,7 +49,6 @@ class Tally:
         recomputed: Layer calls that were to reuse but had to compute, by the reason.
         held_bytes: Bytes of the values kept at this moment.
         peak_bytes: The most that ``held_bytes`` has been.
-        reason: Why a value that is missing in the present call is missing.
     """
 
     computed: int = 0
@@ -55,7 +56,6 @@ class Tally:
     recomputed: dict[str, int] = field(default_factory=dict)
     held_bytes: int = 0
     peak_bytes: int = 0
-    reason: str = ""
 
     def hold(self, change: int) -> None:
         """Counts bytes that are kept from now on, or no longer (negative)."""
@@ -68,22 +68,44 @@ class Tally:
 
 
 @dataclass
+class Call:
+    """The call of a denoiser that is under way, the same for all layers.
+
+    Attributes:
+        number: Another one for every call; 0 between calls, when layers run as they are.
+        step: Index of the solver step.
+        branch: Number of the call's branch; None if it is not known, and nothing kept nor reused.
+        reason: Why a value that is missing is missing.
+        was_traced: Whether ``torch.compile`` has met a layer whose values are in no slots.
+    """
+
+    number: int = 0
+    step: int = 0
+    branch: int | None = 0
+    reason: str = ""
+    was_traced: bool = False
+    _numbers: Iterator[int] = field(default_factory=partial(count, 1))
+
+    def begin(self, step: int, branch: int | None, reason: str = "") -> None:
+        """Begins with another call."""
+        self.number, self.step, self.branch = next(self._numbers), step, branch
+        self.reason = reason
+
+
+@dataclass(slots=True)
 class _Kept:
     """The output of one call, flattened: what was computed at a step, of use until another."""
 
     step: int
     last_use: int
     leaves: list[Any]
+    nbytes: int
     rebuild: Callable[[list[Any]], Any]
     swapped: Tensor | None
     dtypes: list[torch.dtype | None]
     form: list[Any]
     into: list[int | None]  # the input, by its number, that a leaf is and was written into
-    is_tensor: bool  # one tensor on its device, to be returned as it is predicted
-
-    @property
-    def nbytes(self) -> int:
-        return sum(leaf.nbytes for leaf in self.leaves if isinstance(leaf, Tensor | Parked))
+    is_plain: bool  # one tensor of floats on its device, to be returned as it is predicted
 
     def fetched(self) -> list[Any]:
         """The leaves, on their device."""
@@ -100,6 +122,7 @@ class ReusedLayer:
         path: The layer's path, for messages.
         computed: Whether the layer is computed, for every step.
         predictor: Name of the predictor.
+        call: The call under way; a layer begins with it when it is first used in it.
         tally: Where to count.
         positions: Where each step lies on the predictor's axis; None for its index.
         gains: How much of a predicted change is taken at every step; None for all of it.
@@ -113,6 +136,7 @@ class ReusedLayer:
         path: str,
         computed: Sequence[bool],
         predictor: str,
+        call: Call,
         tally: Tally,
         *,
         positions: Sequence[float] | None = None,
@@ -128,10 +152,12 @@ class ReusedLayer:
         steps = range(len(computed))
         self._due = [max((s for s in steps[: t + 1] if computed[s]), default=0) for t in steps]
         self._reusable_from = [len(computed) if computed[t] else self._due[t] for t in steps]
+        self._call = call
         self._tally = tally
         self._positions = range(len(computed)) if positions is None else positions
         self._gains = (1.0,) * len(computed) if gains is None else gains
         self._weights = cache(self._weights_of)
+        self._older_weight = cache(lambda older, newer, at: self._weights_of((older, newer), at)[0])
         self._residual = residual
         self._check_finite = check_finite
         self._on_host = on_host
@@ -141,11 +167,13 @@ class ReusedLayer:
         self._not_finite: set[Place] = set()
         self._slots: dict[int | None, tuple[Slots, ...]] = {}
         self._here: tuple[Slots, ...] = ()  # those of the present call
-        self._ever_reused = any(last is not None for last in self._last_uses)
-        self._active = self._passes = self._compiled = self._missed = False
-        self._step = self._use = self._reusable = 0  # of the oldest value that may be reused now
+        self._never_reused = all(last is None for last in self._last_uses)
+        self._number = -1  # of the call that the layer was last used in
+        self._lost_in = -1  # the call in which uses can no longer be told
+        self._use = 0
+        self._passes = False  # lets the layer run as it is, and counts
+        self._in_graphs = self._is_seen = self._active = self._missed = False
         self._known_uses: int | None = None  # of which it is known which they are; None for all
-        self._branch: int | None = 0
         self.ran = self.ran_before = False  # in this generation; in an earlier one
         self.inner: list[ReusedLayer] = []  # those that do not run where this one is reused
         self.following: ReusedLayer | None = None  # the next one of the model
@@ -161,35 +189,13 @@ class ReusedLayer:
             left = [kept.last_use for history in self._kept.values() for kept in history]
             self._spent_after = min(left, default=len(self._computed))
 
-    def begin(self, step: int, branch: int | None, *, compiled: bool = False) -> None:
-        """Prepares for a call of the denoiser; one of no known branch neither keeps nor reuses.
-
-        Args:
-            step: Index of the solver step.
-            branch: Number of the call's branch; None if it is not known.
-            compiled: Whether parts of the model are. Then values are kept in slots.
-        """
-        self._step, self._branch, self._use = step, branch, 0
-        self._reusable = self._reusable_from[step]
-        self._passes = branch is None or not self._ever_reused
-        self._known_uses = 0 if self._passes else None
-        self._active = True
-        if compiled or self._compiled:
-            self._begin_compiled(compiled)
-
-    def _begin_compiled(self, compiled: bool) -> None:
-        self._compiled = compiled
-        self._here = self._slots.get(self._branch, ()) if compiled else ()
-        self._missed = False
-        for slots in self._here:
-            slots.prepare(self._step, reuses=slots.newest >= self._reusable)
-
     def prefetch(self) -> None:
         """Begins to bring to the device what this layer, or the next after it, will reuse first."""
         layer: ReusedLayer | None = self
+        place, step = (self._call.branch, 0), self._call.step
         while layer is not None:
-            history = layer._kept.get((layer._branch, 0))
-            if history is not None and history[-1].step >= layer._reusable:
+            history = layer._kept.get(place)
+            if history is not None and history[-1].step >= layer._reusable_from[step]:
                 for leaf in (leaf for kept in history for leaf in kept.leaves):
                     if isinstance(leaf, Parked):
                         leaf.prefetch()
@@ -202,27 +208,10 @@ class ReusedLayer:
         A block that is used twice may be reused in the first use alone; the layers in it then run
         for the first time in its second.
         """
-        if not self._passes:
-            self._passes, self._known_uses = True, self._use
-
-    def end(self) -> None:
-        """Lets the layer run as it is until the next call of the denoiser."""
-        was_called = self._active and self._use
-        self._active = False
-        if not was_called:
-            return
-        self.ran = True
-        if not (self._passes or self._compiled):
-            return
-        known = self._use if self._known_uses is None else self._known_uses
-        self._count_as_computed(self._use - known)
-        if self._compiled:
-            for use, slots in enumerate(self._here[:known]):
-                self._settle((self._branch, use), slots)
-            if self._missed:
-                self._count_as_computed(known - len(self._here))
-            else:
-                self._move_into_slots()
+        self._lost_in = self._call.number
+        if self._in_graphs and not self._passes:
+            self._known_uses = self._use
+        self._passes = True
 
     def forget(self, branch: int | None = None) -> None:
         """Drops all kept values, or those of one call of the step. Slots stay, without values."""
@@ -233,48 +222,42 @@ class ReusedLayer:
                 for slots in uses:
                     slots.forget()
 
-    def release(self, branch: int | None = None) -> None:
-        """Gives up slots, all or those of one call of the step, and what is in them."""
-        for number in list(self._slots):
-            if branch in (None, number):
-                self._tally.hold(-sum(slots.nbytes for slots in self._slots.pop(number)))
-
-    @property
-    def must_be_seen(self) -> bool:
-        """Whether the last call had outputs that no slots fit, so that one must run uncompiled."""
-        return self._missed or any(slots.is_misfit for slots in self._here)
-
     def __call__(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Of this, compiled code runs the part above the history: it reads nothing that counts."""
-        if not self._active:
-            return forward(*args, **kwargs)
+        """Answers a call of the layer; the way of a reuse is short, because Python is slow."""
+        if self._in_graphs or is_dynamo_compiling():
+            return self._call_in_graph(forward, args, kwargs)
+        call = self._call
         use = self._use
+        if self._number != call.number:
+            if not call.number:
+                return forward(*args, **kwargs)
+            self._number, use, self.ran = call.number, 0, True
+            self._passes = self._never_reused or call.branch is None or self._lost_in == call.number
         self._use = use + 1
         if self._passes:
+            self._count_as_computed(1)
             return forward(*args, **kwargs)
-        if self._compiled and use < len(self._here):
-            if self._here[use].reuses:
-                self._pass_over_inner()
-            return self._here[use](forward, args, kwargs)
-        if is_dynamo_compiling():
-            self._missed = True
-            return forward(*args, **kwargs)
-        history = self._kept.get((self._branch, use))
+        step, place = call.step, (call.branch, use)
+        history = self._kept.get(place)
         if history is not None:
             newest = history[-1]
-            if newest.step >= self._reusable and has_form(newest.form, args, kwargs):
+            if newest.step >= self._reusable_from[step] and has_form(newest.form, args, kwargs):
                 self._tally.reused += 1
                 if self.inner:
                     self._pass_over_inner()
-                if newest.is_tensor and history[0].last_use > self._step:  # the shortest ways
-                    if len(history) == 1:
-                        return newest.leaves[0].clone()
-                    weights = self._weights(tuple([kept.step for kept in history]), self._step)
-                    return combined([kept.leaves[0] for kept in history], weights, consume=False)
-                return self._reuse((self._branch, use), history, args, kwargs)
-        return self._run((self._branch, use), history, forward, args, kwargs)
+                oldest = history[0]
+                if newest.is_plain:
+                    if oldest is newest:
+                        if newest.last_use > step:
+                            return newest.leaves[0].clone()
+                        return self._handed_out(place, newest)
+                    if oldest.last_use > step and len(history) == 2:
+                        weight = self._older_weight(oldest.step, newest.step, step)
+                        return torch.lerp(newest.leaves[0], oldest.leaves[0], weight)
+                return self._reuse(place, history, args, kwargs)
+        return self._run(place, history, forward, args, kwargs)
 
     def _pass_over_inner(self) -> None:
         for layer in self.inner:
@@ -288,21 +271,93 @@ class ReusedLayer:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        if self._computed[self._step]:
+        step = self._call.step
+        if self._computed[step]:
             self._tally.computed += 1
         else:
             self._tally.recompute(self._obstacle(place, history))
-        if self._last_uses[self._step] is None and not self._compiled:
+        if self._last_uses[step] is None and not self._is_seen:
             return forward(*args, **kwargs)
         return self._compute(place, forward, args, kwargs)
 
     def _obstacle(self, place: Place, history: list[_Kept] | None) -> str:
         """Why a planned reuse is not possible."""
-        if history is not None and history[-1].step >= self._due[self._step]:
+        if history is not None and history[-1].step >= self._due[self._call.step]:
             return OTHER_SHAPES
-        return NOT_FINITE if place in self._not_finite else self._tally.reason
+        return NOT_FINITE if place in self._not_finite else self._call.reason
 
-    # ------------------------------------------------------------------------------------ slots
+    def _count_as_computed(self, calls: int, reason: str = "") -> None:
+        if self._computed[self._call.step]:
+            self._tally.computed += calls
+        elif calls:
+            self._tally.recompute(reason or self._call.reason, calls)
+
+    # -------------------------------------------------------------------------------- in graphs
+
+    def begin_in_graphs(self, *, is_seen: bool) -> None:
+        """Prepares for a call of a denoiser of which parts are compiled: values lie in slots.
+
+        Args:
+            is_seen: Whether the call runs uncompiled, and slots are made for what it keeps.
+        """
+        self._is_seen = is_seen
+        self._in_graphs = self._active = not is_seen
+        self._missed, self._here = False, ()
+        if is_seen:
+            return
+        self._use = 0
+        self._passes = self._never_reused or self._call.branch is None
+        self._known_uses = 0 if self._passes else None
+        self._here = self._slots.get(self._call.branch, ())
+        for slots in self._here:
+            due = self._reusable_from[self._call.step]
+            slots.prepare(self._call.step, reuses=slots.newest >= due)
+
+    def _call_in_graph(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What ``torch.compile`` traces, so that it reads nothing that counts calls."""
+        if not self._in_graphs:
+            self._call.was_traced = True
+        if not self._active:
+            return forward(*args, **kwargs)
+        use = self._use
+        self._use = use + 1
+        if self._passes:
+            return forward(*args, **kwargs)
+        if use >= len(self._here):
+            self._missed = True
+            return forward(*args, **kwargs)
+        if self._here[use].reuses:
+            self._pass_over_inner()
+        return self._here[use](forward, args, kwargs)
+
+    @property
+    def must_be_seen(self) -> bool:
+        """Whether the last call had outputs that no slots fit, so that one must run uncompiled."""
+        return self._missed or any(slots.is_misfit for slots in self._here)
+
+    def end_in_graphs(self) -> None:
+        """Counts what a call did, which graphs cannot, or makes slots for what it has kept."""
+        was_called = self._active and self._use
+        self._active = False
+        if self._is_seen:
+            self._is_seen, self._in_graphs = False, True
+            self._move_into_slots()
+        if not was_called:
+            return
+        self.ran = True
+        known = self._use if self._known_uses is None else self._known_uses
+        self._count_as_computed(self._use - known)
+        for use, slots in enumerate(self._here[:known]):
+            self._settle((self._call.branch, use), slots)
+        self._count_as_computed(max(0, known - len(self._here)))
+
+    def release(self, branch: int | None = None) -> None:
+        """Gives up slots, all or those of one call of the step, and what is in them."""
+        for number in list(self._slots):
+            if branch in (None, number):
+                self._tally.hold(-sum(slots.nbytes for slots in self._slots.pop(number)))
 
     def _settle(self, place: Place, slots: Slots) -> None:
         """Counts what a call did with its slots, and notes what is in them now."""
@@ -313,27 +368,22 @@ class ReusedLayer:
             self._tally.reused += 1
         else:
             self._count_as_computed(1, NOT_FINITE if place in self._not_finite else "")
-            slots.wrote(self._step)
+            slots.wrote(self._call.step)
             self._not_finite.discard(place)
             if self._check_finite and not slots.are_finite():
                 self._not_finite.add(place)
                 slots.forget()
 
-    def _count_as_computed(self, calls: int, reason: str = "") -> None:
-        if self._computed[self._step]:
-            self._tally.computed += calls
-        elif calls:
-            self._tally.recompute(reason or self._tally.reason, calls)
-
     def _move_into_slots(self) -> None:
         """Makes slots like the values that an uncompiled call kept."""
-        found = sorted((place, h) for place, h in self._kept.items() if place[0] == self._branch)
+        branch = self._call.branch
+        found = sorted((place, h) for place, h in self._kept.items() if place[0] == branch)
         for place, history in found:
             newest = history[-1]
             shapes = [shape for shape, _ in newest.form]
             slots = Slots(newest, shapes, self._order, self._weights, residual=self._residual)
             slots.fill([(kept.step, kept.leaves) for kept in history])
-            self._slots[self._branch] = (*self._slots.get(self._branch, ()), slots)
+            self._slots[branch] = (*self._slots.get(branch, ()), slots)
             self._tally.hold(slots.nbytes)
             self._drop(partial(_is_at, place))
 
@@ -346,19 +396,49 @@ class ReusedLayer:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        inputs: list[Tensor] = []
-        if self._residual:  # copies, because the block may write into its input
-            inputs = [x.detach().clone() for x in float_tensors((args, kwargs))]
-        form = form_of(args, kwargs)
-        given = tensors_in((args, kwargs))
+        given = tensors_given(args, kwargs)
+        form = form_of(given)
         marks = self._writes.before(given)
+        inputs: list[Tensor] = []
+        if self._residual:
+            inputs = [x for x in self._writes.spared(given) if x.is_floating_point()]
         output = forward(*args, **kwargs)
         written = self._writes.after(given, marks)
-        self._refuse_side_effects(list(written.values()), output)
-        return self._taken(place, output, inputs, form, written)
+        leaves, rebuild = taken_apart(output)
+        if written or not isinstance(output, Tensor):
+            self._refuse_side_effects(list(written.values()), output, leaves)
+        if self._residual and self._writes.surprised:
+            return output  # what the layer was given is lost
+        swapped: Tensor | None = None
+        bases: list[Tensor | None] = [None] * len(leaves)
+        if self._residual:
+            swapped = are_swapped(leaves, inputs)
+            bases = bases_of(leaves, inputs, swapped)
+        values = [kept_of(leaf, base) for leaf, base in zip(leaves, bases, strict=True)]
+        if self._check_finite and not are_finite(values):
+            self._not_finite.add(place)
+            return output
+        self._not_finite.discard(place)
+        step = self._call.step
+        last_use = self._last_uses[step]
+        kept = _Kept(
+            step,
+            last_use=-1 if last_use is None else last_use,
+            leaves=values,
+            nbytes=sum([x.nbytes for x in values if isinstance(x, Tensor)]),
+            rebuild=rebuild,
+            swapped=swapped,
+            dtypes=[x.dtype if isinstance(x, Tensor) else None for x in leaves],
+            form=form,
+            into=[next((i for i, x in written.items() if x is leaf), None) for leaf in leaves],
+            is_plain=is_plain(output) and not (written or self._residual or self._on_host),
+        )
+        if self._on_host:
+            kept.leaves = [Parked(x) if isinstance(x, Tensor) else x for x in values]
+        self._keep(place, kept)
+        return output
 
-    def _refuse_side_effects(self, written: list[Tensor], output: Any) -> None:
-        leaves, _ = taken_apart(output)
+    def _refuse_side_effects(self, written: list[Tensor], output: Any, leaves: list[Any]) -> None:
         name = self._path or "the model"
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
             raise ScheduleMismatchError(
@@ -377,41 +457,14 @@ class ReusedLayer:
                 "lose; leave it out of the schedule"
             )
 
-    def _taken(
-        self,
-        place: Place,
-        output: Any,
-        inputs: list[Tensor],
-        form: list[Any],
-        written: dict[int, Tensor],
-    ) -> Any:
-        leaves, rebuild = taken_apart(output)
-        swapped = are_swapped(leaves, inputs)
-        bases = bases_of(leaves, inputs, swapped)
-        values = [kept_of(leaf, base) for leaf, base in zip(leaves, bases, strict=True)]
-        if self._check_finite and not are_finite(values):
-            self._not_finite.add(place)
-            return output
-        self._not_finite.discard(place)
-        last_use = self._last_uses[self._step]
-        last_use = -1 if last_use is None else last_use
-        if self._on_host:
-            values = [Parked(value) if isinstance(value, Tensor) else value for value in values]
-        dtypes = [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves]
-        into = [next((i for i, x in written.items() if x is leaf), None) for leaf in leaves]
-        is_one = isinstance(output, Tensor) and into == [None]
-        is_tensor = is_one and not (self._residual or self._on_host)
-        kept = _Kept(self._step, last_use, values, rebuild, swapped, dtypes, form, into, is_tensor)
-        self._keep(place, kept)
-        return output
-
     def _keep(self, place: Place, kept: _Kept) -> None:
         history = self._kept.setdefault(place, [])
         if history and history[-1].form != kept.form:  # no polynomial goes through both
             self._tally.hold(-sum(old.nbytes for old in history))
             history.clear()
         history.append(kept)
-        self._spent_after = min(self._spent_after, kept.last_use)
+        if kept.last_use < self._spent_after:
+            self._spent_after = kept.last_use
         self._tally.hold(kept.nbytes)
         if len(history) > self._order + 1:
             self._tally.hold(-history.pop(0).nbytes)
@@ -423,29 +476,46 @@ class ReusedLayer:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        newest = history[-1]
-        is_last = newest.last_use <= self._step
-        if self._on_host and self.following is not None:
-            self.following.prefetch()
-        fetched = [kept.fetched() for kept in history]
-        weights = self._weights(tuple([kept.step for kept in history]), self._step)
-        values = [
-            combined([leaves[i] for leaves in fetched], weights, consume=is_last or self._on_host)
-            for i in range(len(newest.leaves))
-        ]
-        if self._residual:
-            inputs = float_tensors((args, kwargs))
-            bases = bases_of(values, inputs, newest.swapped)
-            values = [
-                plus(value, base, dtype)
-                for value, base, dtype in zip(values, bases, newest.dtypes, strict=True)
-            ]
-        values = written_into(newest.into, values, args, kwargs)
+        newest, step = history[-1], self._call.step
+        is_last = newest.last_use <= step
+        if newest.is_plain:
+            output = self._combined([kept.leaves[0] for kept in history], history, consume=is_last)
+        else:
+            values = self._predicted(history, consume=is_last)
+            if self._residual:
+                inputs = float_tensors((args, kwargs))
+                bases = bases_of(values, inputs, newest.swapped)
+                values = [
+                    plus(value, base, dtype)
+                    for value, base, dtype in zip(values, bases, newest.dtypes, strict=True)
+                ]
+            output = newest.rebuild(written_into(newest.into, values, args, kwargs))
         if is_last:
             del self._kept[place]
-        while history and history[0].last_use <= self._step:  # an older one is never of use longer
-            self._tally.hold(-history.pop(0).nbytes)
-        return newest.rebuild(values)
+        while history and history[0].last_use <= step:  # an older one is never of use longer
+            self._tally.held_bytes -= history.pop(0).nbytes
+        return output
+
+    def _handed_out(self, place: Place, kept: _Kept) -> Any:
+        """The only value, at its last use, without a copy."""
+        del self._kept[place]
+        if not self._kept:
+            self._spent_after = len(self._computed)
+        self._tally.held_bytes -= kept.nbytes
+        return one_of(kept.leaves[0], consume=True)
+
+    def _predicted(self, history: list[_Kept], *, consume: bool) -> list[Any]:
+        if self._on_host and self.following is not None:
+            self.following.prefetch()
+        leaves = zip(*[kept.fetched() for kept in history], strict=True)
+        consume = consume or self._on_host
+        return [self._combined(values, history, consume=consume) for values in leaves]
+
+    def _combined(self, values: Sequence[Any], history: list[_Kept], *, consume: bool) -> Any:
+        if len(values) == 1:
+            return one_of(values[0], consume=consume)
+        weights = self._weights(tuple([kept.step for kept in history]), self._call.step)
+        return combined(values, weights, consume=consume)
 
     def _weights_of(self, steps: tuple[int, ...], at: int) -> list[float]:
         """Weights of what was computed at some steps, the newest last, in a reuse at another."""
@@ -466,16 +536,22 @@ def _is_at(place: Place, at: Place, _: _Kept) -> bool:
     return at == place
 
 
-def combined(values: list[Any], weights: list[float], *, consume: bool) -> Any:
+def combined(values: Sequence[Any], weights: list[float], *, consume: bool) -> Any:
     """The weighted sum of a leaf's kept values; whoever gets it may write into it."""
     newest = values[-1]
-    if not isinstance(newest, Tensor):
-        return newest
-    if len(values) == 1 or not newest.is_floating_point():
-        is_foreign = newest.is_inference() and not torch.is_inference_mode_enabled()
-        return newest.clone() if is_foreign or not consume else newest
+    if len(values) == 1 or not isinstance(newest, Tensor) or not newest.is_floating_point():
+        return one_of(newest, consume=consume)
     # The weights sum to 1, so only differences need them: equal values give that value exactly.
     total: Tensor = torch.lerp(newest, values[0], weights[0])
     for value, weight in zip(values[1:-1], weights[1:-1], strict=True):
         total.add_(value - newest, alpha=weight)
     return total
+
+
+def one_of(value: Any, *, consume: bool) -> Any:
+    """A kept leaf for whoever may write into it: a copy, unless it is of no use any more."""
+    if not isinstance(value, Tensor):
+        return value
+    if consume and (not value.is_inference() or torch.is_inference_mode_enabled()):
+        return value
+    return value.clone()

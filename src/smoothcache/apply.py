@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ._attach import Attachment
 from ._checks import listed
-from ._reuse import OTHER_SHAPES, ReusedLayer, Tally
+from ._reuse import OTHER_SHAPES, Call, ReusedLayer, Tally
 from .clock import Tick
 from .denoisers import noise_scheduler, warn_of_randomness
 from .errors import (
@@ -117,6 +117,7 @@ class Run:
         self.schedule = schedule
         self._on_host = store == "cpu"
         self._tally = Tally()
+        self._call = Call()
         layers = schedule.layers or ()
         self._layers = {layer.path: self._reused(layer, check_finite) for layer in layers}
         self._shapes: dict[tuple[str, int | None], Any] = {}  # of a branch in this generation
@@ -124,7 +125,6 @@ class Run:
         self._finished = self._broken_off = self._reused_before = self._outside = 0
         self._steps_seen = 0
         self._calls = self._calls_before = 0  # in this step, and in the one before
-        self._branch: int | None = None
         self._reused_before_call = 0
         self._reusing: set[tuple[str, int | None]] = set()  # denoisers and branches, in this step
         self._open = self._warned = False
@@ -133,8 +133,10 @@ class Run:
         modules = layer_modules(model, list(layers))
         self._nest(modules)
         self._attachment: Attachment | None = None
+        # Bound methods, because Python takes longer to call objects.
+        handlers = {path: layer.__call__ for path, layer in self._layers.items()}
         self._attachment = attachment = Attachment(
-            model, modules, self._layers, self, schedule.timesteps, schedule.num_steps
+            model, modules, handlers, self, schedule.timesteps, schedule.num_steps
         )
         self._clock = attachment.clock
         self._denoisers = attachment.denoisers
@@ -151,6 +153,7 @@ class Run:
             layer.path,
             row.computed,
             row.predictor,
+            self._call,
             self._tally,
             positions=axis_positions(axis, schedule.num_steps, schedule.noise_levels),
             gains=row.gains,
@@ -226,31 +229,27 @@ class Run:
             self._reusing.clear()
             for layer in self._layers.values():
                 layer.expire(tick.step) if tick.vouched else layer.forget()
-        self._calls, self._branch = self._calls + 1, branch
+        self._calls += 1
         self._reused_before_call = self._tally.reused
         self._refuse_mistaken_branch(denoiser, tick)
-        self._tally.reason = self._refresh(denoiser, tick, branch, args, kwargs)
-        compiled = self._attachment is not None and self._attachment.is_compiled
-        if compiled and self._on_host:
-            raise SmoothCacheError(
-                "a compiled model keeps its values where its graphs find them, on the device; "
-                "leave out store='cpu', or do not compile the model"
-            )
-        must_be_seen = compiled and self._must_be_seen(denoiser, branch)
-        for layer in self._by_denoiser[denoiser]:
-            layer.begin(tick.step, branch, compiled=compiled)
+        reason = self._refresh(denoiser, tick, branch, args, kwargs)
+        self._refuse_host_memory()
+        must_be_seen = self._is_compiled and self._must_be_seen(denoiser, branch)
+        self._call.begin(tick.step, branch, reason)
+        if self._is_compiled:
+            for layer in self._by_denoiser[denoiser]:
+                layer.begin_in_graphs(is_seen=must_be_seen)
         if self._on_host and self._by_denoiser[denoiser]:
             self._by_denoiser[denoiser][0].prefetch()
         return must_be_seen
 
     def after(self, denoiser: str, tick: Tick) -> None:
         """Lets the layers run as they are until the next call."""
-        for layer in self._by_denoiser[denoiser]:
-            layer.end()
+        self._end_call(denoiser)
         if self._seen and any(layer.must_be_seen for layer in self._by_denoiser[denoiser]):
-            self._seen.pop((denoiser, self._branch), None)
+            self._seen.pop((denoiser, self._call.branch), None)
         if self._tally.reused > self._reused_before_call:
-            self._reusing.add((denoiser, self._branch))
+            self._reusing.add((denoiser, self._call.branch))
         if tick.step == self.schedule.num_steps - 1:
             self._drop_what_found_no_use(denoiser)
             self._warn_of_what_did_nothing()
@@ -261,11 +260,24 @@ class Run:
 
     def failed(self) -> None:
         """Forgets a generation that an exception broke off."""
-        for layer in self._layers.values():
-            layer.end()
+        for denoiser in self._by_denoiser:
+            self._end_call(denoiser)
         self._forget()
         self._broken_off += self._open
         self._open = False
+
+    @property
+    def _is_compiled(self) -> bool:
+        """Whether parts of the model are compiled, as far as is known."""
+        return self._attachment is not None and self._attachment.is_compiled
+
+    def _end_call(self, denoiser: str) -> None:
+        self._call.number = 0
+        if self._is_compiled:
+            for layer in self._by_denoiser[denoiser]:
+                layer.end_in_graphs()
+        elif self._call.was_traced and self._attachment is not None:
+            self._attachment.is_compiled = True
 
     # ---------------------------------------------------------------------------- generations
 
@@ -300,9 +312,9 @@ class Run:
         Nobody says which call is the last. As many as in the step before are expected; a branch
         that was left out there, and comes back in the very last step, is computed.
         """
-        if self._branch is not None:
+        if self._call.branch is not None:
             for layer in self._by_denoiser[denoiser]:
-                layer.forget(self._branch)
+                layer.forget(self._call.branch)
         last = self.schedule.num_steps - 1
         stages = (self._clock.stages(last) or 1) / (self._clock.stages(last - 1) or 1)
         if self._calls >= self._calls_before * stages:
@@ -338,6 +350,13 @@ class Run:
             raise SmoothCacheError(
                 "gradient checkpointing runs layers again in the backward pass, where nothing is "
                 "reused; call disable_gradient_checkpointing() or sample under torch.no_grad()"
+            )
+
+    def _refuse_host_memory(self) -> None:
+        if self._on_host and self._is_compiled:
+            raise SmoothCacheError(
+                "a compiled model keeps its values where its graphs find them, on the device; "
+                "leave out store='cpu', or do not compile the model"
             )
 
     def _refuse_announced_steps(self) -> None:
