@@ -15,7 +15,6 @@ Prints ratios, each the median over rounds in which everything is timed once, in
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import platform
 import statistics
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiTTransformer2DModel
+from speed import build, without
 from tqdm.auto import tqdm
 
 import smoothcache as sc
@@ -39,32 +39,6 @@ AIMS = {
     **{f"limit-{n}": None for n in INTERVALS},
     "calibration": 1.25,
 }
-
-
-def build() -> DiTTransformer2DModel:
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=6,
-        attention_head_dim=64,
-        in_channels=4,
-        num_layers=12,
-        sample_size=32,
-        patch_size=2,
-    )
-    return model.eval().requires_grad_(False)
-
-
-def without_layers(model: DiTTransformer2DModel, batch: int) -> DiTTransformer2DModel:
-    """The model with layers that return a ready tensor."""
-    model, ready = copy.deepcopy(model), torch.randn(batch, 256, 384)
-
-    class Ready(torch.nn.Module):
-        def forward(self, *_: object, **__: object) -> torch.Tensor:
-            return ready
-
-    for block in model.transformer_blocks:
-        block.attn1, block.ff = Ready(), Ready()
-    return model
 
 
 def sampler(model: DiTTransformer2DModel, steps: int, batch: int) -> Callable[[int], torch.Tensor]:
@@ -86,7 +60,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 def measure(rounds: int, steps: int, batch: int) -> dict[str, list[float]]:
     """The ratios of every round, by name."""
-    model = build()
+    model = build("small", "cpu")
     sample = sampler(model, steps, batch)
     everything = sc.Schedule.uniform(model, steps, 1)
     layers = sc.calibrate(model, sample, num_samples=1)  # also the warm-up
@@ -96,7 +70,7 @@ def measure(rounds: int, steps: int, batch: int) -> dict[str, list[float]]:
         for name, calibration in (("uniform", layers), ("blocks", blocks))
         for n in INTERVALS
     }
-    bare_of_layers = sampler(without_layers(model, batch), steps, batch)
+    bare_of_layers = sampler(without("layer", model, batch), steps, batch)
     bare_of_layers(0)
     ratios: dict[str, list[float]] = {name: [] for name in AIMS}
 

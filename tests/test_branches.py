@@ -158,6 +158,12 @@ def test_all_types_have_contents(dtype: torch.dtype) -> None:
     assert numbers(Branches(), [[a], [b.clone(), a.clone()]]) == [[0], [1, 0]]
 
 
+def test_a_number_that_was_expanded_has_contents() -> None:
+    """As guidance is in a batch of one."""
+    numbers_given = [torch.tensor(float(i)).expand(1) for i in (3, 3, 5)]
+    assert numbers(Branches(), [[x] for x in numbers_given]) == [[0], [0], [1]]
+
+
 def test_nothing_is_kept_alive_and_meta_tensors_have_no_contents() -> None:
     branches, x = Branches(), embedding(1)
     branches.number(0, {"text": [x]}, None)

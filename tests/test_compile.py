@@ -122,9 +122,10 @@ def test_one_graph_for_each_pattern_in_any_order(how: str, order: str) -> None:
             handle.disable()
     known = len(backend.graphs) if order == "CRE" else 0
     first = denoised(model)
-    graphs = len(backend.graphs) - known
+    graphs, asked = len(backend.graphs) - known, torch._dynamo.utils.curr_frame
     assert graphs <= schedule.patterns + 1
     assert close([first, denoised(model, 1)], under_schedule)
+    assert torch._dynamo.utils.curr_frame == asked  # nor does PyTorch ask itself whether to compile
     assert len(backend.graphs) - known == graphs  # nothing is compiled in a second generation
     assert handle.summary().reused == 2 * schedule.reused
     assert not handle.summary().recomputed

@@ -81,11 +81,11 @@ def rivals() -> Mapping[str, Cache]:
 
 def _uniform(sampler: Sampler, **settings: Any) -> Any:
     schedule = sc.Schedule.uniform(sampler.model, sampler.steps, **settings)
-    return sc.enable(sampler.model, schedule)
+    return sc.enable(sampler.pipeline, schedule)
 
 
 def _published(file: str, sampler: Sampler) -> Any:
-    return sc.enable(sampler.model, sc.Schedule.load(PUBLISHED / file))
+    return sc.enable(sampler.pipeline, sc.Schedule.load(PUBLISHED / file))
 
 
 # ----------------------------------------------------------------------------------- of diffusers

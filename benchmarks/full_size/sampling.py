@@ -1,13 +1,15 @@
-"""A plain loop over a model, timed; and the ways in which the model runs."""
+"""A plain loop over a model and a noise scheduler, timed; and the ways in which the model runs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from smoothcache.costs import MacCounter
@@ -23,6 +25,8 @@ class Sampler:
 
     Attributes:
         model: With random weights, in bfloat16, on the CPU in float32.
+        pipeline: The model with its noise scheduler, which counts the steps, so that nobody has to
+            read timesteps in the memory of the device.
         prepare: Called before every sample; a cache that remembers the last one resets there.
         note: What the cache wants said of itself.
     """
@@ -44,18 +48,24 @@ class Sampler:
         self.model.eval().requires_grad_(False)
         self.prepare: Callable[[], object] = lambda: None
         self.note = ""
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        self.pipeline = SimpleNamespace(
+            components={"transformer": self.model, "scheduler": scheduler}, scheduler=scheduler
+        )
         self._call = case.call
         self._x = torch.randn(case.small if tiny else case.shape, device=device, dtype=dtype)
 
     def __call__(self) -> None:
         x, context = self._x, getattr(self.model, "cache_context", None)
+        scheduler = self.pipeline.scheduler
+        scheduler.set_timesteps(self.steps, device=x.device)
         self.prepare()
-        for step in range(self.steps):
-            t = torch.full((len(x),), 1000 * (self.steps - step) // self.steps, device=x.device)
+        for t in scheduler.timesteps:
             if self.is_cuda:
                 torch.compiler.cudagraph_mark_step_begin()
             with context("cond") if context else nullcontext():
-                x = x - self._call(self.model, x, t) / self.steps
+                out = self._call(self.model, x, t.expand(len(x)))
+            x = scheduler.step(out, t, x, return_dict=False)[0]
 
     def macs(self) -> int:
         with MacCounter() as counter:

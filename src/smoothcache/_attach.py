@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any, Protocol
 
 from torch import nn
@@ -158,7 +159,7 @@ class _Placed:
         self._handler = handler
         self._signature = Signature(denoiser)
         # Here, and not where they are defined, because that would load the compiler at import.
-        self.call = between_graphs(self._call)
+        self.call = MethodType(between_graphs(_Placed._call), self)
         self._begin, self._end = eagerly(self._begun), eagerly(self._ended)
         self._uncompiled = eagerly(uncompiled)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from types import FunctionType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,9 +20,20 @@ def eagerly(function: F) -> F:
     return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
+@cache
 def between_graphs(function: F) -> F:
     """Runs a function as it is; the model's code that it calls is compiled all the same."""
-    return cast(F, torch.compiler.disable(function, recursive=False))  # type: ignore[no-untyped-call]
+    own = FunctionType(
+        function.__code__.replace(),  # another object, for whoever else has the code
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    between = torch.compiler.disable(own, recursive=False)  # type: ignore[no-untyped-call]
+    # Otherwise PyTorch asks itself at every call anew whether to compile it.
+    torch._dynamo.decorators.skip(own)
+    return cast(F, between)
 
 
 def uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
