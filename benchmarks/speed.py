@@ -10,7 +10,8 @@ Beside it the number of graphs, the seconds spent on compiling and warming up, a
 that were kept.
 
     python benchmarks/speed.py [--size small] [--device cpu] [--batch 4] [--steps 12] [--rounds 5]
-                               [--mode default] [--ways eager blocks whole] [--json FILE]
+                               [--mode default] [--ways eager blocks whole] [--profile]
+                               [--json FILE]
 
 ``--size xl --device cuda --batch 32 --steps 50 --mode reduce-overhead`` is DiT-XL/2 with CUDA
 graphs, in bfloat16. ``--size tiny --rounds 1`` only shows that the script runs.
@@ -121,10 +122,11 @@ class Sampler:
         self.x = torch.randn(batch, 4, side, side, device=model.device, dtype=model.dtype)
         self.y = torch.arange(batch, device=model.device) % 10
 
-    def __call__(self) -> None:
+    def __call__(self, before_each: Callable[[int], object] = lambda step: None) -> None:
         x, scheduler = self.x, self.pipeline.scheduler
         scheduler.set_timesteps(self.steps, device=x.device)
-        for t in scheduler.timesteps:
+        for step, t in enumerate(scheduler.timesteps):
+            before_each(step)
             noise = self.model(x, t.expand(len(x)), self.y).sample
             x = scheduler.step(noise, t, x, return_dict=False)[0]
 
@@ -198,6 +200,26 @@ def measure(
         }
 
 
+def profile(way: str, options: argparse.Namespace) -> None:
+    """Prints what a step runs at which all layers are reused, by operator."""
+    torch.compiler.reset()
+    sampler = Sampler(build(options.size, options.device), options.steps, options.batch)
+    compile_in(way, sampler.model, options.mode)
+    schedule = sc.Schedule.uniform(sampler.model, options.steps, options.steps)
+    reused = options.steps - 1
+    with sc.cached(sampler.pipeline, schedule):
+        sampler()
+        sampler()
+        profiler = torch.profiler.profile()
+        sampler(before_each=lambda step: profiler.start() if step == 1 else None)
+        profiler.stop()
+    of_device = "self_cpu_time_total" if options.device == "cpu" else "self_device_time_total"
+    print(f"\n| {way}, all layers reused | calls a step | ms a step |\n|---|---|---|")
+    rows = [(getattr(row, of_device), row) for row in profiler.key_averages()]
+    for microseconds, row in sorted(rows, key=lambda pair: -pair[0])[:8]:
+        print(f"| {row.key[:50]} | {row.count / reused:.0f} | {microseconds / 1000 / reused:.2f} |")
+
+
 def mac_fractions(options: argparse.Namespace) -> dict[str, float]:
     """MACs under each schedule over those without one, counted in a run."""
     model = build(options.size, options.device)
@@ -218,6 +240,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timings of every row")
     parser.add_argument("--mode", default="default", help="of torch.compile")
     parser.add_argument("--ways", nargs="+", default=["eager", "blocks", "whole"])
+    parser.add_argument("--profile", action="store_true", help="print what reused steps run")
     parser.add_argument("--json", type=Path, help="write all figures and the environment here")
     options = parser.parse_args()
     with torch.inference_mode():
@@ -235,6 +258,8 @@ def main() -> None:
                     f"| {row['graphs']} | {row['kept_bytes'] / 1e6:.1f} |",
                     flush=True,
                 )
+        for way in options.ways if options.profile else []:
+            profile(way, options)
     if options.json:
         environment = {
             "torch": torch.__version__,

@@ -73,15 +73,16 @@ def denoised(model: Any, seed: int = 0, *, batch: int = 1, calls: int = 1) -> Te
     return x
 
 
-def compiled(model: nn.Module, how: str, backend: Any) -> Any:
+def compiled(model: nn.Module, how: str, backend: Any, **options: Any) -> Any:
+    options |= {"backend": backend, "fullgraph": True}
     if how == "wrapped":
-        return torch.compile(model, backend=backend, fullgraph=True)
+        return torch.compile(model, **options)
     parts = model.get_submodule("blocks").children() if "blocks" in how else [model]
     for part in parts:
         if "forward" in how:
-            part.forward = torch.compile(part.forward, backend=backend, fullgraph=True)
+            part.forward = torch.compile(part.forward, **options)
         else:
-            part.compile(backend=backend, fullgraph=True)
+            part.compile(**options)
     return model
 
 
@@ -457,13 +458,22 @@ def test_what_graphs_write_into_is_known_to_stay_where_it_is(predictor: str) -> 
 # --------------------------------------------------------------------------------------- inductor
 
 
-@pytest.mark.parametrize("how", ["wrapped", "blocks"])
-def test_inductor(how: str) -> None:
+@pytest.mark.filterwarnings("ignore:TypedStorage:UserWarning")  # torch, of itself
+@pytest.mark.parametrize(
+    ("how", "mode"),
+    [
+        ("wrapped", None),
+        ("blocks", None),
+        ("in place", "reduce-overhead"),
+        ("wrapped", "max-autotune"),
+    ],
+)
+def test_inductor(how: str, mode: str | None) -> None:
     toy = build("single", depth=2)
     schedule = uniform(toy, 2, "taylor")
     with torch.inference_mode():
         under_schedule = expected(toy, schedule)
-        model = compiled(toy, how, "inductor")
+        model = compiled(toy, how, "inductor", mode=mode)
         with sc.cached(model, schedule):
             assert close([denoised(model, seed) for seed in (0, 1)], under_schedule, atol=1e-4)
 

@@ -131,6 +131,16 @@ class ReusedLayer:
         on_host: Keep values in host memory.
     """
 
+    # More attributes than Python finds quickly in a dict.
+    __slots__ = (
+        *("_call", "_check_finite", "_computed", "_due", "_last_uses", "_never_reused", "_order"),
+        *("_older_weight", "_path", "_positions", "_gains", "_residual", "_reusable_from"),
+        *("_on_host", "_tally", "_weights", "following", "inner"),
+        *("_kept", "_lost_in", "_not_finite", "_number", "_passes", "_spent_after", "_use"),
+        *("_writes", "ran", "ran_before"),
+        *("_active", "_here", "_in_graphs", "_is_seen", "_known_uses", "_missed", "_slots"),
+    )
+
     def __init__(
         self,
         path: str,
