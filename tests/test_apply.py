@@ -572,3 +572,27 @@ def test_layers_with_odd_outputs(predictor: str) -> None:
         got = sample(toy)
     assert run.summary().reused == schedule.reused
     assert same(plain[0], got[0]) and not same(plain, got)
+
+
+def test_a_denoiser_that_calls_another() -> None:
+    """After the inner call the outer one goes on: its later layers are kept and reused, too."""
+    inner = build("single", depth=1)
+
+    class Outer(Toy):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            c = self.condition(t, y)
+            h = self.blocks[0](self.x_embedder(x), c)
+            h = h + inner(x, t, y)
+            return self.head(self.blocks[1](h, c))
+
+    torch.manual_seed(1)
+    outer = Outer(depth=2).eval().requires_grad_(False)
+    pipe = SimpleNamespace(components={"transformer": outer, "controlnet": inner})
+    with sc.cached(pipe, sc.Schedule.uniform(pipe, 6, 2)) as run:
+        outer.generate(6)
+    assert not run.summary().never_ran
+    last = run._layers["transformer.blocks.1.mlp"]
+    assert last.ran
+    assert run.summary().computed + run.summary().reused + sum(
+        run.summary().recomputed.values()
+    ) == 6 * len(run._layers)

@@ -217,6 +217,34 @@ def test_layers_in_a_block_that_is_used_twice() -> None:
     assert run.summary().computed == uncompiled.summary().computed
 
 
+def test_blocks_and_the_layers_in_them() -> None:
+    """Where a block is reused, its layers are told; that must not compile anything anew."""
+    toy, backend = build("single", depth=2), Counting()
+    layers = [*sc.find_layers(toy, granularity="block"), *sc.find_layers(toy)]
+    schedule = uniform(toy, layers=layers)
+    under_schedule = expected(toy, schedule)
+    with sc.cached(toy, schedule):
+        toy.compile(backend=backend, fullgraph=True)
+        assert close([denoised(toy, seed) for seed in (0, 1)], under_schedule)
+    assert len(backend.graphs) == schedule.patterns + 1
+
+
+def test_a_forward_that_is_never_compiled_makes_no_compiled_model() -> None:
+    """A part with ``torch.compiler.disable`` on its forward, in a model that nobody compiles."""
+    toy = build("single", depth=1)
+
+    class Norm(nn.LayerNorm):
+        @torch.compiler.disable
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    toy.blocks[0].norm1.__class__ = Norm
+    schedule = uniform(toy)
+    with sc.cached(toy, schedule, store="cpu") as run:  # which a compiled model refuses
+        denoised(toy)
+    assert run.summary().reused == schedule.reused
+
+
 def test_a_reused_step_of_the_whole_model_runs_nothing_of_it() -> None:
     toy, backend = build("single", depth=2), Counting()
     schedule = uniform(toy, STEPS, granularity="model")

@@ -23,8 +23,9 @@ def digest(tensor: Tensor) -> Digest | None:
         return None
     values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     values = values.detach().reshape(-1).contiguous()
-    values = values.as_strided(values.shape, (1,))  # that of a number that was expanded is 0
     if values.device.type == "cpu":
+        if values.numel() == 1:  # its stride is 0 if it was expanded
+            values = values.reshape(())[None]
         return hash(values.view(torch.uint8).numpy().tobytes())
     values = values[:: values.numel() // _REDUCED + 1]
     values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)

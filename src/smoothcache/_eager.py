@@ -65,6 +65,13 @@ def has_compiled_parts(module: nn.Module) -> bool:
     return any(
         part._compiled_call_impl is not None
         or "_orig_mod" in part._modules
-        or hasattr(getattr(part.forward, "plain", part.forward), "_torchdynamo_orig_callable")
+        or _is_compiled(getattr(part.forward, "plain", part.forward))
         for part in module.modules()
     )
+
+
+def _is_compiled(forward: Callable[..., Any]) -> bool:
+    """Whether ``torch.compile`` made a function."""
+    # What torch.compiler.disable made has the same mark.
+    is_disabled = getattr(forward, "_torchdynamo_disable", False)
+    return hasattr(forward, "_torchdynamo_orig_callable") and not is_disabled

@@ -58,26 +58,12 @@ def is_plain(output: Any) -> bool:
 class Writes:
     """Notices which of the tensors that it is given a layer writes into.
 
-    A layer does not change its habits: what it does not write into in the first call, it does not
-    later. In inference mode nothing counts writes. There the contents are compared instead, in the
-    first call.
-
-    Attributes:
-        surprised: Whether the last call wrote into what was not written into before.
+    In inference mode nothing counts writes. There the contents are compared instead, in the first
+    call; a layer does not change its habits.
     """
 
     def __init__(self) -> None:
         self._habits: set[int] | None = None
-        self.surprised = False
-
-    def spared(self, given: list[Tensor]) -> list[Tensor]:
-        """The tensors, or copies of those that the layer may write into."""
-        if not self._habits and self._habits is not None:
-            return given
-        return [
-            x.detach().clone() if self._habits is None or i in self._habits else x
-            for i, x in enumerate(given)
-        ]
 
     def before(self, given: list[Tensor]) -> list[Any]:
         """What ``after`` compares with."""
@@ -97,8 +83,8 @@ class Writes:
                 is_written = i in habits
             if is_written:
                 written[i] = x
-        self.surprised = habits is not None and not habits.issuperset(written)
-        self._habits = set(written) if habits is None else habits.union(written)
+        if habits is None and any(x.is_inference() for x in given):
+            self._habits = {i for i, x in written.items() if x.is_inference()}
         return written
 
 
@@ -223,15 +209,21 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def kept_of(leaf: Any, base: Tensor | None) -> Any:
-    """A value to keep: a copy of its own, that no later in-place operation can alter."""
+    """A value to keep, that no later in-place operation can alter: a copy of the leaf.
+
+    What a leaf adds to its base, which is a copy already, is made in the place of that.
+    """
     if not isinstance(leaf, Tensor):
         return leaf
-    return leaf.detach().clone() if base is None else minus(leaf, base)
+    if base is None:
+        return leaf.detach().clone()
+    is_same = base.dtype == leaf.dtype
+    return torch.sub(leaf.detach(), base, out=base) if is_same else minus(leaf, base)
 
 
 def minus(leaf: Tensor, base: Tensor) -> Tensor:
     """What was added to a base, in the dtype of the sum (autocast may have changed it)."""
-    return (leaf.detach() - base.detach()).to(leaf.dtype)
+    return (leaf.detach() - base).to(leaf.dtype)
 
 
 def plus(value: Any, base: Tensor | None, dtype: torch.dtype | None) -> Any:

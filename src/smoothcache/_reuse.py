@@ -218,8 +218,9 @@ class ReusedLayer:
         A block that is used twice may be reused in the first use alone; the layers in it then run
         for the first time in its second.
         """
-        self._lost_in = self._call.number
-        if self._in_graphs and not self._passes:
+        if not self._in_graphs:
+            self._lost_in = self._call.number
+        elif not self._passes:  # graphs must not read a number that is another at every call
             self._known_uses = self._use
         self._passes = True
 
@@ -410,15 +411,13 @@ class ReusedLayer:
         form = form_of(given)
         marks = self._writes.before(given)
         inputs: list[Tensor] = []
-        if self._residual:
-            inputs = [x for x in self._writes.spared(given) if x.is_floating_point()]
+        if self._residual:  # copies, because the block may write into its input
+            inputs = [x.detach().clone() for x in given if x.is_floating_point()]
         output = forward(*args, **kwargs)
         written = self._writes.after(given, marks)
         leaves, rebuild = taken_apart(output)
         if written or not isinstance(output, Tensor):
             self._refuse_side_effects(list(written.values()), output, leaves)
-        if self._residual and self._writes.surprised:
-            return output  # what the layer was given is lost
         swapped: Tensor | None = None
         bases: list[Tensor | None] = [None] * len(leaves)
         if self._residual:

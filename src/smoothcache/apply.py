@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -16,7 +16,7 @@ from ._attach import Attachment
 from ._checks import listed
 from ._reuse import OTHER_SHAPES, Call, ReusedLayer, Tally
 from .clock import Tick
-from .denoisers import noise_scheduler, warn_of_randomness
+from .denoisers import find_denoisers, noise_scheduler, warn_of_randomness
 from .errors import (
     InvalidArgumentError,
     ScheduleMismatchError,
@@ -117,8 +117,8 @@ class Run:
         self.schedule = schedule
         self._on_host = store == "cpu"
         self._tally = Tally()
-        self._call = Call()
         layers = schedule.layers or ()
+        self._call_of = {name: Call() for name in find_denoisers(model)}  # one may call another
         self._layers = {layer.path: self._reused(layer, check_finite) for layer in layers}
         self._shapes: dict[tuple[str, int | None], Any] = {}  # of a branch in this generation
         self._seen: dict[tuple[str, int | None], Any] = {}  # those that there are slots for
@@ -140,7 +140,9 @@ class Run:
         )
         self._clock = attachment.clock
         self._denoisers = attachment.denoisers
-        self._by_denoiser = _by_denoiser(self._layers, list(attachment.denoisers))
+        self._by_denoiser: dict[str, list[ReusedLayer]] = {name: [] for name in self._call_of}
+        for path, reused in self._layers.items():
+            self._by_denoiser[_denoiser_of(path, self._call_of)].append(reused)
         for chain in self._by_denoiser.values():
             for layer, following in pairwise(chain):
                 layer.following = following
@@ -153,7 +155,7 @@ class Run:
             layer.path,
             row.computed,
             row.predictor,
-            self._call,
+            self._call_of[_denoiser_of(layer.path, self._call_of)],
             self._tally,
             positions=axis_positions(axis, schedule.num_steps, schedule.noise_levels),
             gains=row.gains,
@@ -235,7 +237,7 @@ class Run:
         reason = self._refresh(denoiser, tick, branch, args, kwargs)
         self._refuse_host_memory()
         must_be_seen = self._is_compiled and self._must_be_seen(denoiser, branch)
-        self._call.begin(tick.step, branch, reason)
+        self._call_of[denoiser].begin(tick.step, branch, reason)
         if self._is_compiled:
             for layer in self._by_denoiser[denoiser]:
                 layer.begin_in_graphs(is_seen=must_be_seen)
@@ -247,9 +249,9 @@ class Run:
         """Lets the layers run as they are until the next call."""
         self._end_call(denoiser)
         if self._seen and any(layer.must_be_seen for layer in self._by_denoiser[denoiser]):
-            self._seen.pop((denoiser, self._call.branch), None)
+            self._seen.pop((denoiser, self._call_of[denoiser].branch), None)
         if self._tally.reused > self._reused_before_call:
-            self._reusing.add((denoiser, self._call.branch))
+            self._reusing.add((denoiser, self._call_of[denoiser].branch))
         if tick.step == self.schedule.num_steps - 1:
             self._drop_what_found_no_use(denoiser)
             self._warn_of_what_did_nothing()
@@ -272,11 +274,11 @@ class Run:
         return self._attachment is not None and self._attachment.is_compiled
 
     def _end_call(self, denoiser: str) -> None:
-        self._call.number = 0
+        self._call_of[denoiser].number = 0
         if self._is_compiled:
             for layer in self._by_denoiser[denoiser]:
                 layer.end_in_graphs()
-        elif self._call.was_traced and self._attachment is not None:
+        elif self._call_of[denoiser].was_traced and self._attachment is not None:
             self._attachment.is_compiled = True
 
     # ---------------------------------------------------------------------------- generations
@@ -312,9 +314,9 @@ class Run:
         Nobody says which call is the last. As many as in the step before are expected; a branch
         that was left out there, and comes back in the very last step, is computed.
         """
-        if self._call.branch is not None:
+        if self._call_of[denoiser].branch is not None:
             for layer in self._by_denoiser[denoiser]:
-                layer.forget(self._call.branch)
+                layer.forget(self._call_of[denoiser].branch)
         last = self.schedule.num_steps - 1
         stages = (self._clock.stages(last) or 1) / (self._clock.stages(last - 1) or 1)
         if self._calls >= self._calls_before * stages:
@@ -452,15 +454,6 @@ def _shapes(arguments: Any) -> list[Any]:
     return [(x.shape, x.dtype, x.device) for x in leaves if isinstance(x, Tensor)]
 
 
-def _by_denoiser(
-    layers: dict[str, ReusedLayer], denoisers: list[str]
-) -> dict[str, list[ReusedLayer]]:
-    """The layers of each denoiser; the prefix of the only one is empty."""
-    return {
-        name: [
-            layer
-            for path, layer in layers.items()
-            if f"{path}.".startswith(f"{name}." * bool(name))
-        ]
-        for name in denoisers
-    }
+def _denoiser_of(path: str, denoisers: Iterable[str]) -> str:
+    """The denoiser that a layer belongs to; the prefix of the only one is empty."""
+    return next(name for name in denoisers if f"{path}.".startswith(f"{name}." * bool(name)))
