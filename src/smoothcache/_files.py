@@ -53,8 +53,8 @@ class Value:
         self, problem: str, remedy: str = "Correct the file, or make and save it anew."
     ) -> FileFormatError:
         """The error to raise about this value."""
-        where = f"{self.file}: {self.place}" if self.place else self.file
-        return FileFormatError(f"{where}: {problem}. {remedy}")
+        where = f"{self.file}: {_shortened(self.place)}" if self.place else self.file
+        return FileFormatError(f"{where}: {_shortened(problem)}. {remedy}")
 
     def text(self) -> str:
         if not isinstance(self.raw, str):
@@ -192,6 +192,11 @@ def _compact(value: object) -> str:
 def _shown(raw: object) -> str:
     text = json.dumps(raw, default=repr)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _shortened(text: str) -> str:
+    """A text that may quote a file at length, cut in the middle to what a message can hold."""
+    return text if len(text) <= 400 else f"{text[:200]} ... {text[-180:]}"
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._files import Value, parse_json
 from ._gains import Recorder, Trajectory, fit_gains
 from .apply import cached
 from .denoisers import find_denoisers
@@ -365,28 +366,33 @@ class _Journal:
         """What the file knows; a new one is begun if there is none."""
         if not path.parent.is_dir():
             raise FileNotFoundError(f"the folder of the journal '{path}' is missing.")
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        if not text:
+        content = path.read_bytes() if path.is_file() else b""
+        if not content:
             self._append(self._head)
             return {}, {}
-        lines = text.splitlines()
-        if lines[0] != self._head:
+        head, *lines = content.split(b"\n")
+        if head != self._head.encode():
             raise InvalidArgumentError(
                 f"the journal '{path}' is of another search (another model, sampler, number of "
                 "steps or objective); remove it, or name another file"
             )
-        known, gains = {}, {}
-        for line in lines[1:]:
-            try:
-                name, key, *rest = json.loads(line)
-            except ValueError:  # the line that an interruption cut short
+        # What follows the last line break is a line that an interruption cut short, or nothing.
+        known: dict[tuple[str, str, int], float] = {}
+        gains: dict[tuple[str, str], list[float]] = {}
+        for number, line in enumerate(lines[:-1], start=2):
+            if not line:
                 continue
-            if len(rest) == 1:
-                gains[name, key] = [float(gain) for gain in rest[0]]
+            entry = parse_json(line, f"{path}, line {number}")
+            fields = entry.items()
+            if len(fields) not in (3, 4):
+                raise entry.error(f"expected 3 or 4 entries, got {len(fields)}")
+            name, key = fields[0].text(), fields[1].text()
+            if len(fields) == 3:
+                gains[name, key] = fields[2].list_of(Value.number)
             else:
-                known[name, key, rest[0]] = float(rest[1])
-        if not text.endswith("\n"):
-            self._append("")
+                known[name, key, fields[2].integer()] = _error_of(fields[3])
+        if lines[-1]:
+            os.truncate(path, len(content) - len(lines[-1]))
         return known, gains
 
     def _append(self, line: str) -> None:
@@ -404,6 +410,11 @@ class _Journal:
                 stacklevel=2,
             )
             self._path = None
+
+
+def _error_of(value: Value) -> float:
+    """A distance in a journal, which is infinite where a sample was not finite."""
+    return math.inf if value.raw == math.inf else value.number()
 
 
 def join_processes() -> None:
