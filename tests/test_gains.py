@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from reference import same
 from torch import Tensor, nn
 from toys import Toy, build
@@ -197,3 +199,48 @@ def test_no_gain_holds() -> None:
     whole = outputs(sc.Row(computed, "taylor"))[2]
     assert torch.allclose(held, none, atol=1e-6)
     assert not torch.allclose(held, whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 6])
+def test_guidance_that_begins_in_the_middle(first: int) -> None:
+    model = Curve(lambda t: 1 + t + 0.6 * t**2)
+
+    def sample(i: int, num_inference_steps: int = STEPS) -> Tensor:
+        x = torch.randn(1, 6, generator=torch.Generator().manual_seed(i))
+        for step in range(num_inference_steps):
+            t = torch.tensor(1 - step / num_inference_steps)
+            output = model(x, t, torch.tensor([[2.0]]))
+            if step >= first:  # the second call of a step, from here on
+                without = model(x, t, torch.tensor([[0.5]]))
+                output = without + 3 * (output - without)
+            x = x - output / num_inference_steps
+        return x
+
+    row = fitted(model, sample, sc.Row(COMPUTED, "taylor"))
+    assert row.gains is not None and all(map(math.isfinite, row.gains))
+
+
+def test_a_search_with_guidance_that_begins_in_the_middle() -> None:
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8
+    ).eval()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+
+    @torch.no_grad()
+    def sample(i: int) -> Tensor:
+        x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i))
+        for step in range(8):
+            t = torch.tensor([900 - 100 * step])
+            output = model(x, t, torch.tensor([1])).sample
+            if step >= 1:
+                output = 3 * output - 2 * model(x, t, torch.tensor([1000])).sample
+            x = x - 0.1 * output
+        return x
+
+    schedule = sc.search(model, sample, speedup=1.6, max_cost=30, progress=False)
+    with torch.no_grad(), sc.cached(model, schedule) as run:
+        sample(0)
+    assert run.summary().finished == 1

@@ -97,3 +97,38 @@ def test_a_predictor_over_the_noise_level_is_exact_for_polynomials_in_it(name: s
     weights = extrapolation_weights(known, places[3])
     predicted = sum(w * polynomial(x) for w, x in zip(weights, known, strict=True))
     assert predicted == pytest.approx(polynomial(places[3]))
+
+
+def held(known: list[float], at: float, values: list[float]) -> float:
+    weights = extrapolation_weights(known, at)
+    assert len(weights) == len(known)
+    return sum(w * v for w, v in zip(weights, values, strict=True))
+
+
+def test_of_two_levels_beyond_the_clip_the_newer_value_is_used() -> None:
+    noise = (1.0, 0.99999, 0.5, 0.1)  # the first two are beyond the clip of 1e-4
+    places = axis_positions("log_snr", 4, noise)
+    assert places[0] == places[1]
+    assert held(places[:2], places[2], [7.0, 9.0]) == 9.0
+    line = held(places[1:3], places[3], [9.0, 3.0])
+    assert held(places[:3], places[3], [7.0, 9.0, 3.0]) == pytest.approx(line)
+
+
+def test_at_the_position_of_the_newest_value_that_value_is_used() -> None:
+    places = axis_positions("log_snr", 3, (0.5, 1e-5, 0.0))
+    assert held(places[:2], places[2], [7.0, 9.0]) == 9.0
+
+
+@given(
+    known=st.lists(st.integers(0, 4), min_size=1, max_size=4).map(sorted),
+    ahead=st.integers(0, 4),
+    gain=st.sampled_from([1.0, 0.5, 1.5]),
+)
+def test_coinciding_positions_lower_the_order(known: list[int], ahead: int, gain: float) -> None:
+    at = known[-1] + ahead
+    weights = extrapolation_weights(known, at, gain)
+    newest = {position: i for i, position in enumerate(known)}
+    assert all(weights[i] == 0 for i in range(len(known)) if i not in newest.values())
+    without = extrapolation_weights(sorted(newest), at, gain)
+    assert [weights[newest[x]] for x in sorted(newest)] == pytest.approx(without)
+    assert sum(weights) == pytest.approx(1)

@@ -162,17 +162,22 @@ class _Player(_Listener):
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         place = (self._step, self._branch)
-        if not self.row.computed[self._step]:
-            leaves, rebuild = self._predicted()
-        else:
+        steps = self._steps_to_predict_from()
+        if steps and not self.row.computed[self._step]:
+            leaves, rebuild = self._predicted(steps)
+        else:  # also at the first call of a branch that begins in mid-generation
             if place not in self._known:
                 self._known[place] = taken_apart(forward(*args, **kwargs))
             leaves, rebuild = self._known[place]
         return rebuild([x.clone() if isinstance(x, Tensor) else x for x in leaves])
 
-    def _predicted(self) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-        computed = [s for s in range(self._step) if self.row.computed[s]]
-        steps = computed[-self._order - 1 :]
+    def _steps_to_predict_from(self) -> list[int]:
+        """The last steps before this one at which the branch was computed."""
+        branch = self._branch
+        known = (s for s, of in self._known if of == branch and s < self._step)
+        return sorted(known)[-self._order - 1 :]
+
+    def _predicted(self, steps: list[int]) -> tuple[list[Any], Callable[[list[Any]], Any]]:
         kept = [self._known[step, self._branch] for step in steps]
         gain = 1.0 if self.row.gains is None else self.row.gains[self._step]
         places = [self._axis[step] for step in steps]

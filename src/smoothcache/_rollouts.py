@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from ._files import Value, parse_json
 from ._gains import Recorder, Trajectory, fit_gains
-from .apply import cached
+from .apply import NEVER_SEEN, cached
 from .denoisers import find_denoisers
 from .errors import InvalidArgumentError, SmoothCacheWarning
 from .predictors import PREDICTORS
@@ -206,8 +206,8 @@ class Rollouts:
         return [self._journal.known[name, candidate.key, i] for candidate, i in runs]
 
     def _judged(self, output: Any, reference: Any) -> float:
-        """What the objective says; infinite if the output is not finite."""
-        if not _is_finite(output):
+        """What the objective says; infinite if there is no output, or it is not finite."""
+        if output is None or not _is_finite(output):
             return math.inf
         value = self._objective(output, reference)
         try:
@@ -230,10 +230,13 @@ class Rollouts:
         return options
 
     def _run(self, candidate: Candidate, i: int) -> Any:
+        """The output of a generation; None if a branch began at a step planned for reuse."""
         schedule = candidate.schedule
         with cached(self._model, schedule) if schedule else nullcontext() as run:
             output = self._sample(i, **self._options(candidate))
         if run is not None and (reasons := run.summary().recomputed):
+            if set(reasons) == {NEVER_SEEN}:  # guidance began at a step that was to reuse
+                return None
             raise InvalidArgumentError(
                 f"under {candidate.name!r}, sample({i}) had to compute what was planned for reuse "
                 f"({', '.join(reasons)}), so its cost cannot be promised; see run.summary()"

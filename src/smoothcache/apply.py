@@ -29,7 +29,7 @@ from .schedule import Schedule
 from .summary import Summary
 
 Store = Literal["device", "cpu"]
-_NEVER_SEEN = "no value had been computed for this call"
+NEVER_SEEN = "no value had been computed for this call"
 _NOT_VOUCHED = "it could have been another generation's value"
 _NOT_TOLD = "the calls of a step could not be told apart"
 
@@ -293,7 +293,7 @@ class Run:
         known = self._shapes.get((denoiser, branch), shapes)
         self._shapes[denoiser, branch] = shapes
         if tick.vouched and known == shapes:
-            return _NEVER_SEEN
+            return NEVER_SEEN
         for layer in self._by_denoiser[denoiser]:
             layer.forget(branch)
         return OTHER_SHAPES if known != shapes else _NOT_VOUCHED

@@ -74,11 +74,16 @@ def axis_positions(axis: Axis, steps: int, noise_levels: Sequence[float] | None)
 def extrapolation_weights(known: Sequence[float], at: float, gain: float = 1.0) -> list[float]:
     """Weights of the values at ``known`` in what is predicted at ``at`` (Lagrange).
 
+    Where positions coincide, only the newest of them counts, and the degree is lower by one for
+    each of the others. That happens on the log-SNR axis beyond the clip at pure noise.
+
     Example:
         >>> extrapolation_weights([0, 2], at=3)
         [-0.5, 1.5]
         >>> extrapolation_weights([0, 2], at=3, gain=2)
         [-1.0, 2.0]
+        >>> extrapolation_weights([0, 2, 2], at=3)
+        [-0.5, 0.0, 1.5]
 
     Args:
         known: Positions of the computed values, the newest last.
@@ -89,14 +94,19 @@ def extrapolation_weights(known: Sequence[float], at: float, gain: float = 1.0) 
     Returns:
         Weights that sum to 1.
     """
-    weights = [
-        math.prod((at - other) / (here - other) for other in known if other != here)
-        for here in known
-    ]
+    weights = [0.0] * len(known)
+    distinct = [i for i, here in enumerate(known) if not _is_close_to_any(here, known[i + 1 :])]
+    for i in distinct:
+        others = (known[j] for j in distinct if j != i)
+        weights[i] = math.prod((at - other) / (known[i] - other) for other in others)
     if gain == 1:
         return weights
     older = [gain * weight for weight in weights[:-1]]
     return [*older, 1 - sum(older)]
+
+
+def _is_close_to_any(here: float, others: Sequence[float]) -> bool:
+    return any(math.isclose(here, other, rel_tol=1e-9, abs_tol=1e-9) for other in others)
 
 
 def last_uses(computed: Sequence[bool], order: int) -> list[int | None]:
