@@ -12,11 +12,13 @@ import subprocess
 import sys
 import warnings
 import wave
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from made_up import calibration_of, layers_of
 from rich.console import Console
 from tiny_pipeline import build_audio_pipeline, build_clip_pipeline, save_pipeline
 from typer.testing import CliRunner
@@ -538,3 +540,33 @@ def test_benchmark_refuses_what_makes_no_sense(model: Path, tmp_path: Path) -> N
     assert "no folder" in refused(*base, "-o", tmp_path / "none" / "x.json")
     assert ".png" in refused(*base, "--picture", tmp_path / "x.gif")
     assert "class label" in refused("benchmark", model)
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_plan_names_the_limit_of_bytes_if_that_is_why_nothing_is_reused(
+    limit: int, calibration: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "s.json"
+    options = ("plan", calibration, "--alpha", 10, "-o", out)
+    assert succeed(*options).stderr == ""
+    line = succeed(*options, "--max-bytes", limit).stderr
+    assert f"fit in {limit} bytes; take a larger --max-bytes" in line and "alpha" not in line
+
+
+def test_a_joint_benchmark_needs_something_to_search_for() -> None:
+    assert "add --search" in refused("benchmark", "unused", "--joint")
+
+
+def test_the_smallest_error_of_two_denoisers_that_take_turns() -> None:
+    errors = np.full((1, 4, 1, 8), 0.2)
+    errors[:, :2, :, 4:] = np.nan  # the layers of the first denoiser run in the first half
+    errors[:, 2:, :, :4] = np.nan
+    errors[:, 2:, :, 5:] = 0.1
+    errors[..., 0] = np.nan
+    layers = [
+        replace(layer, path=f"{name}.{layer.path}", kind=f"{name}_{layer.kind}")
+        for name in ("high", "low")
+        for layer in layers_of(1)
+    ]
+    measured = calibration_of(errors, samples=1, layers=layers, max_gap=1, steps=8)
+    assert tables.smallest_error(measured) == pytest.approx(0.1)

@@ -24,9 +24,12 @@ _WIDEST_MAP = 60  # steps of a schedule that fit on a line beside the other colu
 
 
 def smallest_error(calibration: Calibration) -> float:
-    """The smallest error of a reuse with gap 1 where a schedule may reuse; averaged by kind."""
+    """The smallest error of a reuse with gap 1 where a schedule may reuse; averaged by kind.
+
+    Steps at which a kind does not run, because another denoiser does, have no error.
+    """
     first = [calibration.curve(gap=1, kind=kind).mean[1:-1] for kind in calibration.kinds]
-    return float(np.min(np.concatenate(first), initial=np.inf))
+    return float(np.nanmin(np.concatenate(first), initial=np.inf))
 
 
 def kinds(layers: Sequence[CacheLayer], total: int) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -445,15 +446,16 @@ def plan(
     measured = Calibration.load(calibration)
     if steps is not None:
         measured = measured.resample(steps)
-    schedule = plan_threshold(
+    planned = partial(
+        plan_threshold,
         measured,
         alpha=alpha,
         per=per.value,
         max_gap=max_gap,
         predictor=predictor,
         patterns=patterns,
-        max_bytes=max_bytes,
     )
+    schedule = planned(max_bytes=max_bytes)
     _check_output_file(output)
     if picture is not None:
         kind = _picture_kind(picture)
@@ -478,7 +480,12 @@ def plan(
     _print(tables.schedule_line(schedule))
     _print(tables.schedule_table(schedule))
     _print(f"written to {output}" + ("" if picture is None else f" and {picture}"))
-    if schedule.is_all_compute:
+    if schedule.is_all_compute and max_bytes is not None and not planned().is_all_compute:
+        _to_stderr(
+            f"note: nothing is reused, as no layer's outputs fit in {max_bytes} bytes; "
+            "take a larger --max-bytes"
+        )
+    elif schedule.is_all_compute:
         _to_stderr(
             f"note: nothing is reused, as no error is below {alpha:g}; take a larger alpha "
             f"(the smallest error measured is {tables.smallest_error(measured):.3g})"
@@ -802,6 +809,11 @@ def benchmark(
     from .plots import plot_methods
 
     budgets = methods.checked_budgets(search or ())
+    if joint and not budgets:
+        raise InvalidArgumentError(
+            "--joint says how to search, and nothing is searched for; add --search 0.5, say, for "
+            "half the multiply-accumulates."
+        )
     if output is not None:
         _check_output_file(output)
     kind = None if picture is None else _picture_kind(picture)
