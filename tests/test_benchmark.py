@@ -200,3 +200,13 @@ def test_families_are_faced_unless_they_are_kept_apart() -> None:
 def test_nothing_to_compare_is_no_verdict() -> None:
     (verdict,) = RESULT.verdicts((0.1,), [Aim("psnr", ("search",))])
     assert verdict.is_met is None and verdict.own is None and verdict.rival is None
+
+
+@pytest.mark.parametrize("granularity", ["block", "model"])
+def test_schedules_of_any_granularity_are_counted(toy: Toy, case: Case, granularity: Any) -> None:
+    coarse = sc.Schedule.uniform(toy, STEPS, 4, granularity=granularity)
+    methods = [Method("coarse", "uniform", lambda: case.under(coarse))]
+    result = run_benchmark(case, methods, converged=False, progress=False)
+    assert not result.failures
+    compute = result.rows[1].compute
+    assert compute is not None and 1 / 4 <= compute < 1 / 2

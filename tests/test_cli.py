@@ -570,3 +570,27 @@ def test_the_smallest_error_of_two_denoisers_that_take_turns() -> None:
     ]
     measured = calibration_of(errors, samples=1, layers=layers, max_gap=1, steps=8)
     assert tables.smallest_error(measured) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block", "model"])
+def test_comparing_a_schedule_of_any_granularity(
+    model: Path, tmp_path: Path, granularity: Any
+) -> None:
+    from diffusers import DiTPipeline
+
+    file = tmp_path / "coarse.json"
+    pipeline = DiTPipeline.from_pretrained(model)
+    Schedule.uniform(pipeline, STEPS, 2, granularity=granularity).save(file)
+    options = ("--class-label", 1, "--steps", STEPS, "--json")
+    shown = json.loads(succeed("compare", model, "--schedule", file, *options).stdout)
+    costs = {row["name"]: row["compute"] for row in shown["rows"]}
+    assert costs["uncached"] == 1 and 0.5 <= costs["coarse"] < 1
+
+
+def test_comparing_what_was_searched(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    options = ("--class-label", 1, "--steps", STEPS)
+    succeed("search", model, "-o", file, "--compute", 0.6, "--max-cost", 20, *options)
+    shown = json.loads(succeed("compare", model, "--schedule", file, *options, "--json").stdout)
+    cost = {row["name"]: row["compute"] for row in shown["rows"]}["found"]
+    assert cost == pytest.approx(Schedule.load(file).compute, abs=0.02)

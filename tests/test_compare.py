@@ -361,3 +361,25 @@ def _breaks(sample: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor
         return sample(i, num_steps)
 
     return broken
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block", "model"])
+def test_the_cost_of_a_schedule_of_any_granularity_is_counted(toy: Toy, granularity: str) -> None:
+    variants = [Variant(f"every {n}", every(toy, n, granularity=granularity)) for n in (2, 4)]
+    result = compare(toy, sampler(toy), variants, num_steps=STEPS, progress=False)
+    fractions = {2: 1 / 2, 4: 1 / 4}
+    for n, fraction in fractions.items():
+        compute = result.row(f"every {n}").compute
+        assert compute is not None and fraction <= compute < (1 if granularity == "layer" else 0.8)
+        if granularity == "model":
+            assert compute == fraction
+    assert set(result.rivals) == {"every 2", "every 4"}
+
+
+def test_a_schedule_that_reuses_all_there_is_has_a_cost_of_its_own(toy: Toy) -> None:
+    computed = tuple(step == 0 for step in range(STEPS))
+    (layer,) = sc.find_layers(toy, granularity="model")
+    once = sc.Schedule(STEPS, {layer.path: sc.Row(computed)}, (layer,))
+    result = compare(toy, sampler(toy), [Variant("once", once)], num_steps=STEPS, progress=False)
+    assert result.row("once").compute == 1 / STEPS
+    assert result.rivals == {"once": "1 step"}

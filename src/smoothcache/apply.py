@@ -100,8 +100,17 @@ def _enabled(
     if store not in get_args(Store):
         raise InvalidArgumentError(f"store must be 'device' or 'cpu', got {store!r}.")
     warn_of_randomness(model, stacklevel)
+    return Run(model, bound_schedule(model, schedule), check_finite, store)
+
+
+def bound_schedule(model: Any, schedule: Schedule) -> Schedule:
+    """The schedule for exactly this model's layers.
+
+    Raises:
+        ScheduleMismatchError: If it does not fit the model.
+    """
     layers = find_layers(model) if schedule.layers is None else schedule.layers
-    return Run(model, schedule.bind(layers, identify(model)), check_finite, store)
+    return schedule.bind(layers, identify(model))
 
 
 class Run:

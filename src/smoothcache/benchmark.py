@@ -303,7 +303,10 @@ def _run(trial: Trial, i: int, num_generations: int) -> None:
     way = trial.way
     is_counted = i == 0 or way.varies
     if is_counted:
-        trial.count(i)
+        trial.count(i, weigh=i == 0)
+        if trial.recomputed:
+            reasons = "; ".join(trial.recomputed)
+            raise InvalidArgumentError(f"'{trial.name}' had to compute after all: {reasons}.")
     leaks_if_it_differs = way.is_foreign and i == 0
     is_repeated = num_generations == 1 or leaks_if_it_differs or (way.varies and i <= TIMED)
     if not is_counted or is_repeated:
@@ -331,8 +334,7 @@ def _row(
     if converged is not None and "psnr" in case.measures:
         values["converged_psnr"] = case.measures["psnr"](samples, converged)
     known = {name: value.double() for name, value in values.items() if value is not None}
-    timed = trial.seconds.keys() & reference.seconds.keys()
-    ratios = [trial.seconds[i] / reference.seconds[i] for i in sorted(timed)]
+    ratios = trial.time_ratios(reference)
     known_margins = {name: _half_width(value) for name, value in known.items()}
     known_margins["time"] = _half_width(torch.tensor(ratios, dtype=torch.float64))
     beyond = 0 if trial.way.schedule else reference.kept  # what sampling itself keeps
@@ -342,7 +344,7 @@ def _row(
         trial.name,
         family=trial.family,
         steps=trial.way.num_steps,
-        compute=statistics.mean(trial.macs) / statistics.mean(reference.macs),
+        compute=trial.compute(reference),
         time=statistics.median(ratios),
         peak_bytes=max(0, trial.kept - beyond),
         margins={name: x for name, x in known_margins.items() if math.isfinite(x) and x > 0},

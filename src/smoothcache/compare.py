@@ -7,7 +7,8 @@ with as many fewer steps as cost the same: a cache that does not beat that is of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,18 +17,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._checks import check_count, listed
-from ._contest import Contest, Sample, Score
 from ._modality import Modality, modality_of
 from ._optional import optional_module
-from .apply import cached
-from .calibrate import calibrate
-from .calibration import Calibration, student_t_95
+from ._trial import Trial, Way
+from .apply import bound_schedule
+from .calibration import student_t_95
+from .denoisers import find_denoisers
 from .errors import InvalidArgumentError
-from .report import Report, ReportRow
-from .schedule import Schedule, compute_fraction
+from .report import COLUMNS, Report, ReportRow
+from .schedule import Schedule
 
+Sample = Callable[[int, int], Tensor]
+Score = Callable[[Tensor], float]
+ACCURACY = "_accuracy"
 REFERENCE = "uncached"
-WARM_UP_STEPS = 4
 HIGHEST_DECIBELS = 150.0  # taken for identical samples where differences are averaged
 SCORES = ("class_accuracy", "label_divergence", "frechet_distance")
 QUOTED = {
@@ -243,9 +246,11 @@ def compare(
 ) -> Comparison:
     """Samples without a cache, with each variant, and with fewer steps of the same cost.
 
-    All ways of sampling take turns generation by generation, after a short warm-up that also
-    counts MACs, so that wall-clock ratios suffer little from what else the machine does; each
-    ratio is the median over generations of the time against the uncached generation beside it.
+    In generation 0 of every way its multiply-accumulates are counted while they run. Then all take
+    turns, generation by generation, so that wall-clock ratios suffer little from what else the
+    machine does; each ratio is the median over generations of the time against the uncached
+    generation beside it. Counting takes time, so generation 0 is timed only if it is the only one,
+    in a second run.
 
     Args:
         model: A diffusers pipeline (all of its denoisers) or any module.
@@ -297,71 +302,112 @@ def compare(
     _check_variants(variants)
     optional_module("torchmetrics.functional.image", extra="metrics")
 
-    warm_up = min(num_steps, WARM_UP_STEPS)
-    costs = calibrate(model, lambda i: sample(i, warm_up), 1, max_gap=1, progress=False)
-    schedules = {x.name: _bound(model, x.schedule) for x in variants if x.schedule}
-    reference = Contest(REFERENCE, num_steps)
-    reference.run(model, sample, 0, reference)
-    contests, rivals = _line_up(variants, schedules, reference, costs)
-    turns = [(i, contest) for i in range(num_samples) for contest in contests][1:]
+    schedules = {x.name: bound_schedule(model, x.schedule) for x in variants if x.schedule}
+    denoisers = tuple(find_denoisers(model).values())
+
+    def way(asked: int, schedule: Schedule | None = None) -> Way:
+        return Way(lambda i: sample(i, asked), denoisers, asked, model, schedule, asks=True)
+
+    reference = Trial(REFERENCE, "", way(num_steps))
+    _count(reference, reference)
+    own: dict[str, Trial] = {}
+    with tqdm(variants, "counting", unit="run", disable=not progress) as bar:
+        for variant in bar:
+            schedule = schedules.get(variant.name)
+            asked = variant.num_steps or num_steps
+            if schedule is not None and schedule.num_steps != reference.steps:
+                asked = schedule.num_steps
+            own[variant.name] = Trial(variant.name, "", way(asked, schedule), reference)
+            _count(own[variant.name], reference)
+    rivals = _rivals(own, reference, way)
+    trials = _in_order(reference, own, rivals)
+    turns = [(i, trial) for i in range(min(1, num_samples - 1), num_samples) for trial in trials]
     with tqdm(turns, "comparing", unit="run", disable=not progress) as bar:
-        for i, contest in bar:
-            contest.run(model, sample, i, reference)
+        for i, one in bar:
+            one.time(i)
     return Comparison(
-        rows=tuple(contest.row(reference, scores) for contest in contests),
-        images={contest.name: torch.cat(contest.images) for contest in contests},
-        rivals=rivals,
-        recomputed={contest.name: contest.recomputed for contest in contests if contest.recomputed},
+        rows=tuple(_row(one, reference, scores) for one in trials),
+        images={one.name: torch.cat(one.samples) for one in trials},
+        rivals={name: rival.name for name, rival in rivals.items()},
+        recomputed={one.name: one.recomputed for one in trials if one.recomputed},
     )
 
 
-def _line_up(
-    variants: Sequence[Variant],
-    schedules: Mapping[str, Schedule],
-    reference: Contest,
-    costs: Calibration,
-) -> tuple[list[Contest], dict[str, str]]:
-    """All ways of sampling in the order of their rows, and the rival of each schedule."""
-    own = {variant.name: _contest(variant, schedules, reference, costs) for variant in variants}
-    plain = {x.asked: x for x in [reference, *own.values()] if x.schedule is None}
+def _count(trial: Trial, reference: Trial) -> None:
+    """Counts generation 0.
+
+    Raises:
+        InvalidArgumentError: If ``sample`` did not run the model, or not as asked, or returned
+            something else than images, clips or sounds like those of the reference.
+    """
+    trial.count(0)
+    call, asked = trial.way.call(0), reference.way.num_steps
+    if not trial.steps:
+        raise InvalidArgumentError(
+            f"{call} did not run the model from start to end under {trial.name!r}; it must run "
+            "the pipeline or module that was passed to compare."
+        )
+    if trial.steps == reference.steps and trial.way.num_steps != asked:
+        raise InvalidArgumentError(
+            f"{call} ran {trial.steps} steps, as it did when asked for {asked}; "
+            "it must run as many steps as it is asked for."
+        )
+
+
+def _rivals(
+    own: Mapping[str, Trial], reference: Trial, way: Callable[[int], Way]
+) -> dict[str, Trial]:
+    """For each schedule, plain sampling with as many fewer steps as cost the same, counted."""
+    plain = {x.way.num_steps: x for x in [reference, *own.values()] if x.way.schedule is None}
     rivals = {}
-    for name, schedule in schedules.items():
-        compute = own[name].planned * schedule.num_steps / reference.steps
-        asked = fewer_steps(compute, reference.asked)
+    for name, one in own.items():
+        if one.way.schedule is None:
+            continue
+        asked = fewer_steps(one.compute(reference), reference.way.num_steps)
         if asked not in plain:
-            plain[asked] = Contest(_free_name(asked, own), asked)
+            plain[asked] = Trial(_free_name(asked, own), "", way(asked), reference)
+            _count(plain[asked], reference)
         rivals[name] = plain[asked]
+    return rivals
+
+
+def _in_order(
+    reference: Trial, own: Mapping[str, Trial], rivals: Mapping[str, Trial]
+) -> list[Trial]:
+    """All ways of sampling in the order of their rows, a rival after its last schedule."""
     last_with = {rival.name: name for name, rival in rivals.items()}
-    contests = [reference]
-    for name, contest in own.items():
-        contests.append(contest)
+    trials = [reference]
+    for name, trial in own.items():
+        trials.append(trial)
         rival = rivals.get(name, reference)
         if rival is not reference and rival.name not in own and last_with[rival.name] == name:
-            contests.append(rival)
-    return contests, {name: rival.name for name, rival in rivals.items()}
+            trials.append(rival)
+    return trials
 
 
-def _contest(
-    variant: Variant, schedules: Mapping[str, Schedule], reference: Contest, costs: Calibration
-) -> Contest:
-    if variant.num_steps is not None:
-        return Contest(variant.name, variant.num_steps)
-    schedule = schedules[variant.name]
-    macs = {layer.path: layer for layer in costs.layers}
-    # Layers that the warm-up did not see run cost nothing.
-    layers = [macs[path] for path in schedule.rows if path in macs]
-    planned = compute_fraction(schedule.rows, layers, costs.total_macs)
-    asked = reference.asked if schedule.num_steps == reference.steps else schedule.num_steps
-    return Contest(variant.name, asked, schedule, 1.0 if planned is None else planned)
+def _row(trial: Trial, reference: Trial, scores: Mapping[str, Score]) -> ReportRow:
+    """What a way of sampling cost and how good its samples are."""
+    samples, uncached = torch.cat(trial.samples), torch.cat(reference.samples)
+    judged: dict[str, Any] = dict(modality_of(samples, "sample").measured(samples, uncached))
+    accuracies: dict[str, float] = {}
+    for name, score in scores.items():
+        place, key = (
+            (judged, name) if name in COLUMNS else (accuracies, name.removesuffix(ACCURACY))
+        )
+        place[key] = float(score(samples))
+    return ReportRow(
+        trial.name,
+        steps=trial.steps,
+        compute=trial.compute(reference),
+        time=statistics.median(trial.time_ratios(reference)),
+        seconds=statistics.mean(trial.seconds.values()) * len(trial.samples),
+        peak_bytes=trial.kept,
+        accuracies=accuracies,
+        **judged,
+    )
 
 
-def _bound(model: Any, schedule: Schedule) -> Schedule:
-    """The schedule for exactly this model's layers; refuses what does not fit before any run."""
-    with cached(model, schedule) as run:
-        return run.schedule
-
-
-def _free_name(steps: int, taken: Mapping[str, Contest]) -> str:
+def _free_name(steps: int, taken: Mapping[str, Trial]) -> str:
     name = "1 step" if steps == 1 else f"{steps} steps"
     return f"{name}, {REFERENCE}" if name in taken else name
 
