@@ -5,7 +5,7 @@
 Prints a table and, for every budget, how our search does against the best of all others. With
 ``--write``, benchmarks/results/compare_image.json and what is made of it, the tables and the
 picture of docs/which-method.md, are written anew. Caches of other packages need
-``pip install 'smoothcache[rivals]'``; one that is not installed, or does not run, is listed with
+``pip install '.[rivals]'``; one that is not installed, or does not run, is listed with
 its error.
 """
 

@@ -28,6 +28,7 @@ from smoothcache import _cli_tables as tables
 from smoothcache.cli import Modality, app
 from smoothcache.compare import Comparison
 from smoothcache.report import Report, ReportRow
+from smoothcache.version import how_to_install
 
 COMMANDS = ("demo", "inspect", "calibrate", "plan", "search", "generate", "compare", "benchmark")
 STEPS = 6
@@ -453,7 +454,7 @@ def test_a_missing_extra_is_named(
     out = tmp_path / "s.json"
     known = {"calibration": calibration, "model": model, "schedule": schedule, "out": out}
     line = refused(*(word.format(**known) for word in command.split()))
-    assert f"pip install 'smoothcache[{extra}]'" in line
+    assert how_to_install(extra) in line
     assert not out.exists()
 
 

@@ -232,7 +232,7 @@ def test_the_solver_names_the_extra_that_it_needs(
     pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchsde", None)
-    with pytest.raises(MissingPackageError, match=r"torchsde.*pip install 'smoothcache\[audio\]'"):
+    with pytest.raises(MissingPackageError, match=r"torchsde.*pip install '\.\[audio\]'"):
         third_order_sde(pipe.scheduler)
 
 

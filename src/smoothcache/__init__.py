@@ -33,3 +33,7 @@ from .search import SearchResult as SearchResult
 from .search import search as search
 from .summary import Summary as Summary
 from .version import __version__ as __version__
+from .version import refuse_namesake
+
+refuse_namesake()
+del refuse_namesake

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from .version import how_to_install
+
 NEEDED = ("typer", "rich", "click")
 
 
@@ -19,7 +21,7 @@ def main() -> None:
             raise
         sys.stderr.write(
             f"The smoothcache command needs {error.name}, which is not installed: "
-            "pip install 'smoothcache[cli]'\n"
+            f"{how_to_install('cli')}\n"
         )
         sys.exit(2)
     app(prog_name="smoothcache")

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from .errors import SmoothCacheError
+from .version import how_to_install
 
 
 class MissingPackageError(SmoothCacheError, ImportError):
@@ -26,5 +27,5 @@ def optional_module(name: str, *, extra: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise MissingPackageError(
-            f"This needs {error.name}, which is not installed: pip install 'smoothcache[{extra}]'"
+            f"This needs {error.name}, which is not installed: {how_to_install(extra)}"
         ) from error
