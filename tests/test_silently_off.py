@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from reference import STEPS, sample, times
-from toys import build
+from toys import WIDTH, build
 
 import smoothcache as sc
 from smoothcache.layers import identify
@@ -55,7 +55,7 @@ def test_blocks_without_their_denoiser_are_noticed_at_once() -> None:
     path = (run.schedule.layers or ())[0].path
     layer: Any = model.get_submodule(path)
     with pytest.warns(sc.SmoothCacheWarning, match="wrap the function"):
-        layer(torch.ones(1, 4, 8))
+        layer(torch.ones(1, 4, WIDTH))
     with pytest.warns(sc.SmoothCacheWarning, match="no generation was seen"):
         run.disable()
 
