@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import _intercept
 from ._branches import Branches
+from ._content import are_unrelated, sketch
 from ._eager import between_graphs, eagerly, has_compiled_parts, traced, uncompiled
 from ._intercept import Handler
-from .clock import Clock, Tick
+from .clock import Clock, Tick, timestep_value
 from .denoisers import (
     Signature,
     announced_timesteps,
@@ -50,6 +53,7 @@ class Attachment:
         listener: Told before and after every call of a denoiser, and of a call that failed.
         expected: The timesteps that the schedule was measured at, if known.
         planned: Steps that a generation should have, if known.
+        altered: Told when weights or adapters of a denoiser change by a method of its own.
 
     Raises:
         AlreadyCachedError: If a part of the model is intercepted already; nothing is altered.
@@ -63,6 +67,7 @@ class Attachment:
         listener: Listener,
         expected: Sequence[float] | None = None,
         planned: int | None = None,
+        altered: Callable[[], None] | None = None,
     ) -> None:
         denoisers = find_denoisers(model)
         _refuse_if_taken({**denoisers, **modules})
@@ -84,6 +89,8 @@ class Attachment:
             for name, denoiser in denoisers.items():
                 placed = _Placed(self, name, denoiser, handlers.get(name))
                 self._intercept(denoiser, placed.call, outside=True)
+                if altered is not None:
+                    _intercept.notice_changes(denoiser, altered)
             for path, module in modules.items():
                 if path not in denoisers:
                     self._intercept(module, handlers[path])
@@ -101,13 +108,33 @@ class Attachment:
             _intercept.release(self._intercepted.pop())
 
 
+class _Progress:
+    """How far a thread's generation had come at its last call; unread timesteps stay unread."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._first, self._last = clock.first_timestep, clock.last_given
+        self._sketch = clock.sketch
+
+    def could_go_on(self, timestep: float, sketch: Tensor | None) -> bool:
+        """Whether a call may be the next of this generation, and not the first of another."""
+        if timestep == self._first or are_unrelated(self._sketch, sketch):
+            return False
+        last = timestep_value(self._last, batch=0)
+        moved, moves = last - self._first, timestep - last
+        return moves != 0 and moved * moves >= 0
+
+
 class _Turn:
     """Whose generation is under way: a model serves one thread at a time."""
 
     def __init__(self) -> None:
         self._in_call = threading.RLock()
-        self._thread: int | None = None
-        self._began_at: dict[int, float] = {}  # generations that may be under way, by thread
+        self.forget()
+
+    def forget(self) -> None:
+        """Lets any thread begin."""
+        self._thread: weakref.ref[threading.Thread] | None = None
+        self._under_way: WeakKeyDictionary[threading.Thread, _Progress] = WeakKeyDictionary()
 
     def enter(self) -> None:
         """Begins a call of a denoiser."""
@@ -118,22 +145,50 @@ class _Turn:
         """Ends it."""
         self._in_call.release()
 
-    def may_take(self, tick: Tick, first_timestep: float, *, is_last: bool) -> bool:
-        """Lets the thread of a generation's first call go on with it, and no other.
+    def refuses(
+        self, timestep: float, latents: Tensor | None, *, starts: bool, is_announced: bool
+    ) -> bool:
+        """Whether this call goes on with a generation that another thread overtook.
 
-        One that another thread overtook may begin anew, where it began before, but not go on. One
-        whose generation has come to its last step may begin anywhere.
+        A thread may always begin another generation: one that was cancelled is over, but nobody
+        says so. What it was refused it does not go on with.
+
+        Args:
+            timestep: Of this call.
+            latents: Of this call.
+            starts: Whether the clock takes it for the first call of a generation.
+            is_announced: Whether a noise scheduler has just announced a generation.
         """
-        thread = threading.get_ident()
-        if thread != self._thread:
-            began_at = self._began_at.get(thread, first_timestep)
-            if not tick.starts or began_at != first_timestep:
-                return False
-        self._thread = thread
-        self._began_at[thread] = first_timestep
+        thread = threading.current_thread()
+        progress = self._under_way.get(thread)
+        seen = None if latents is None else sketch(latents)
+        refused = not starts or (
+            progress is not None and not is_announced and progress.could_go_on(timestep, seen)
+        )
+        if refused:
+            self._under_way.pop(thread, None)
+        return refused
+
+    @property
+    def is_of_another_thread(self) -> bool:
+        """Whether the last call was another thread's."""
+        return self._thread is not None and self._thread() is not threading.current_thread()
+
+    def take(self, clock: Clock, *, is_last: bool) -> None:
+        """Gives this thread the turn, until another begins a generation."""
+        thread = threading.current_thread()
+        self._thread = weakref.ref(thread)
+        self._under_way[thread] = _Progress(clock)
         if is_last:
-            del self._began_at[thread]
-        return True
+            del self._under_way[thread]
+
+    def is_of_another(self, timestep: float, latents: Tensor | None, last: Tensor | None) -> bool:
+        """Whether this thread certainly begins a generation where another's was cancelled."""
+        if latents is None:
+            return False
+        seen, progress = sketch(latents), self._under_way.get(threading.current_thread())
+        goes_on = progress is not None and progress.could_go_on(timestep, seen)
+        return not goes_on and are_unrelated(last, seen)
 
 
 class _TwoThreadsError(SmoothCacheError):
@@ -225,10 +280,19 @@ class _Placed:
         if not tick.inside:
             attachment.listener.outside()
             return tick, False
-        first, is_last = attachment.clock.first_timestep, tick.step + 1 == attachment.planned
-        if not attachment.turn.may_take(tick, first, is_last=is_last):
-            attachment.clock.restore(before)
-            raise _two_threads()
+        turn, clock = attachment.turn, attachment.clock
+        if turn.is_of_another_thread:
+            value = timestep_value(call.timestep)
+            was_under_way = before["_sketch"]
+            if not tick.starts and turn.is_of_another(value, call.latents, was_under_way):
+                clock.restore(before)
+                clock.forget()
+                tick = clock.tick(call.timestep, call.latents)
+            is_announced = clock.announced_list is not before["_list"]
+            if turn.refuses(value, call.latents, starts=tick.starts, is_announced=is_announced):
+                clock.restore(before)
+                raise _two_threads()
+        turn.take(clock, is_last=tick.step + 1 == attachment.planned)
         if tick.starts:
             for branches in attachment.branches.values():
                 branches.forget()

@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from types import MethodType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
@@ -29,6 +29,12 @@ from ._eager import between_graphs
 from .errors import AlreadyCachedError
 
 _SLOT = "_smoothcache_slot"
+_ALTERING = (
+    *("load_adapter", "load_lora_adapter", "add_adapter", "set_adapter", "set_adapters"),
+    *("enable_adapters", "disable_adapters", "enable_lora", "disable_lora", "unload_lora"),
+    *("fuse_lora", "unfuse_lora", "delete_adapters", "delete_adapter", "load_state_dict"),
+)
+"""Methods of a denoiser after which it computes something else than before."""
 _generated: WeakKeyDictionary[type, type] = WeakKeyDictionary()
 _generating = threading.Lock()
 _intercepted: WeakSet[nn.Module] = WeakSet()
@@ -50,6 +56,7 @@ class _Slot:
         self.base = base
         self.handler: Handler | None = handler
         self.context: str | None = None
+        self.altered: Callable[[], None] | None = None
         self.inside: int | None = None  # the thread that runs what is behind the handler
         self.kind = _forward_between_graphs() if outside else _Forward
         self.of_class = self.kind(self, MethodType(_class_forward(base), module))
@@ -169,6 +176,27 @@ class _ForwardOfInstance:
             slot.forward = slot.of_class
         else:
             raise AttributeError("forward")
+
+
+def _altering(base: type, name: str) -> Callable[..., Any]:
+    """A method that tells who intercepted the module that its weights or adapters changed."""
+    plain = getattr(base, name)
+
+    @wraps(plain)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return getattr(super(_generated[base], self), name)(*args, **kwargs)
+        finally:
+            slot = self.__dict__.get(_SLOT)
+            if slot is not None and slot.altered is not None:
+                slot.altered()
+
+    return method
+
+
+def notice_changes(module: nn.Module, altered: Callable[[], None]) -> None:
+    """Has ``altered`` called after weights or adapters of an intercepted module changed."""
+    module.__dict__[_SLOT].altered = altered
 
 
 def intercept(module: nn.Module, handler: Handler, *, outside: bool = False) -> None:
@@ -298,4 +326,5 @@ def _generate(base: type) -> type:
         names["cache_context"] = cache_context
     if hasattr(base, "enable_cache"):
         names["enable_cache"] = enable_cache
+    names |= {name: _altering(base, name) for name in _ALTERING if hasattr(base, name)}
     return type(base.__name__, (base,), names)

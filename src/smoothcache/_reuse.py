@@ -77,6 +77,7 @@ class Call:
         branch: Number of the call's branch; None if it is not known, and nothing kept nor reused.
         reason: Why a value that is missing is missing.
         was_traced: Whether ``torch.compile`` has met a layer whose values are in no slots.
+        stray: Told the path of a layer that runs between calls.
     """
 
     number: int = 0
@@ -84,6 +85,7 @@ class Call:
     branch: int | None = 0
     reason: str = ""
     was_traced: bool = False
+    stray: Callable[[str], None] | None = None
     _numbers: Iterator[int] = field(default_factory=partial(count, 1))
 
     def begin(self, step: int, branch: int | None, reason: str = "") -> None:
@@ -243,6 +245,8 @@ class ReusedLayer:
         use = self._use
         if self._number != call.number:
             if not call.number:
+                if call.stray is not None:
+                    call.stray(self._path)
                 return forward(*args, **kwargs)
             self._number, use, self.ran = call.number, 0, True
             self._passes = self._never_reused or call.branch is None or self._lost_in == call.number

@@ -69,9 +69,12 @@ def cached(
     run = _enabled(model, schedule, check_finite, store, stacklevel=5)
     try:
         yield run
+        silent = run._what_ran_beside()
     finally:
         run._detach()
     run._refuse_too_few_steps()
+    if silent:
+        warnings.warn(silent, SmoothCacheWarning, stacklevel=3)
 
 
 def enable(
@@ -100,6 +103,7 @@ def _enabled(
     if store not in get_args(Store):
         raise InvalidArgumentError(f"store must be 'device' or 'cpu', got {store!r}.")
     warn_of_randomness(model, stacklevel)
+    model = _planned_part(model, schedule)
     return Run(model, bound_schedule(model, schedule), check_finite, store)
 
 
@@ -109,8 +113,34 @@ def bound_schedule(model: Any, schedule: Schedule) -> Schedule:
     Raises:
         ScheduleMismatchError: If it does not fit the model.
     """
+    model = _planned_part(model, schedule)
     layers = find_layers(model) if schedule.layers is None else schedule.layers
     return schedule.bind(layers, identify(model))
+
+
+class _Part:
+    """A pipeline, of whose denoisers only one runs under a schedule."""
+
+    def __init__(self, pipeline: Any, name: str) -> None:
+        self._pipeline = pipeline
+        self._name = name
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {self._name: self._pipeline.components[self._name]}
+
+    @property
+    def scheduler(self) -> Any:
+        return noise_scheduler(self._pipeline)
+
+
+def _planned_part(model: Any, schedule: Schedule) -> Any:
+    """The pipeline, or the one of its denoisers that the schedule was planned for alone."""
+    denoisers = find_denoisers(model)
+    if schedule.model is None or len(denoisers) == 1 or identify(model) == schedule.model:
+        return model
+    fitting = [name for name, part in denoisers.items() if identify(part) == schedule.model]
+    return _Part(model, fitting[0]) if len(fitting) == 1 else model
 
 
 class Run:
@@ -136,16 +166,26 @@ class Run:
         self._calls = self._calls_before = 0  # in this step, and in the one before
         self._reused_before_call = 0
         self._reusing: set[tuple[str, int | None]] = set()  # denoisers and branches, in this step
-        self._open = self._warned = False
+        self._open = self._warned = self._was_called = False
         self._model = model
         self._solvers = {schedule.solver}  # the one that was planned for, and those warned of
         modules = layer_modules(model, list(layers))
         self._nest(modules)
+        self._beside: dict[str, None] = {}  # layers that ran outside any generation
+        self._is_outside = self._warned_of_stray = False
+        for call in self._call_of.values():
+            call.stray = self._notice_stray
         self._attachment: Attachment | None = None
         # Bound methods, because Python takes longer to call objects.
         handlers = {path: layer.__call__ for path, layer in self._layers.items()}
         self._attachment = attachment = Attachment(
-            model, modules, handlers, self, schedule.timesteps, schedule.num_steps
+            model,
+            modules,
+            handlers,
+            self,
+            schedule.timesteps,
+            schedule.num_steps,
+            self._forget,
         )
         self._clock = attachment.clock
         self._denoisers = attachment.denoisers
@@ -190,13 +230,18 @@ class Run:
         """
         if self._attachment is None:
             raise SmoothCacheError("this run has been disabled already")
+        silent = self._what_ran_beside()
         self._detach()
+        if silent:
+            warnings.warn(silent, SmoothCacheWarning, stacklevel=2)
         if self._too_few_steps():
             warnings.warn(self._too_few_steps(), SmoothCacheWarning, stacklevel=2)
 
     def reset(self) -> None:
         """Forgets the generation under way; the next call of the model begins a new one."""
         self._clock.forget()
+        if self._attachment is not None:
+            self._attachment.turn.forget()
         self._forget()
         self._close_generation()
 
@@ -223,6 +268,7 @@ class Run:
         self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
     ) -> bool:
         """Prepares the layers for a call of a denoiser; the first of each form is to be seen."""
+        self._is_outside = False
         self._refuse_checkpointing(denoiser)
         if tick.starts:
             for layer in self._layers.values():
@@ -257,6 +303,7 @@ class Run:
     def after(self, denoiser: str, tick: Tick) -> None:
         """Lets the layers run as they are until the next call."""
         self._end_call(denoiser)
+        self._was_called = True
         if self._seen and any(layer.must_be_seen for layer in self._by_denoiser[denoiser]):
             self._seen.pop((denoiser, self._call_of[denoiser].branch), None)
         if self._tally.reused > self._reused_before_call:
@@ -268,6 +315,7 @@ class Run:
     def outside(self) -> None:
         """Counts a call that is no part of a generation; it runs in full."""
         self._outside += 1
+        self._is_outside = True
 
     def failed(self) -> None:
         """Forgets a generation that an exception broke off."""
@@ -432,6 +480,46 @@ class Run:
             SmoothCacheWarning,
             stacklevel=2,
         )
+
+    def _notice_stray(self, path: str) -> None:
+        """Notices a layer that runs while its denoiser's forward does not: it runs as it is."""
+        self._beside[path] = None
+        if self._is_outside or self._warned_of_stray:
+            return
+        self._warned_of_stray = True
+        warnings.warn(
+            f"layer {path!r} ran without its denoiser's forward, so its step cannot be told and "
+            "nothing is reused; wrap the function that walks the blocks in an nn.Module whose "
+            "forward takes the latents and the timestep, and plan for that module",
+            SmoothCacheWarning,
+            stacklevel=2,
+        )
+
+    def _what_ran_beside(self) -> str:
+        """What to say of a run that something else than its denoisers took part in."""
+        names = {d: f"{type(d).__name__}{f' ({n})' * bool(n)}" for n, d in self._denoisers.items()}
+        advice = "enable the pipeline or the module that the sampler calls"
+        if not isinstance(self._model, nn.Module):
+            now = list(find_denoisers(self._model).values())
+            gone = [name for denoiser, name in names.items() if denoiser not in now]
+            if gone:
+                return (
+                    f"the pipeline's denoiser was exchanged while enabled: {listed(gone)} is no "
+                    f"longer in it, and its successor runs without the schedule; {advice}"
+                )
+        if not (self._was_called or self._broken_off):
+            ran = f", though layers ran without it: {listed(list(self._beside))}"
+            return (
+                f"no generation was seen: {listed(list(names.values()))} was never called by a "
+                f"sampler{ran * bool(self._beside)}; did another object run? {advice}"
+            )
+        if self._beside:
+            return (
+                f"{len(self._beside)} layers of the schedule also ran outside any generation, in "
+                f"full ({listed(list(self._beside))}); a pipeline with another noise scheduler "
+                f"than the enabled one's may have called them: {advice}"
+            )
+        return ""
 
     def _warn_of_what_did_nothing(self) -> None:
         """Says once if a finished generation reused nothing, or bypassed some of the layers."""

@@ -95,6 +95,21 @@ class Clock:
         return timestep_value(self._given[0], batch=0)
 
     @property
+    def last_given(self) -> Any:
+        """The timestep of the last step as it was given, perhaps unread."""
+        return self._given[-1]
+
+    @property
+    def sketch(self) -> Tensor | None:
+        """What is remembered of the last step's latents where no list of timesteps is followed."""
+        return self._sketch
+
+    @property
+    def announced_list(self) -> Any:
+        """The list of timesteps that the noise scheduler announced last."""
+        return self._list
+
+    @property
     def timesteps(self) -> list[float]:
         """The timestep of every step of this generation so far, in the model's own unit."""
         self._given = [timestep_value(timestep, batch=0) for timestep in self._given]

@@ -44,6 +44,10 @@ _CROSS_NAME = re.compile(r"cross|(^|_)(text|context|prompt|caption)($|_)")
 _TEMPORAL_NAME = re.compile(r"(^|[._])(temp|temporal|time_attn)")
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _HOLDERS = (nn.ModuleList, nn.ModuleDict)  # lists that have no forward of their own
+_ABOUT_STORAGE = re.compile(
+    r"quantization_config|(torch_)?dtype|variant|device(_map)?|name_or_path|use_safetensors"
+    r"|attn_(implementation|backend|processor)|attention_backend|(\w+_)?version"
+)
 _PUT_BEFORE = ("FSDP", "Parametrized")  # the names of classes
 # Parts that condition the layers instead of being one: frozen, they would freeze the timestep.
 _CONDITIONING_NAME = re.compile(
@@ -258,14 +262,26 @@ def _class_name(module: nn.Module) -> str:
 def _configuration(module: nn.Module) -> dict[str, Any]:
     config = getattr(module, "config", None)
     if isinstance(config, Mapping) and config:
-        facts = {key: value for key, value in config.items() if not str(key).startswith("_")}
+        facts = {key: value for key, value in config.items() if not _is_about_storage(str(key))}
     else:
         facts = {
-            _join(path, name): list(value.shape)
+            _join(path, name): _logical_shape(part, name, value)
             for path, part in _named_modules(module)
             for name, value in _own_tensors(part)
         }
     return {"class": _class_name(module), "facts": facts}
+
+
+def _is_about_storage(key: str) -> bool:
+    """Whether a configuration's key says how weights are stored or run, not what the model is."""
+    return key.startswith("_") or _ABOUT_STORAGE.fullmatch(key) is not None
+
+
+def _logical_shape(part: nn.Module, name: str, value: Tensor) -> list[int]:
+    """A tensor's shape; of a linear projection's weight also where it is stored packed."""
+    if isinstance(part, nn.Linear) and name == "weight":
+        return [part.out_features, part.in_features]
+    return list(value.shape)
 
 
 # ------------------------------------------------------------------------------------- blocks
