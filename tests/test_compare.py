@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,9 +13,11 @@ from torch import Tensor
 from toys import Toy, build
 
 import smoothcache as sc
+from smoothcache._optional import MissingPackageError
 from smoothcache.compare import REFERENCE, Comparison, Variant, compare, fewer_steps
 from smoothcache.errors import InvalidArgumentError, ScheduleMismatchError
 from smoothcache.metrics import signal_to_noise_ratio
+from smoothcache.metrics.audio import WINDOW
 from smoothcache.report import ReportRow
 
 STEPS = 8
@@ -383,3 +386,25 @@ def test_a_schedule_that_reuses_all_there_is_has_a_cost_of_its_own(toy: Toy) -> 
     result = compare(toy, sampler(toy), [Variant("once", once)], num_steps=STEPS, progress=False)
     assert result.row("once").compute == 1 / STEPS
     assert result.rivals == {"once": "1 step"}
+
+
+@pytest.mark.parametrize("sounds", [True, False])
+def test_sounds_are_compared_without_torchmetrics(
+    toy: Toy, sounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
+    images = sampler(toy)
+    repeats = -(-WINDOW // 256)
+
+    def sample(i: int, num_steps: int) -> Tensor:
+        given = images(i, num_steps)
+        return given.reshape(2, 1, -1).repeat(1, 1, repeats) - 0.5 if sounds else given
+
+    variants = [Variant("half", every(toy, 2))]
+    if not sounds:
+        with pytest.raises(MissingPackageError, match="torchmetrics"):
+            compare(toy, sample, variants, num_steps=STEPS, progress=False)
+        return
+    result = compare(toy, sample, variants, num_steps=STEPS, progress=False)
+    assert result.row("half").snr is not None and result.row("half").psnr is None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ._optional import optional_module
 from .errors import InvalidArgumentError
 from .metrics import psnr, relative_error, ssim
 from .metrics.audio import (
@@ -46,6 +47,15 @@ class Modality:
     decibels: Measure
     title: str
     distances: Mapping[str, Callable[[Tensor, Tensor], Tensor | None]]
+
+    def check_packages(self) -> None:
+        """Refuses before much has run, if a package that a measure needs is missing.
+
+        Raises:
+            MissingPackageError: If torchmetrics is needed for the SSIM, and is not installed.
+        """
+        if "ssim" in self.distances:
+            optional_module("torchmetrics.functional.image", extra="metrics")
 
     def measured(self, results: Tensor, reference: Tensor) -> dict[str, float | None]:
         """Means over the batch, by the field of a row."""

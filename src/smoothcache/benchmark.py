@@ -243,14 +243,15 @@ def run_benchmark(
 
     Raises:
         InvalidArgumentError: If two methods have one name, or the uncached run fails.
-        MissingPackageError: If torchmetrics is not installed.
+        MissingPackageError: If the case measures the SSIM, and torchmetrics is not installed.
     """
     check_count("num_generations", num_generations, least=1)
     names = [REFERENCE, *(method.name for method in methods)]
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise InvalidArgumentError(f"the names {listed(twice)} come twice.")
-    optional_module("torchmetrics.functional.image", extra="metrics")
+    if "ssim" in case.measures:
+        optional_module("torchmetrics.functional.image", extra="metrics")
 
     failures: dict[str, str] = {}
     reference = Trial(REFERENCE, REFERENCE, case.plain())

@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 
 from ._checks import check_count, listed
 from ._modality import Modality, modality_of
-from ._optional import optional_module
 from ._trial import Trial, Way
 from .apply import bound_schedule
 from .calibration import student_t_95
@@ -275,7 +274,7 @@ def compare(
             described.
         ScheduleMismatchError: If a schedule does not fit the model or the number of steps.
         CalibrationError: If ``sample`` does not run the model once from start to end.
-        MissingPackageError: If torchmetrics is not installed.
+        MissingPackageError: If torchmetrics is not installed, which sounds do not need.
 
     Example:
         >>> from diffusers import DiTTransformer2DModel
@@ -300,7 +299,6 @@ def compare(
     scores = dict(scores or {})
     _check_scores(scores)
     _check_variants(variants)
-    optional_module("torchmetrics.functional.image", extra="metrics")
 
     schedules = {x.name: bound_schedule(model, x.schedule) for x in variants if x.schedule}
     denoisers = tuple(find_denoisers(model).values())
@@ -310,6 +308,7 @@ def compare(
 
     reference = Trial(REFERENCE, "", way(num_steps))
     _count(reference, reference)
+    modality_of(reference.samples[0], "sample").check_packages()
     own: dict[str, Trial] = {}
     with tqdm(variants, "counting", unit="run", disable=not progress) as bar:
         for variant in bar:
