@@ -11,7 +11,14 @@ from torch import nn
 
 from . import _intercept
 from ._branches import Branches
-from ._eager import between_graphs, eagerly, has_compiled_parts, traced, uncompiled
+from ._eager import (
+    between_graphs,
+    eagerly,
+    has_compiled_parts,
+    refuse_export,
+    traced,
+    uncompiled,
+)
 from ._intercept import Handler
 from .clock import Clock, Tick
 from .denoisers import (
@@ -166,6 +173,7 @@ class _Placed:
     def _call(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        refuse_export()
         attachment = self._attachment
         attachment.is_compiled = attachment.is_compiled or traced()[1]
         tick, as_it_is = self._begin(args, kwargs)

@@ -60,6 +60,20 @@ def traced() -> tuple[Tensor, bool]:
     return torch.empty(0), torch.compiler.is_dynamo_compiling()
 
 
+def refuse_export() -> None:
+    """Refuses a call that ``torch.export`` makes to trace the model.
+
+    Raises:
+        SmoothCacheError: If it does; what is reused is decided anew at every call.
+    """
+    is_exporting = getattr(torch.compiler, "is_exporting", None)
+    if is_exporting is not None and is_exporting():
+        raise SmoothCacheError(
+            "torch.export cannot trace a model that runs under smoothcache, since what is reused "
+            "is decided at every call; export it before enable(), or after disable()"
+        )
+
+
 def has_compiled_parts(module: nn.Module) -> bool:
     """Whether a module, some part of it, or the forward of one was compiled in place or wrapped."""
     return any(
