@@ -5,8 +5,8 @@ some steps only. The values of one such *branch* must never be reused in another
 by the name that ``cache_context`` gives it, else by its conditioning: all that the denoiser is
 given but the timestep and the latents.
 
-Controls, sigmas and step numbers change between steps. They tell branches apart only where two calls
-of one step differ in nothing else, or where their values come back.
+Controls, sigmas and step numbers change between steps. They tell branches apart only where two
+calls of one step differ in nothing else, or where their values come back.
 
 Several calls that this cannot tell apart are the stages of a solver's step (Heun's, say) or windows
 of a longer video. They are taken in their order as long as the latents of each go on from those of
@@ -199,11 +199,10 @@ class Branches:
             self._merged.add(index)
             self._taken.add(index)
             return index
-        elif len(alike) == 1 and alike[0] in self._merged or len(alike) > 1:
+        elif len(alike) > 1 or any(i in self._merged for i in alike):
             # Several calls of a step differ in what moves alone, and it has moved.
-            index = next((i for i in alike if i in self._merged), None) if alike else None
-            if index is not None:
-                self.mistaken = self._numbers.get((index, 0))
+            for earlier in self._merged.intersection(alike):
+                self.mistaken = self._numbers.get((earlier, 0))
             self._unsure.update(alike)
             return None
         else:

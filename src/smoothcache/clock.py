@@ -337,8 +337,9 @@ class Clock:
 
     def _see(self, latents: Tensor | None) -> None:
         """Notes what the latents are like, where no scheduler says how the timesteps go."""
-        is_told = self._follows_list or latents is None
-        self._previous = None if is_told else sketch(latents, least=64, most=4096)
+        self._previous = None
+        if latents is not None and not self._follows_list:
+            self._previous = sketch(latents, least=64, most=4096)
 
     def _are_the_same(self, latents: Tensor | None) -> bool:
         known = None if self._latents is None else self._latents()
