@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from .errors import SmoothCacheError
 
+EXPORT_REFUSED = (
+    "torch.export cannot trace a model that runs under smoothcache, since what is reused is "
+    "decided at every call; export it before enable(), or after disable()"
+)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -68,10 +72,7 @@ def refuse_export() -> None:
     """
     is_exporting = getattr(torch.compiler, "is_exporting", None)
     if is_exporting is not None and is_exporting():
-        raise SmoothCacheError(
-            "torch.export cannot trace a model that runs under smoothcache, since what is reused "
-            "is decided at every call; export it before enable(), or after disable()"
-        )
+        raise SmoothCacheError(EXPORT_REFUSED)
 
 
 def has_compiled_parts(module: nn.Module) -> bool:

@@ -25,7 +25,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ._eager import between_graphs
+from ._eager import EXPORT_REFUSED, between_graphs
+from .errors import SmoothCacheError
 from .errors import AlreadyCachedError
 
 _SLOT = "_smoothcache_slot"
@@ -69,6 +70,10 @@ class _Slot:
         return type(None), ()  # a copy of a module is not intercepted
 
 
+class _NoCodeError(SmoothCacheError, AttributeError):
+    """An attribute that is not there, to whoever only asks whether it is."""
+
+
 class _Forward:
     """What the forward of an intercepted module reads as; whoever wraps it may keep it."""
 
@@ -106,8 +111,8 @@ class _Forward:
 
     @property
     def __code__(self) -> Any:
-        """For ``torch.export``, which reads it before it calls; the call refuses to be exported."""
-        return getattr(self.plain, "__code__")  # noqa: B009
+        """There is none; ``torch.export`` reads it before its first call and gets the refusal."""
+        raise _NoCodeError(EXPORT_REFUSED)
 
     @property
     def __func__(self) -> Callable[..., Any]:
