@@ -26,8 +26,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ._eager import EXPORT_REFUSED, between_graphs
-from .errors import SmoothCacheError
-from .errors import AlreadyCachedError
+from .errors import AlreadyCachedError, SmoothCacheError
 
 _SLOT = "_smoothcache_slot"
 _generated: WeakKeyDictionary[type, type] = WeakKeyDictionary()
