@@ -248,6 +248,7 @@ class _Placed:
             call.latents,
             stages=attachment.clock.stages(tick.step),
             position=attachment.clock.position,
+            vouched=tick.vouched,
         )
         if tick.starts and not attachment.is_compiled:
             attachment.is_compiled = has_compiled_parts(self._denoiser)

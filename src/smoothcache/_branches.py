@@ -77,6 +77,7 @@ class Branches:
         *,
         stages: int | None = None,
         position: int | None = None,
+        vouched: bool = True,
     ) -> int | None:
         """The branch of a call; None if it cannot be told.
 
@@ -87,10 +88,13 @@ class Branches:
             name: What ``cache_context`` calls it; None outside of one.
             latents: What is denoised.
             stages: How often the solver asks in this step for each branch, if it says.
+            vouched: Whether the step before is of the same generation for certain.
             position: Where the solver is, if it counts; no two of its stages are at the same.
         """
         if step != self._step:
             self._begin(step)
+        if not vouched:
+            self._sketches_before = {}
         self.mistaken = None
         group = self._group(step, conditioning, latents) if name is None else name
         if group is None:
