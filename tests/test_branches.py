@@ -71,7 +71,8 @@ def test_equal_conditioning_is_taken_in_order_where_latents_differ() -> None:
 
 def test_what_varies_with_the_step_tells_nothing_of_the_branch() -> None:
     controls = [[embedding(10 + step)] for step in range(5)]
-    assert numbers(Branches(), controls, "control")[2:] == [[0]] * 3  # known after two steps
+    for name in ("control", "block_residuals", "options.sigmas", "step_index"):
+        assert numbers(Branches(), controls, name) == [[0]] * 5  # from the first step on
     scalars = [[float(step)] for step in range(5)]
     assert numbers(Branches(), scalars, "anything")[2:] == [[0]] * 3
 
@@ -184,3 +185,41 @@ def test_forgetting_begins_anew() -> None:
     numbers(branches, [[1, 2]])
     branches.forget()
     assert numbers(branches, [[2, 1]]) == [[0, 1]]
+
+
+def test_calls_in_any_order_beside_a_control_that_changes() -> None:
+    c, u = embedding(1), embedding(2)
+    branches = Branches()
+    got = []
+    for step, order in enumerate(((c, u), (u, c), (c, u), (c,), (u, c))):
+        given = {"control": [embedding(10 + step)], "options.sigmas": [9.0 - step, 1.0][step % 2 :]}
+        got.append([branches.number(step, {"text": [x], **given}, None) for x in order])
+    assert got == [[0, 1], [1, 0], [0, 1], [0], [1, 0]]
+
+
+def test_calls_that_differ_in_a_changing_control_alone_are_never_mixed() -> None:
+    steps = [[embedding(10 * step + call) for call in range(2)] for step in range(4)]
+    branches = Branches()
+    seen = []
+    for step, calls in enumerate(steps):
+        for control in calls:
+            number = branches.number(step, {"control": [control]}, None, torch.randn(1, 2))
+            seen.append((number, branches.mistaken))
+    assert seen[:2] == [(0, None), (1, None)]
+    assert all(number is None for number, _ in seen[2:])
+
+
+def windows(moves: bool, count: int) -> list[list[int | None]]:
+    """The branches of windows of a noise that hardly changes, over four steps."""
+    branches, x, got = Branches(), torch.randn(count, 256), []
+    for step in range(4):
+        rows = x.roll(step * moves, 0) + 0.1 * torch.randn(count, 256)
+        got.append([branches.number(step, {}, None, row[None]) for row in rows])
+    return got
+
+
+def test_windows_that_move_are_told_no_branch() -> None:
+    torch.manual_seed(0)
+    for count in (3, 6):
+        assert windows(False, count) == [list(range(count))] * 4
+        assert windows(True, count)[1:] == [[None] * count] * 3

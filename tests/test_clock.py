@@ -334,3 +334,53 @@ def test_a_solver_that_lists_a_timestep_twice_calls_twice_in_a_step() -> None:
         tick = clock.tick(timestep, None)
         places.append((tick.step, tick.call))
     assert places == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+@pytest.mark.parametrize("times", [[1000.0, 889.0, 500.0, 9.0, 1.0], [9.0, 6.0, 3.0]])
+def test_a_scheduler_that_is_never_stepped(times: list[float]) -> None:
+    solver = CountingSolver(times)
+    clock = solver.clock()
+    for _ in range(2):
+        assert [clock.tick(t, None).step for t in times] == list(range(len(times)))
+    assert clock.num_steps == len(times)
+
+
+@pytest.mark.parametrize("times", [[10, 8, 9, 7], [10, 8, 6, 9], [0.1, 0.3, 0.2]])
+def test_timesteps_that_turn_back_while_the_latents_go_on_are_refused(times: list[float]) -> None:
+    x = torch.randn(1, 4, 8, 8)
+    clock = clock_of()
+    with pytest.raises(ScheduleMismatchError, match=r"turn back from .* restart sampling"):
+        for t in times:
+            x = x + 0.1 * torch.randn_like(x)
+            clock.tick(t, x)
+    clock = clock_of()
+    for t in times:  # other latents: another generation
+        clock.tick(t, torch.randn(1, 4, 8, 8))
+
+
+def test_an_embedding_is_no_time() -> None:
+    with pytest.raises(ScheduleMismatchError, match="embedding of a time"):
+        timestep_value(torch.linspace(-1, 1, 32)[None])
+
+
+def test_the_first_parameter_has_any_name() -> None:
+    signature = Signature(module_with(lambda this, x, t, y: None))
+    x = torch.zeros(1, 4)
+    assert signature.sort((x, 5, 1), {}).timestep == 5
+    assert signature.sort((x, 5, 1), {}).latents is x
+
+
+def test_ids_and_positions_are_no_latents() -> None:
+    packed = Signature(
+        module_with(lambda self, position_ids, vision_tokens, vision_timesteps: None)
+    )
+    ids, x = torch.zeros(3, 4, dtype=torch.long), torch.zeros(1, 2, 1, 2, 2)
+    assert packed.sort((ids, [x], torch.ones(4)), {}).latents is x
+
+
+def test_what_follows_the_steps_inside_a_mapping_has_a_name_of_its_own() -> None:
+    signature = Signature(module_with(lambda self, x, t, options: None))
+    options = {"sigmas": torch.ones(1), "cond_or_uncond": [0, 1], "uuids": ["a", "b"]}
+    call = signature.sort((torch.zeros(1, 4), 5, options), {})
+    assert call.conditioning["options"] == (0, 1, "a", "b")
+    assert len(call.conditioning["options.sigmas"]) == 1

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from . import _intercept
 from ._branches import Branches
 from ._content import are_unrelated, sketch
-from ._eager import between_graphs, eagerly, has_compiled_parts, traced, uncompiled
+from ._eager import (
+    between_graphs,
+    eagerly,
+    has_compiled_parts,
+    refuse_export,
+    traced,
+    uncompiled,
+)
 from ._intercept import Handler
 from .clock import Clock, Tick, timestep_value
 from .denoisers import (
@@ -221,6 +228,7 @@ class _Placed:
     def _call(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        refuse_export()
         attachment = self._attachment
         attachment.is_compiled = attachment.is_compiled or traced()[1]
         tick, as_it_is = self._begin(args, kwargs)
@@ -304,6 +312,7 @@ class _Placed:
             call.latents,
             stages=attachment.clock.stages(tick.step),
             position=attachment.clock.position,
+            vouched=tick.vouched,
         )
         if tick.starts and not attachment.is_compiled:
             attachment.is_compiled = has_compiled_parts(self._denoiser)

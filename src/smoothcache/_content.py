@@ -43,17 +43,22 @@ def are_equal(a: Digest | None, b: Digest | None) -> bool:
     return bool(a == b)
 
 
-def sketch(tensor: Tensor) -> Tensor | None:
-    """Some of a tensor's elements, for ``are_unrelated``; None if there are too few."""
-    if tensor.device.type == "meta" or not tensor.is_floating_point() or tensor.numel() < _ENOUGH:
+def sketch(tensor: Tensor, least: int = _ENOUGH, most: int = _SKETCHED) -> Tensor | None:
+    """Some of a tensor's elements, for ``correlation``; None if there are too few."""
+    if tensor.device.type == "meta" or not tensor.is_floating_point() or tensor.numel() < least:
         return None
     values = tensor.detach().reshape(-1)
-    return values[:: values.numel() // _SKETCHED + 1].to(torch.float32, copy=True)
+    return values[:: values.numel() // most + 1].to(torch.float32, copy=True)
+
+
+def correlation(a: Tensor | None, b: Tensor | None) -> float | None:
+    """Of two sketches of equal size; else None. On an accelerator, the host waits for it."""
+    if a is None or b is None or a.shape != b.shape or a.device != b.device:
+        return None
+    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
 
 
 def are_unrelated(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether sketches of equal size do not correlate; on an accelerator, the host waits for it."""
-    if a is None or b is None or a.shape != b.shape or a.device != b.device:
-        return False
-    correlation = torch.corrcoef(torch.stack([a, b]))[0, 1]
-    return bool(correlation.abs() < _UNRELATED)
+    value = correlation(a, b)
+    return value is not None and abs(value) < _UNRELATED

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from .errors import SmoothCacheError
 
+EXPORT_REFUSED = (
+    "torch.export cannot trace a model that runs under smoothcache, since what is reused is "
+    "decided at every call; export it before enable(), or after disable()"
+)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -58,6 +62,17 @@ def traced() -> tuple[Tensor, bool]:
     the model's.
     """
     return torch.empty(0), torch.compiler.is_dynamo_compiling()
+
+
+def refuse_export() -> None:
+    """Refuses a call that ``torch.export`` makes to trace the model.
+
+    Raises:
+        SmoothCacheError: If it does; what is reused is decided anew at every call.
+    """
+    is_exporting = getattr(torch.compiler, "is_exporting", None)
+    if is_exporting is not None and is_exporting():
+        raise SmoothCacheError(EXPORT_REFUSED)
 
 
 def has_compiled_parts(module: nn.Module) -> bool:

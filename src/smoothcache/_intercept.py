@@ -25,8 +25,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ._eager import between_graphs
-from .errors import AlreadyCachedError
+from ._eager import EXPORT_REFUSED, between_graphs
+from .errors import AlreadyCachedError, SmoothCacheError
 
 _SLOT = "_smoothcache_slot"
 _ALTERING = (
@@ -76,6 +76,10 @@ class _Slot:
         return type(None), ()  # a copy of a module is not intercepted
 
 
+class _NoCodeError(SmoothCacheError, AttributeError):
+    """An attribute that is not there, to whoever only asks whether it is."""
+
+
 class _Forward:
     """What the forward of an intercepted module reads as; whoever wraps it may keep it."""
 
@@ -110,6 +114,11 @@ class _Forward:
     @property
     def _torchdynamo_wrapper_id(self) -> int:
         return id(self)
+
+    @property
+    def __code__(self) -> Any:
+        """There is none; ``torch.export`` reads it before its first call and gets the refusal."""
+        raise _NoCodeError(EXPORT_REFUSED)
 
     @property
     def __func__(self) -> Callable[..., Any]:

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ._content import Digest, are_equal, are_unrelated, digest, sketch, version
+from ._content import Digest, are_equal, are_unrelated, correlation, digest, sketch, version
 from .errors import ScheduleMismatchError
 
 
@@ -135,6 +136,8 @@ class Clock:
         """Makes the next call the first one of a new generation."""
         self._given = []
         self._last_position: int | None = None
+        self._position_is_trusted: bool | None = None  # None until it is seen to move, or not to
+        self._previous: Tensor | None = None  # a sketch of the latents of the last call
         self._follows_list = False
         self._offset = 0
         self._direction = 0.0
@@ -162,16 +165,25 @@ class Clock:
         """
         self.position = position = self._position()
         self._listen(position)
-        if isinstance(timestep, Tensor) and timestep.device.type not in ("cpu", "meta"):
+        position = self._trusted(position)
+        is_far = isinstance(timestep, Tensor) and timestep.device.type not in ("cpu", "meta")
+        if is_far and self._position_is_trusted:
             moved = self._moved(position)
             if moved == 0:
                 return self._same_step(latents)
             if moved == 1:
                 return self._next_step(timestep.detach().clone(), latents, position)
         value = timestep_value(timestep, None if latents is None else len(latents))
+        if self._stands_still(value, position):
+            self._position_is_trusted, position = False, None
+            self.position = self._last_position = None
         if self._follows_list and not self._listed.has(value, self._next_index(position)):
             self.forget()  # not what the scheduler would give
-        if not self._given or self._turned_back(value) or self._begins_anew(value):
+        goes_back = self._follows_list and self._list_goes_back(value, position)
+        if not self._given or self._begins_anew(value):
+            return self._start(value, latents, position)
+        if self._turned_back(value) and not goes_back:
+            self._refuse_to_go_back(value, latents)
             return self._start(value, latents, position)
         if value == self._last and not self._moved(position):
             return self._same_step(latents)
@@ -192,6 +204,57 @@ class Clock:
             self.forget()
         if self._follows_list and self._listed.are_over_at(position):
             self.forget()
+
+    def _trusted(self, position: int | None) -> int | None:
+        """The scheduler's position, unless it was seen to stand still while timesteps moved."""
+        if self._position_is_trusted is False:
+            self.position = None
+            return None
+        if self._last_position is not None and position != self._last_position:
+            self._position_is_trusted = True
+        return position
+
+    def _stands_still(self, timestep: float, position: int | None) -> bool:
+        """Whether the timesteps follow the list and nobody tells the scheduler, not even once.
+
+        So it is where a sampler only reads the list, or steps a copy of the scheduler.
+        """
+        if not self._follows_list or position is None or self._position_is_trusted is not None:
+            return False
+        if position != self._last_position or timestep == self._last:
+            return False
+        here = self.step + self._offset
+        return here + 1 < len(self._listed) and self._listed.has(timestep, (here + 1,), keep=True)
+
+    def _list_goes_back(self, timestep: float, position: int | None) -> bool:
+        """Whether the announced list itself turns back here, as in restart sampling."""
+        here = self.step + self._offset
+        if here + 1 >= len(self._listed) or (position is not None and not self._moved(position)):
+            return False
+        return timestep != self._given[0] and self._listed.has(timestep, (here + 1,), keep=True)
+
+    def _refuse_to_go_back(self, timestep: float, latents: Tensor | None) -> None:
+        """Refuses timesteps that turn back in mid-generation while the latents go on.
+
+        A new generation begins where generations begin, or has latents of its own.
+        """
+        is_complete = self._planned is not None and self.step + 1 >= self._planned
+        now = None if latents is None else sketch(latents, least=64, most=4096)
+        likeness = correlation(now, self._previous)
+        if self._follows_list or is_complete or likeness is None or now is None:
+            return
+        first, last = self.first_timestep, self._last
+        lies_between = min(first, last) < timestep < max(first, last)
+        if not lies_between or likeness < max(0.5, 5 / math.sqrt(len(now))):
+            return
+        self.forget()
+        raise ScheduleMismatchError(
+            f"the timesteps turn back from {last:g} to {timestep:g} in the middle of a "
+            "generation, while the latents go on, so steps cannot be counted: a solver that calls "
+            "twice a step at unequal times (such as DPM2 ancestral), or restart sampling; use a "
+            "solver whose timesteps only fall or only rise. If a generation was broken off on "
+            "purpose and another begins from its latents, call run.reset() between the two"
+        )
 
     @property
     def _last(self) -> float:
@@ -250,6 +313,7 @@ class Clock:
 
     def _same_step(self, latents: Tensor | None) -> Tick:
         self._call += 1
+        self._see(latents)
         # A generation broken off in its first step, and begun again, looks like guidance in two
         # calls. The same latents settle it.
         if self.step == self._first_step and not self._are_the_same(latents):
@@ -276,6 +340,7 @@ class Clock:
         if len(self._given) == 1:
             self._first_step = self.step
         self._last_position = position
+        self._see(latents)
         self._latents = None if latents is None else weakref.ref(latents)
         self._version = version(latents)
         self._digest = None if self._version is not None or latents is None else digest(latents)
@@ -284,6 +349,12 @@ class Clock:
         if self._follows_plan and self._expected is not None and not self._follows_list:
             here = self._expected[self.step] if self.step < len(self._expected) else math.nan
             self._follows_plan = _are_close(timestep, here)
+
+    def _see(self, latents: Tensor | None) -> None:
+        """Notes what the latents are like, where no scheduler says how the timesteps go."""
+        self._previous = None
+        if latents is not None and not self._follows_list:
+            self._previous = sketch(latents, least=64, most=4096)
 
     def _are_the_same(self, latents: Tensor | None) -> bool:
         known = None if self._latents is None else self._latents()
@@ -371,12 +442,16 @@ class _Timesteps:
         self._units = [unit for unit in units if found[unit] is not None and found[unit] == step]
         return step
 
-    def has(self, timestep: float, steps: Sequence[int]) -> bool:
-        """Whether a timestep is that of one of these steps, in a unit that all before were in."""
+    def has(self, timestep: float, steps: Sequence[int], *, keep: bool = False) -> bool:
+        """Whether a timestep is that of one of these steps, in a unit that all before were in.
+
+        Args:
+            keep: Only ask, and settle no unit; not so in a unit that is not known.
+        """
         if not self._units:
-            return True  # in a unit that is not known, so all that tells is the position
+            return not keep  # in a unit that is not known, so all that tells is the position
         units = [u for u in self._units if any(u.has(timestep, self._distinct[s]) for s in steps)]
-        self._units = units or self._units
+        self._units = self._units if keep else units or self._units
         return bool(units)
 
     def _index(self, unit: _Unit, timestep: float) -> int | None:
@@ -411,6 +486,14 @@ def timestep_value(timestep: Any, batch: int | None = None) -> float:
             "cannot be told; pass it as a number or on the CPU"
         )
     values = timestep.detach().to("cpu", torch.float64).numpy()
+    distinct = len(np.unique(values))
+    if distinct > 1 and (values < 0).any():
+        raise ScheduleMismatchError(
+            f"the denoiser's timestep is a tensor of shape {tuple(timestep.shape)} with "
+            f"{distinct} values, some of them negative: an embedding of a time, not a time, so "
+            "the step cannot be told; pass the module that embeds the time itself, or wrap the "
+            "denoiser in a module whose forward is also given `timestep`"
+        )
     is_per_sample = values.ndim == 1 and (batch is None or len(values) == batch)
     if is_per_sample and (values != values[0]).any():
         raise ScheduleMismatchError(

@@ -8,16 +8,20 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ._branches import MOVING_NAME
 from .errors import InvalidArgumentError, LayersNotFoundError, SmoothCacheWarning
 
 # A denoiser's latents, and those of a second modality; all else but the timestep conditions it.
 _LATENTS_NAME = re.compile(r"hidden_states|sample|x|x_t|z|img|latents?|latent_model_input")
-_MORE_LATENTS_NAME = re.compile(r"(audio|video|noisy|local)_(hidden_states|sample|latents?)")
+_MORE_LATENTS_NAME = re.compile(
+    r"(audio|video|noisy|local)_(hidden_states|sample|latents?)|(vision|sound|action)_tokens"
+)
 _COMPARABLE = (Tensor, str, int, float)
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "sigmas", "noise_level", "time", "ts")
 # Of one modality among several, or where a step is to lead.
@@ -138,7 +142,8 @@ class Signature:
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
-        forward = denoiser.__dict__.get("forward", type(denoiser).forward)
+        # Bound to the module, so the parameter that takes it is left out whatever its name is.
+        forward = denoiser.__dict__.get("forward", MethodType(type(denoiser).forward, denoiser))
         self._names = [name for name in inspect.signature(forward).parameters if name != "self"]
         usual = [name for name in TIMESTEP_NAMES if name in self._names]
         usual += [name for name in self._names if _TIMESTEP_NAME.fullmatch(name)]
@@ -156,7 +161,9 @@ class Signature:
         if name is None:
             name = next((n for n, value in given.items() if _could_be_a_timestep(value)), None)
         named = [n for n in given if n != name and _tensors(given[n])]
-        latents = [n for n in named if _LATENTS_NAME.fullmatch(n)][:1] or named[:1]
+        # Unless their name says so, integers are no latents but ids and positions.
+        floating = [n for n in named if _tensors(given[n])[0].is_floating_point()]
+        latents = [n for n in named if _LATENTS_NAME.fullmatch(n)][:1] or (floating or named)[:1]
         latents += [n for n in named if n not in latents and _MORE_LATENTS_NAME.fullmatch(n)]
         tensors = [tensor for n in latents for tensor in _tensors(given[n])]
         shape = tensors[0].shape if tensors else None
@@ -166,7 +173,7 @@ class Signature:
                 for leaf in pytree.tree_leaves(value)
                 if isinstance(leaf, _COMPARABLE) and getattr(leaf, "shape", ()) != shape
             )
-            for n, value in given.items()
+            for n, value in _split(given).items()
             if n not in {name, *latents, *self._timesteps}
         }
         return Call(
@@ -174,6 +181,20 @@ class Signature:
             latents=tensors[0] if tensors else None,
             conditioning={n: leaves for n, leaves in conditioning.items() if leaves},
         )
+
+
+def _split(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments; of a mapping among them, what follows the steps has a name of its own."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        if not isinstance(value, Mapping):
+            found[name] = value
+            continue
+        inner = _split({str(key): x for key, x in value.items()})
+        moving = {key: x for key, x in inner.items() if MOVING_NAME.search(key)}
+        found[name] = [x for key, x in inner.items() if key not in moving]
+        found.update({f"{name}.{key}": x for key, x in moving.items()})
+    return found
 
 
 def _tensors(value: Any) -> list[Tensor]:
