@@ -86,9 +86,9 @@ def test_the_same_call_repeated_gives_the_same_output_under_any_schedule(name: s
                     torch.testing.assert_close(output, plain, rtol=1e-3, atol=1e-4)
 
 
-def reuses_one_late_layer(model: nn.Module, call: Any, granularity: Any) -> None:
+def reuses_one_late_layer(model: nn.Module, call: Callable[[float], Tensor]) -> None:
     """Reuses one layer, and sees that what lies before it still matters to the output."""
-    layers = sc.observe_layers(model, lambda i: call(900.0), granularity=granularity)
+    layers = sc.observe_layers(model, lambda i: call(900.0))
     layers = [layer for layer in layers if not layer.kind.startswith("refiner_")]
     late, early = layers[-1], model.get_submodule(layers[0].path)
     results, macs = [], []
@@ -125,20 +125,17 @@ def altered(module: nn.Module) -> Iterator[Callable[[float], None]]:
 
 
 @every_model
-@pytest.mark.parametrize("granularity", ["auto", "block"])
-def test_what_comes_before_a_reused_layer_still_matters(name: str, granularity: Any) -> None:
+def test_what_comes_before_a_reused_layer_still_matters(name: str) -> None:
     tiny = ZOO[name]
     model, x = build(tiny), noise(1, *tiny.shape)
-    reuses_one_late_layer(
-        model, lambda t: tiny.call(model, x, torch.full((1,), t)), granularity=granularity
-    )
+    reuses_one_late_layer(model, lambda t: tiny.call(model, x, torch.full((1,), t)))
 
 
 @pytest.mark.parametrize("name", TOYS)
 def test_what_comes_before_a_reused_layer_still_matters_in_toys(name: str) -> None:
     toy, x = toys.build(name), noise(1, toys.TOKENS, toys.WIDTH)
     y = torch.zeros(1, dtype=torch.long)
-    reuses_one_late_layer(toy, lambda t: toy.denoise(x, torch.full((1,), t), y), "auto")
+    reuses_one_late_layer(toy, lambda t: toy.denoise(x, torch.full((1,), t), y))
 
 
 @every_model

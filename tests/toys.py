@@ -263,6 +263,31 @@ class InPlaceToy(Toy):
     block = InPlaceBlock
 
 
+class AddingAttention(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(nn.functional.layer_norm(x, x.shape[-1:]))
+
+
+class AddingMlp(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(nn.functional.layer_norm(x, x.shape[-1:]))
+
+
+class AddingBlock(nn.Module):
+    """Layers that hold the residual stream: each returns its input plus its branch."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.attn, self.mlp = AddingAttention(dim), AddingMlp(dim)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.mlp(self.attn(x + c[:, None]))
+
+
+class ResidualInsideToy(Toy):
+    block = AddingBlock
+
+
 TOYS: dict[str, type[Toy]] = {
     "single": Toy,
     "dual": DualStreamToy,
@@ -272,6 +297,7 @@ TOYS: dict[str, type[Toy]] = {
     "instance-forward": InstanceForwardToy,
     "parallel-block": ParallelBlockToy,
     "in-place": InPlaceToy,
+    "residual-inside": ResidualInsideToy,
 }
 
 
