@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toys
+from reference import STEPS, ByHand, sample
 from torch import Tensor, nn
+from toys import ADDING_TOYS
 
 import smoothcache as sc
 from smoothcache.costs import MacCounter
@@ -289,6 +292,21 @@ def test_it_extrapolates_the_difference(predictor: str) -> None:
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("toy_name", ADDING_TOYS)
+@pytest.mark.parametrize("predictor", ["hold", "taylor"])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_the_whole_run_is_what_reuse_by_hand_gives(
+    toy_name: str, predictor: str, calls: int
+) -> None:
+    toy = toys.build(toy_name)
+    schedule = sc.Schedule.uniform(toy, STEPS, 3, predictor=predictor)
+    by_hand = ByHand(toy, schedule)
+    expected = sample(by_hand.toy, calls=calls, begin=by_hand.begin)
+    with sc.cached(toy, schedule) as run:
+        torch.testing.assert_close(sample(toy, calls=calls), expected)
+    assert run.summary().reused == schedule.reused * calls
+
+
 def test_both_streams_of_a_joint_layer_are_added_to() -> None:
     class Joint(nn.Module):
         def __init__(self) -> None:
@@ -369,3 +387,45 @@ def test_in_a_compiled_model_the_difference_is_reused() -> None:
     with sc.cached(net, schedule) as run:
         torch.testing.assert_close(generate(net, 4), expected)
     assert run.summary().reused == 4 * DEPTH
+
+
+def test_real_hyper_connections_are_seen_through() -> None:
+    package = pytest.importorskip("hyper_connections", reason="hyper-connections is not installed")
+    init, expand, reduce = package.get_init_and_expand_reduce_stream_functions(4)
+
+    class Connected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = init(dim=WIDTH, branch=Attention())
+            self.ff = init(dim=WIDTH, branch=FeedForward())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.ff(self.attn(x))
+
+    net = build(lambda: Net((Attention, FeedForward)))
+    net.blocks = nn.ModuleList(Connected() for _ in range(DEPTH))
+    net.eval()
+    net.enter = expand
+    net.register_forward_hook(lambda module, x, output: reduce(output))
+    layers = sc.observe_layers(net, lambda i: generate(net))
+    assert {layer.kind for layer in layers} == {"block"}
+    plain = generate(net)
+    with sc.cached(net, sc.Schedule.uniform(net, 2, 2, layers=layers[-1:])):
+        reused = generate(net)
+    assert not torch.allclose(reused[1], plain[0])
+    assert (reused[1] - plain[1]).norm() < 0.5 * (plain[0] - plain[1]).norm()
+
+
+def test_the_blocks_of_k_diffusion_add_to_the_stream_themselves() -> None:
+    model = pytest.importorskip(
+        "k_diffusion.models.image_transformer_v1", reason="k-diffusion is not installed"
+    )
+    net = model.ImageTransformerDenoiserModelV1(3, 64, 128, 4, 4, (2, 2)).eval()
+    x = torch.randn(1, 4, 8, 8)
+    last = sc.find_layers(net)[-1:]
+    old, new = net(x, torch.ones(1)), net(1.3 * x, torch.full((1,), 0.5))
+    with sc.cached(net, sc.Schedule.uniform(net, 2, 2, layers=last)) as run:
+        net(x, torch.ones(1))
+        reused = net(1.3 * x, torch.full((1,), 0.5))
+    assert run.summary().reused == 1
+    assert (reused - new).norm() < (old - new).norm()

@@ -14,7 +14,7 @@ import toys
 from model_coverage import build, measure
 from reference import levels
 from torch import Tensor, nn
-from toys import TOYS
+from toys import ADDING_TOYS, TOYS
 from zoo import TinyModel, all_models, noise
 
 import smoothcache as sc
@@ -131,7 +131,7 @@ def test_what_comes_before_a_reused_layer_still_matters(name: str) -> None:
     reuses_one_late_layer(model, lambda t: tiny.call(model, x, torch.full((1,), t)))
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", [*TOYS, *ADDING_TOYS])
 def test_what_comes_before_a_reused_layer_still_matters_in_toys(name: str) -> None:
     toy, x = toys.build(name), noise(1, toys.TOKENS, toys.WIDTH)
     y = torch.zeros(1, dtype=torch.long)

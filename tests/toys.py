@@ -53,6 +53,7 @@ class Toy(nn.Module):
     """Single stream: self-attention and feed-forward, conditioned on time and class."""
 
     block: type[nn.Module] = Block
+    adds_inside = False  # whether layers return their input plus their branch
 
     def __init__(self, depth: int = 3, dim: int = WIDTH) -> None:
         super().__init__()
@@ -286,6 +287,7 @@ class AddingBlock(nn.Module):
 
 class ResidualInsideToy(Toy):
     block = AddingBlock
+    adds_inside = True
 
 
 TOYS: dict[str, type[Toy]] = {
@@ -297,11 +299,12 @@ TOYS: dict[str, type[Toy]] = {
     "instance-forward": InstanceForwardToy,
     "parallel-block": ParallelBlockToy,
     "in-place": InPlaceToy,
-    "residual-inside": ResidualInsideToy,
 }
+# Their layers hold the residual stream, so what is reused is a difference, rounded.
+ADDING_TOYS: dict[str, type[Toy]] = {"residual-inside": ResidualInsideToy}
 
 
 def build(name: str, seed: int = 0, **kwargs: Any) -> Toy:
     """A toy with random weights, in evaluation mode and without gradients."""
     torch.manual_seed(seed)
-    return TOYS[name](**kwargs).eval().requires_grad_(False)
+    return {**TOYS, **ADDING_TOYS}[name](**kwargs).eval().requires_grad_(False)
