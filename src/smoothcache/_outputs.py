@@ -140,7 +140,7 @@ def _vars(value: Any) -> dict[str, Any]:
 
 def hides_tensors(leaf: Any) -> bool:
     """Whether a leaf has tensors in it, or is a function of some, that nobody can exchange."""
-    if isinstance(leaf, Tensor | type | Module):
+    if isinstance(leaf, Tensor | type):
         return False
     if tensors_in(dict(_vars(leaf))):
         return True
@@ -161,7 +161,7 @@ def _is_function_of_tensors(function: Any) -> bool:
     return any(
         isinstance(x, Tensor) or (callable(x) and x is not function and hides_tensors(x))
         for x in leaves
-        if not isinstance(x, Parameter)
+        if not isinstance(x, Parameter | Module)  # a model's own weights stay what they are
     )
 
 
