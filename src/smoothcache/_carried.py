@@ -32,7 +32,7 @@ _KEPT = {  # operators that leave the elements of their operands as they are, or
     *("view_copy", "permute_copy", "transpose_copy", "expand_copy", "slice_copy", "select_copy"),
 }
 # A matrix with no more rows than this mixes a few streams, not the channels of one.
-_FEW = 8
+_FEW = 4
 _NONE: frozenset[int] = frozenset()
 
 
