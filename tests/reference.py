@@ -98,7 +98,7 @@ class ByHand:
             use = self._uses[path] = self._uses.get(path, -1) + 1
             history = self.outputs.setdefault((path, self._branch, use), [])
             stream = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).clone()
-            base = stream if kind == "block" else torch.zeros(())
+            base = stream if kind == "block" or self.toy.adds_inside else torch.zeros(())
             if row.computed[self._step] or not history:
                 self.recomputed += not row.computed[self._step]
                 output = forward(*args, **kwargs)

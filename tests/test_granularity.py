@@ -1422,6 +1422,17 @@ def runs_at(path: str, boundary: int) -> range:
     return range(boundary, STEPS) if path.startswith("transformer_2") else range(boundary)
 
 
+def test_the_layers_of_both_denoisers_are_counted(turns: Pipe) -> None:
+    observed = sc.observe_layers(turns, lambda i: turns.generate(boundary=3, calls=2))
+    measured = sc.calibrate(
+        turns, lambda i: turns.generate(boundary=3, calls=2), 1, max_gap=1, progress=False
+    )
+    assert [(x.path, x.macs, x.nbytes) for x in observed] == [
+        (x.path, x.macs, x.nbytes) for x in measured.layers
+    ]
+    assert all(layer.macs and layer.nbytes for layer in observed)
+
+
 boundaries = pytest.mark.parametrize("boundary", [2, 5, 6])
 
 

@@ -84,6 +84,15 @@ def test_every_kind_has_a_panel(count: int) -> None:
     assert sum(panel.get_visible() for panel in figure.axes) == count
 
 
+@pytest.mark.parametrize("kind", ["refiner_ffn", "refiner_joint_attn", "refiner_spatial_ffn"])
+def test_kinds_of_refiners_have_names_and_colours(kind: str) -> None:
+    plain = kind.removeprefix("refiner_")
+    figure = plots.plot_error_curves(calibration(plain, kind))
+    assert "refiner " in texts(figure) and kind not in texts(figure)
+    colours = {x: plots._kind_colour(x) for x in (plain, kind, f"temporal_{plain}")}
+    assert len(set(colours.values())) == 3 and plots.PINK not in colours.values()
+
+
 def test_a_gap_that_was_not_measured_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="gap 4"):
         plots.plot_error_curves(calibration("ffn"), gaps=(4,))

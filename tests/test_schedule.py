@@ -49,6 +49,12 @@ def make(**changes: Any) -> Schedule:
 # -------------------------------------------------------------------------- rules
 
 
+def test_equal_schedules_have_equal_hashes() -> None:
+    assert hash(make()) == hash(make())
+    assert len({make(), make(), make(compute=0.5), make(solver=None)}) == 3
+    assert isinstance(hash(make(layers=None, model=None)), int)
+
+
 def test_table_follows_the_layers_whatever_the_order_of_rows() -> None:
     expected = [[1, 0, 1, 0], [1, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]]
     schedule = make()

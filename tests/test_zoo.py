@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+import toys
 from model_coverage import build, measure
 from reference import levels
 from torch import Tensor, nn
+from toys import ADDING_TOYS, TOYS
 from zoo import TinyModel, all_models, noise
 
 import smoothcache as sc
+from smoothcache.costs import MacCounter
 
 ZOO = all_models()
 every_model = pytest.mark.parametrize("name", ZOO)
@@ -80,6 +84,58 @@ def test_the_same_call_repeated_gives_the_same_output_under_any_schedule(name: s
                     assert torch.equal(output, plain)
                 else:  # the residual of a block is rounded
                     torch.testing.assert_close(output, plain, rtol=1e-3, atol=1e-4)
+
+
+def reuses_one_late_layer(model: nn.Module, call: Callable[[float], Tensor]) -> None:
+    """Reuses one layer, and sees that what lies before it still matters to the output."""
+    layers = sc.observe_layers(model, lambda i: call(900.0))
+    layers = [layer for layer in layers if not layer.kind.startswith("refiner_")]
+    late, early = layers[-1], model.get_submodule(layers[0].path)
+    results, macs = [], []
+    for change in (1.0, 1.5):
+        for reuse in (False, True):
+            row = sc.Row((True, not reuse, True))
+            schedule = sc.Schedule(3, {late.path: row}, (late,))
+            with sc.cached(model, schedule) as run, altered(early) as factor:
+                call(900.0)
+                factor(change)
+                with MacCounter() as counter:
+                    results.append(call(800.0))
+                factor(1.0)
+                call(700.0)
+            assert bool(run.summary().reused) == reuse
+            assert run.summary().recomputed == {}
+            macs.append(counter.total)
+    full, reused, altered_full, altered_reused = results
+    assert macs[0] - macs[1] == macs[2] - macs[3] == late.macs
+    assert (altered_reused - reused).norm() > 0.5 * (altered_full - full).norm() > 0
+
+
+@contextmanager
+def altered(module: nn.Module) -> Iterator[Callable[[float], None]]:
+    """Lets the weights of a module be multiplied, and leaves them as they were."""
+    weights = {x: x.clone() for x in module.parameters()}
+
+    def factor(value: float) -> None:
+        for x, plain in weights.items():
+            x.copy_(value * plain)
+
+    yield factor
+    factor(1.0)
+
+
+@every_model
+def test_what_comes_before_a_reused_layer_still_matters(name: str) -> None:
+    tiny = ZOO[name]
+    model, x = build(tiny), noise(1, *tiny.shape)
+    reuses_one_late_layer(model, lambda t: tiny.call(model, x, torch.full((1,), t)))
+
+
+@pytest.mark.parametrize("name", [*TOYS, *ADDING_TOYS])
+def test_what_comes_before_a_reused_layer_still_matters_in_toys(name: str) -> None:
+    toy, x = toys.build(name), noise(1, toys.TOKENS, toys.WIDTH)
+    y = torch.zeros(1, dtype=torch.long)
+    reuses_one_late_layer(toy, lambda t: toy.denoise(x, torch.full((1,), t), y))
 
 
 @every_model

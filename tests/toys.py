@@ -53,6 +53,7 @@ class Toy(nn.Module):
     """Single stream: self-attention and feed-forward, conditioned on time and class."""
 
     block: type[nn.Module] = Block
+    adds_inside = False  # whether layers return their input plus their branch
 
     def __init__(self, depth: int = 3, dim: int = WIDTH) -> None:
         super().__init__()
@@ -263,6 +264,32 @@ class InPlaceToy(Toy):
     block = InPlaceBlock
 
 
+class AddingAttention(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(nn.functional.layer_norm(x, x.shape[-1:]))
+
+
+class AddingMlp(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(nn.functional.layer_norm(x, x.shape[-1:]))
+
+
+class AddingBlock(nn.Module):
+    """Layers that hold the residual stream: each returns its input plus its branch."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.attn, self.mlp = AddingAttention(dim), AddingMlp(dim)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.mlp(self.attn(x + c[:, None]))
+
+
+class ResidualInsideToy(Toy):
+    block = AddingBlock
+    adds_inside = True
+
+
 TOYS: dict[str, type[Toy]] = {
     "single": Toy,
     "dual": DualStreamToy,
@@ -273,9 +300,11 @@ TOYS: dict[str, type[Toy]] = {
     "parallel-block": ParallelBlockToy,
     "in-place": InPlaceToy,
 }
+# Their layers hold the residual stream, so what is reused is a difference, rounded.
+ADDING_TOYS: dict[str, type[Toy]] = {"residual-inside": ResidualInsideToy}
 
 
 def build(name: str, seed: int = 0, **kwargs: Any) -> Toy:
     """A toy with random weights, in evaluation mode and without gradients."""
     torch.manual_seed(seed)
-    return TOYS[name](**kwargs).eval().requires_grad_(False)
+    return {**TOYS, **ADDING_TOYS}[name](**kwargs).eval().requires_grad_(False)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module, Parameter
 from torch.utils import _pytree as pytree
 
 from ._content import are_equal, digest, version
@@ -136,8 +139,37 @@ def _vars(value: Any) -> dict[str, Any]:
 
 
 def hides_tensors(leaf: Any) -> bool:
-    """Whether a leaf has tensors in it that nobody can exchange."""
-    return not isinstance(leaf, Tensor | type) and bool(tensors_in(dict(_vars(leaf))))
+    """Whether a leaf has tensors in it, or is a function of some, that nobody can exchange."""
+    if isinstance(leaf, Tensor | type):
+        return False
+    if tensors_in(dict(_vars(leaf))):
+        return True
+    return callable(leaf) and _is_function_of_tensors(leaf)
+
+
+def _is_function_of_tensors(function: Any) -> bool:
+    """Whether a function, or one that it calls, was made with tensors in it."""
+    if isinstance(function, partial):
+        held: list[Any] = [function.func, function.args, function.keywords]
+    elif isinstance(function, MethodType):
+        held = [function.__func__, function.__self__]
+    else:
+        cells = getattr(function, "__closure__", None) or ()
+        held = [_content(cell) for cell in cells]
+        held += [getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)]
+    leaves = [x for value in held for x in pytree.tree_leaves(value) if value is not function]
+    return any(
+        isinstance(x, Tensor) or (callable(x) and x is not function and hides_tensors(x))
+        for x in leaves
+        if not isinstance(x, Parameter | Module)  # a model's own weights stay what they are
+    )
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not bound yet
+        return None
 
 
 def _refilled(whole: Any, attributes: dict[str, Any], items: dict[Any, Any]) -> Any:
@@ -177,7 +209,7 @@ def are_swapped(outputs: list[Any], inputs: list[Tensor]) -> Tensor | None:
     outs = [x for x in outputs if isinstance(x, Tensor)]
     if len(outs) != 2 or outs[0].shape != outs[1].shape:
         return None
-    ins = [x for x in inputs if _alike(x, outs[0])][:2]
+    ins = [x for x in inputs if is_like(x, outs[0])][:2]
     if len(ins) != 2:
         return None
     straight = (outs[0] - ins[0]).abs().sum() + (outs[1] - ins[1]).abs().sum()
@@ -192,7 +224,7 @@ def bases_of(
     free = list(inputs)
     bases: list[Tensor | None] = []
     for output in outputs:
-        fits = [i for i, x in enumerate(free) if isinstance(output, Tensor) and _alike(x, output)]
+        fits = [i for i, x in enumerate(free) if isinstance(output, Tensor) and is_like(x, output)]
         fits.sort(key=lambda i: free[i].dtype != output.dtype)  # autocast may change it in a block
         index = next(iter(fits), None)
         bases.append(None if index is None else free.pop(index))
@@ -204,8 +236,23 @@ def bases_of(
     return bases
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def is_like(a: Tensor, b: Tensor) -> bool:
+    """Whether the second, of floats, has the shape and the device of the first."""
     return a.shape == b.shape and a.device == b.device and b.is_floating_point()
+
+
+def copies_of(inputs: list[Tensor], sources: Sequence[int | None]) -> list[Tensor]:
+    """Inputs before a forward that may write into them: copies of those that outputs continue."""
+    return [x.detach().clone() if i in sources else x for i, x in enumerate(inputs)]
+
+
+def bases_at(
+    sources: Sequence[int | None], inputs: list[Tensor], leaves: Sequence[Any]
+) -> list[Tensor | None]:
+    """The input that each leaf continues, as it is known; none if no leaf continues one."""
+    if not sources:
+        return [None] * len(leaves)
+    return [None if i is None else inputs[i] for i in sources]
 
 
 def kept_of(leaf: Any, base: Tensor | None) -> Any:

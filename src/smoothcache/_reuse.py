@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from . import _carried
 from ._outputs import (
     Writes,
     are_finite,
     are_swapped,
+    bases_at,
     bases_of,
+    copies_of,
     float_tensors,
     form_of,
     has_form,
@@ -106,6 +109,7 @@ class _Kept:
     swapped: Tensor | None
     dtypes: list[torch.dtype | None]
     form: list[Any]
+    sources: tuple[int | None, ...]  # the inputs that the leaves add to; of a block not known
     into: list[int | None]  # the input, by its number, that a leaf is and was written into
     is_plain: bool  # one tensor of floats on its device, to be returned as it is predicted
 
@@ -129,6 +133,7 @@ class ReusedLayer:
         positions: Where each step lies on the predictor's axis; None for its index.
         gains: How much of a predicted change is taken at every step; None for all of it.
         residual: Reuse what the module adds to its input instead of its output.
+        follow: Find out in the first call whether the layer adds to its input, and do likewise.
         check_finite: Keep no value that has a NaN or an infinity; costs a wait for each.
         on_host: Keep values in host memory.
     """
@@ -137,6 +142,7 @@ class ReusedLayer:
     __slots__ = (
         *("_call", "_check_finite", "_computed", "_due", "_last_uses", "_never_reused", "_order"),
         *("_older_weight", "_path", "_positions", "_gains", "_residual", "_reusable_from"),
+        *("_follow", "_sources"),
         *("_on_host", "_tally", "_weights", "following", "inner"),
         *("_kept", "_lost_in", "_not_finite", "_number", "_passes", "_spent_after", "_use"),
         *("_writes", "ran", "ran_before"),
@@ -154,6 +160,7 @@ class ReusedLayer:
         positions: Sequence[float] | None = None,
         gains: Sequence[float] | None = None,
         residual: bool = False,
+        follow: bool = False,
         check_finite: bool = False,
         on_host: bool = False,
     ) -> None:
@@ -171,6 +178,8 @@ class ReusedLayer:
         self._weights = cache(self._weights_of)
         self._older_weight = cache(lambda older, newer, at: self._weights_of((older, newer), at)[0])
         self._residual = residual
+        self._follow = follow
+        self._sources: dict[int, tuple[int | None, ...]] = {}  # by the number of inputs
         self._check_finite = check_finite
         self._on_host = on_host
         self._writes = Writes()
@@ -414,19 +423,31 @@ class ReusedLayer:
         given = tensors_given(args, kwargs)
         form = form_of(given)
         marks = self._writes.before(given)
-        inputs: list[Tensor] = []
-        if self._residual:  # copies, because the block may write into its input
-            inputs = [x.detach().clone() for x in given if x.is_floating_point()]
-        output = forward(*args, **kwargs)
+        inputs = [x for x in given if x.is_floating_point()]
+        sources = self._sources.get(len(inputs), ())
+        unknown = self._follow and len(inputs) not in self._sources
+        # Copies, because the layer may write into its input.
+        copied = range(len(inputs)) if self._residual or unknown else sources
+        inputs = copies_of(inputs, copied)
+        if unknown:
+            output, sources = self._followed(forward, args, kwargs)
+        else:
+            output = forward(*args, **kwargs)
         written = self._writes.after(given, marks)
         leaves, rebuild = taken_apart(output)
         if written or not isinstance(output, Tensor):
             self._refuse_side_effects(list(written.values()), output, leaves)
+        if len(sources) not in (0, len(leaves)):  # returns something else than before
+            self._sources.clear()
+            return output
+        if unknown:
+            self._sources[len(inputs)] = sources
         swapped: Tensor | None = None
-        bases: list[Tensor | None] = [None] * len(leaves)
         if self._residual:
             swapped = are_swapped(leaves, inputs)
             bases = bases_of(leaves, inputs, swapped)
+        else:
+            bases = bases_at(sources, inputs, leaves)
         values = [kept_of(leaf, base) for leaf, base in zip(leaves, bases, strict=True)]
         if self._check_finite and not are_finite(values):
             self._not_finite.add(place)
@@ -443,13 +464,28 @@ class ReusedLayer:
             swapped=swapped,
             dtypes=[x.dtype if isinstance(x, Tensor) else None for x in leaves],
             form=form,
+            sources=sources,
             into=[next((i for i, x in written.items() if x is leaf), None) for leaf in leaves],
-            is_plain=is_plain(output) and not (written or self._residual or self._on_host),
+            is_plain=is_plain(output)
+            and not (written or self._residual or sources or self._on_host),
         )
         if self._on_host:
             kept.leaves = [Parked(x) if isinstance(x, Tensor) else x for x in values]
         self._keep(place, kept)
         return output
+
+    def _followed(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, tuple[int | None, ...]]:
+        """Runs the layer, and says which inputs its leaves add to.
+
+        Raises:
+            ScheduleMismatchError: If it carries one on in a way that no difference keeps.
+        """
+        output, carried = _carried.followed(forward, args, kwargs)
+        if carried.is_mixed:
+            raise ScheduleMismatchError(_carried.sentence(self._path))
+        return output, carried.sources
 
     def _refuse_side_effects(self, written: list[Tensor], output: Any, leaves: list[Any]) -> None:
         name = self._path or "the model"
@@ -495,9 +531,13 @@ class ReusedLayer:
             output = self._combined([kept.leaves[0] for kept in history], history, consume=is_last)
         else:
             values = self._predicted(history, consume=is_last)
-            if self._residual:
+            if self._residual or newest.sources:
                 inputs = float_tensors((args, kwargs))
-                bases = bases_of(values, inputs, newest.swapped)
+                bases = (
+                    bases_of(values, inputs, newest.swapped)
+                    if self._residual
+                    else bases_at(newest.sources, inputs, values)
+                )
                 values = [
                     plus(value, base, dtype)
                     for value, base, dtype in zip(values, bases, newest.dtypes, strict=True)

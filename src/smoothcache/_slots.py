@@ -18,7 +18,9 @@ from torch import Tensor
 from ._outputs import (
     are_finite,
     are_swapped,
+    bases_at,
     bases_of,
+    copies_of,
     float_tensors,
     minus,
     plus,
@@ -34,6 +36,7 @@ class Output(Protocol):
     leaves: list[Any]
     swapped: Tensor | None
     dtypes: list[torch.dtype | None]
+    sources: tuple[int | None, ...]
     into: list[int | None]
 
     @property
@@ -74,6 +77,7 @@ class Slots:
         self._rows: list[int | None] = [None] * (order + 1)  # the step that each is of
         self._row = 0  # the one to be written next
         self._residual = residual
+        self._sources = example.sources
         self._like = _first_alike(shapes, example.leaves)
         self._index: Tensor | None = None
         self._weights: Tensor | None = None
@@ -91,8 +95,9 @@ class Slots:
         if self.reuses:
             return self._predicted(args, kwargs)
         inputs: list[Tensor] = []
-        if self._residual:  # copies, because the block may write into its input
-            inputs = [x.detach().clone() for x in float_tensors((args, kwargs))]
+        if self._residual or self._sources:  # copies, because the layer may write into its input
+            inputs = float_tensors((args, kwargs))
+            inputs = copies_of(inputs, range(len(inputs)) if self._residual else self._sources)
         output = forward(*args, **kwargs)
         self._keep(output, inputs)
         return output
@@ -113,8 +118,8 @@ class Slots:
         if len(leaves) != len(self._leaves):
             self.is_misfit = True
             return
-        swapped = are_swapped(leaves, inputs)
-        bases = bases_of(leaves, inputs, swapped)
+        swapped = are_swapped(leaves, inputs) if self._residual else None
+        bases = self._bases(leaves, inputs, swapped)
         for buffer, leaf, base in zip(self._leaves, leaves, bases, strict=True):
             if isinstance(leaf, Tensor):
                 value = leaf.detach() if base is None else minus(leaf, base)
@@ -127,14 +132,21 @@ class Slots:
 
     def _predicted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = [_combined(buffer, self._weights) for buffer in self._leaves]
-        if self._residual:
+        if self._residual or self._sources:
             swapped = None if self._swapped is None else self._swapped[0]
-            bases = bases_of(values, float_tensors((args, kwargs)), swapped)
+            bases = self._bases(values, float_tensors((args, kwargs)), swapped)
             values = [
                 plus(value, base, dtype)
                 for value, base, dtype in zip(values, bases, self._dtypes, strict=True)
             ]
         return self._rebuild(written_into(self._into, values, args, kwargs))
+
+    def _bases(
+        self, leaves: Sequence[Any], inputs: list[Tensor], swapped: Tensor | None
+    ) -> list[Tensor | None]:
+        if self._residual:
+            return bases_of(list(leaves), inputs, swapped)
+        return bases_at(self._sources, inputs, leaves)
 
     # ----------------------------------------------------------------------- between the calls
 

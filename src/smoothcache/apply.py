@@ -23,7 +23,7 @@ from .errors import (
     SmoothCacheError,
     SmoothCacheWarning,
 )
-from .layers import CacheLayer, find_layers, identify, is_residual, layer_modules
+from .layers import CacheLayer, find_layers, identify, is_followed, is_residual, layer_modules
 from .predictors import PREDICTORS, axis_positions
 from .schedule import Schedule
 from .summary import Summary
@@ -209,6 +209,7 @@ class Run:
             positions=axis_positions(axis, schedule.num_steps, schedule.noise_levels),
             gains=row.gains,
             residual=is_residual(layer),
+            follow=is_followed(layer),
             check_finite=check_finite,
             on_host=self._on_host,
         )

@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._attach import Attachment
+from ._carried import followed
 from ._checks import check_count
 from ._intercept import Handler
 from ._noise_levels import levels_at
-from ._outputs import bytes_of, taken_apart
+from ._outputs import bases_at, bytes_of, copies_of, float_tensors, minus, taken_apart
 from .calibration import Calibration
 from .clock import Tick
 from .costs import MacCounter
@@ -32,6 +33,7 @@ from .layers import (
     confirmed,
     find_layers,
     identify,
+    is_followed,
     layer_modules,
 )
 from .observe import Watcher, blocks_of
@@ -117,7 +119,8 @@ def calibrate(
         session = _Session(model, found, max_gap, tokens)
         _run(session, sample, range(1))
         confirmed = session.confirmed(may_take_blocks=layers is None and granularity == "auto")
-        if {x.path for x in confirmed} - {x.path for x in found}:  # the first sample was lost
+        known = {(x.path, x.kind) for x in found}
+        if {(x.path, x.kind) for x in confirmed} - known:  # the first sample was lost
             session = _Session(model, confirmed, max_gap, tokens)
             _run(session, sample, range(1))
         bar.update()
@@ -173,7 +176,10 @@ class _Session:
         self._tokens = tokens
         self._memory = _Memory()
         self._observers = {
-            layer.path: _Observer(layer.path, max_gap, tokens, self._memory) for layer in layers
+            layer.path: _Observer(
+                layer.path, max_gap, tokens, self._memory, follow=is_followed(layer)
+            )
+            for layer in layers
         }
         self._blocks = {
             block.path: Watcher()
@@ -209,7 +215,10 @@ class _Session:
         """The layers that ran, or a block in place of layers that it bypasses."""
         macs = {path: watcher.macs for path, watcher in self._blocks.items()}
         ran = {path: o.macs if o.steps_seen else None for path, o in self._observers.items()}
-        return confirmed(self._layers, {**macs, **ran}, may_take_blocks=may_take_blocks)
+        mixed = [path for path, observer in self._observers.items() if observer.is_mixed]
+        return confirmed(
+            self._layers, {**macs, **ran}, mixed=mixed, may_take_blocks=may_take_blocks
+        )
 
     # ------------------------------------------------------------- what the attachment reports
 
@@ -389,10 +398,18 @@ class _Memory:
 
 
 class _Observer:
-    """Handler of one layer that compares each output with the last ones and changes nothing."""
+    """Handler of one layer that compares each output with the last ones and changes nothing.
 
-    def __init__(self, path: str, max_gap: int, tokens: int | None, memory: _Memory) -> None:
+    Of a layer that adds to its input, what it adds is compared, as that is what is reused.
+    """
+
+    def __init__(
+        self, path: str, max_gap: int, tokens: int | None, memory: _Memory, *, follow: bool
+    ) -> None:
         self._path = path
+        self._follow = follow
+        self._sources: dict[int, tuple[int | None, ...]] = {}  # by the number of inputs
+        self.is_mixed = False
         self._max_gap = max_gap
         self._tokens = tokens
         self._memory = memory
@@ -433,14 +450,38 @@ class _Observer:
         if not self._active:
             return forward(*args, **kwargs)
         before = self._counter.total if self._counter else 0
-        output = forward(*args, **kwargs)
+        output, values = self._run(forward, args, kwargs)
         if self._counter:
             self.macs += self._counter.total - before
             self.nbytes += bytes_of(output)
-        self._compare(self._taken(output))
+        self._compare(self._taken(output, values))
         self.steps_seen.add(self._step)
         self._use += 1
         return output
+
+    def _run(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, list[Any]]:
+        """The output, and what would be kept of it."""
+        inputs = float_tensors((args, kwargs))
+        count = len(inputs)
+        if self._follow and count not in self._sources:
+            inputs = copies_of(inputs, range(count))  # the layer may write into them
+            output, carried = followed(forward, args, kwargs)
+            self._sources[count] = carried.sources
+            self.is_mixed = self.is_mixed or carried.is_mixed
+        else:
+            inputs = copies_of(inputs, self._sources.get(count, ()))
+            output = forward(*args, **kwargs)
+        leaves, _ = taken_apart(output)
+        sources = self._sources.get(count, ())
+        if len(sources) not in (0, len(leaves)):
+            return output, leaves
+        bases = bases_at(sources, inputs, leaves)
+        return output, [
+            leaf if base is None else minus(leaf, base)
+            for leaf, base in zip(leaves, bases, strict=True)
+        ]
 
     def _compare(self, outputs: list[Tensor]) -> None:
         history = self._kept.setdefault((self._branch, self._use), deque())
@@ -463,10 +504,9 @@ class _Observer:
         at = (row, self._step)
         self._sums[at] = self._sums[at] + value if at in self._sums else value
 
-    def _taken(self, output: Any) -> list[Tensor]:
-        """The tensors of an output, on the tokens that are compared."""
-        leaves, _ = taken_apart(output)
-        tensors = [x.detach() for x in leaves if isinstance(x, Tensor)]
+    def _taken(self, output: Any, values: list[Any]) -> list[Tensor]:
+        """The tensors that would be kept of an output, on the tokens that are compared."""
+        tensors = [x.detach() for x in values if isinstance(x, Tensor)]
         if not tensors:
             raise CalibrationError(
                 f"{self._path!r} returned no tensor but {type(output).__name__}, so nothing of it "

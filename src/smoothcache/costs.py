@@ -9,14 +9,14 @@ device, which computes nothing, costs the same as one on a CPU or a GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._macs import LateBiases, Macs, macs_of
+from ._operators import OperatorMode
 
 _UNITS = ("MACs", "KMACs", "MMACs", "GMACs", "TMACs", "PMACs")
 
@@ -147,70 +147,19 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-class _CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operator, lets it run as it would have run, and adds up what it costs."""
-
-    supports_higher_order_operators = True  # flex attention is one
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Lets flex attention trace itself, which it does even where nothing is compiled."""
-        return True
+class _CountingMode(OperatorMode):  # type: ignore[no-untyped-call]
+    """Adds up what every operator costs."""
 
     def __init__(self, counter: MacCounter) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._counter = counter
         self._late_biases = LateBiases()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if _runs_as_parts(func):
-            with _as_outside(func), self:
-                return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
-        with _as_outside(func):
-            out = func(*args, **kwargs)
+    def saw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         self._add(macs_of(func, args, kwargs, out))
         self._add(self._late_biases.of(func, args, out))
-        return out
 
     def _add(self, macs: Macs) -> None:
         self._counter.weights += macs.weights
         self._counter.attention += macs.attention
         self._counter.biases += macs.biases
-
-
-def _runs_as_parts(func: Any) -> bool:
-    """Tells whether an operator is made of others, which are to be counted in its place.
-
-    Autograd takes such operators apart before they come here, except in inference mode. Their
-    C++ code then has to run: `OpOverload.decompose` prefers code in Python that chooses other
-    kernels. A linear layer is counted whole: some devices have a kernel of their own for it.
-    """
-    if not isinstance(func, torch._ops.OpOverload) or func._schema.name == "aten::linear":
-        return False
-    return _has_kernel(func, "CompositeImplicitAutograd")
-
-
-def _as_outside(func: Any) -> AbstractContextManager[Any]:
-    """Lets an operator track views inside itself if it would without us.
-
-    Under a dispatch mode it would not, in inference mode: a view of a weight would come without
-    `requires_grad`, `matmul` would choose another kernel, and the last bits would change.
-    """
-    tracks = isinstance(func, torch._ops.OpOverload) and (
-        _has_kernel(func, "CompositeImplicitAutograd")
-        or (torch.is_inference_mode_enabled() and not _has_kernel(func, "ADInplaceOrView"))
-    )
-    if not tracks:
-        return nullcontext()
-    guard = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False)
-    return cast(AbstractContextManager[Any], guard)
-
-
-def _has_kernel(func: torch._ops.OpOverload, key: str) -> bool:
-    if func.namespace == "prim":  # known to Python alone
-        return False
-    name = func.name()  # type: ignore[no-untyped-call]
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, key))

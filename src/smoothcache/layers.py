@@ -14,7 +14,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ._carried import sentence
 from ._checks import listed
 from .denoisers import find_denoisers
 from .errors import InvalidArgumentError, LayersNotFoundError, ScheduleMismatchError
@@ -164,26 +165,45 @@ def find_layers(
 
 
 def confirmed(
-    layers: Sequence[CacheLayer], macs: Mapping[str, int | None], *, may_take_blocks: bool
+    layers: Sequence[CacheLayer],
+    macs: Mapping[str, int | None],
+    *,
+    mixed: Collection[str] = (),
+    may_take_blocks: bool,
 ) -> list[CacheLayer]:
-    """The layers after watching them: a block whose layers are bypassed is taken as a whole.
+    """The layers after watching them: a block whose layers cannot be reused is taken as a whole.
 
     Args:
         layers: What was found.
         macs: What each layer and each block was seen to cost, by path; None if it never ran.
+        mixed: Paths of layers that carry their input on in a way that no difference keeps.
         may_take_blocks: Whether the layers were left to be chosen; otherwise they stay as given.
 
     Returns:
-        The layers that ran, with their MACs, and a block in place of layers that did too little.
+        The layers that ran, with their MACs, and a block in place of layers that did too little,
+        or that carry their input on. Where such layers have no block that runs, they are left out.
+
+    Raises:
+        InvalidArgumentError: If such a layer was asked for.
     """
+    if mixed and not may_take_blocks:
+        raise InvalidArgumentError(sentence(next(iter(mixed))))
     covered: dict[str, int] = {}
     for layer in layers:
         covered[layer.block] = covered.get(layer.block, 0) + (macs[layer.path] or 0)
+    carrying = {layer.block for layer in layers if layer.path in mixed}
     result: dict[str, CacheLayer] = {}
     for layer in layers:
         whole = macs.get(layer.block)
-        too_little = whole and covered[layer.block] < LAYER_COVERAGE * whole
-        if may_take_blocks and too_little and layer.path != layer.block:
+        too_little = (
+            whole
+            and covered[layer.block] < LAYER_COVERAGE * whole
+            and layer.path != layer.block
+            and may_take_blocks
+        )
+        if too_little or layer.block in carrying:
+            if not whole:
+                continue
             kind = re.sub(r"[a-z]+_attn$|ffn$", "block", layer.kind)
             layer = CacheLayer(layer.block, kind, layer.block)
         if macs[layer.path] is not None:
@@ -194,6 +214,11 @@ def confirmed(
 def is_residual(layer: CacheLayer) -> bool:
     """Whether what is reused is what the module adds to its input, instead of its output."""
     return layer.kind.endswith("block")
+
+
+def is_followed(layer: CacheLayer) -> bool:
+    """Whether a forward decides if a layer's output, or what it adds to its input, is reused."""
+    return not is_residual(layer) and layer.kind != "model"
 
 
 def _nothing_found(model: Any, granularity: Granularity, select: Select | None) -> str:

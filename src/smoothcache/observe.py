@@ -8,11 +8,20 @@ from dataclasses import replace
 from typing import Any
 
 from ._attach import Attachment
+from ._carried import followed
 from ._outputs import bytes_of
 from .clock import Tick
 from .costs import MacCounter
 from .errors import LayersNotFoundError
-from .layers import CacheLayer, Granularity, Select, confirmed, find_layers, layer_modules
+from .layers import (
+    CacheLayer,
+    Granularity,
+    Select,
+    confirmed,
+    find_layers,
+    is_followed,
+    layer_modules,
+)
 
 
 def observe_layers(
@@ -24,8 +33,8 @@ def observe_layers(
 ) -> list[CacheLayer]:
     """Finds the layers of a model as ``find_layers`` does, and watches which of them really run.
 
-    A block whose layers are bypassed (their parts are used without calling them) is taken as a
-    whole; what never ran is left out.
+    A block whose layers are bypassed (their parts are used without calling them), or carry their
+    input on in a way that no difference keeps, is taken as a whole; what never ran is left out.
 
     Args:
         model: A diffusers pipeline or any module.
@@ -38,6 +47,7 @@ def observe_layers(
 
     Raises:
         LayersNotFoundError: If none of them ran.
+        InvalidArgumentError: If a layer that was asked for cannot be reused.
         AlreadyCachedError: If the model runs under a schedule.
 
     Example:
@@ -55,7 +65,8 @@ def observe_layers(
     """
     layers = find_layers(model, granularity=granularity, select=select)
     modules = layer_modules(model, [*layers, *blocks_of(layers)])
-    watchers = {path: Watcher() for path in modules}
+    may_follow = {layer.path for layer in layers if is_followed(layer)}
+    watchers = {path: Watcher(follow=path in may_follow) for path in modules}
     attachment = Attachment(model, modules, watchers, _FirstStep(list(watchers.values())))
     try:
         sample(0)
@@ -64,6 +75,7 @@ def observe_layers(
     seen = confirmed(
         layers,
         {path: watcher.macs for path, watcher in watchers.items()},
+        mixed=[path for path, watcher in watchers.items() if watcher.is_mixed],
         may_take_blocks=granularity == "auto" and select is None,
     )
     if not seen:
@@ -83,16 +95,22 @@ def blocks_of(layers: Sequence[CacheLayer]) -> list[CacheLayer]:
 class Watcher:
     """Handler that notes whether a module ran, and what it cost in the first step.
 
+    Args:
+        follow: Whether to find out what the module carries on, in its first call.
+
     Attributes:
         macs: MACs in the first step; None if the module never ran.
         nbytes: Bytes of what the module returned in the first step.
+        is_mixed: Whether it carries an input on in a way that no difference keeps.
         counter: Counts while the first step is under way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, follow: bool = False) -> None:
         self.macs: int | None = None
         self.nbytes = 0
+        self.is_mixed = False
         self.counter: MacCounter | None = None
+        self._follow = follow
 
     def __call__(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -101,25 +119,33 @@ class Watcher:
         if self.counter is None:
             return forward(*args, **kwargs)
         before = self.counter.total
-        output = forward(*args, **kwargs)
+        if self._follow:
+            output, carried = followed(forward, args, kwargs)
+            self._follow, self.is_mixed = False, carried.is_mixed
+        else:
+            output = forward(*args, **kwargs)
         self.macs += self.counter.total - before
         self.nbytes += bytes_of(output)
         return output
 
 
 class _FirstStep:
-    """Listener that has the watchers count in the first step."""
+    """Listener that has the watchers count in the first step of each denoiser."""
 
     def __init__(self, watchers: list[Watcher]) -> None:
         self._watchers = watchers
         self._counting = ExitStack()
-        self._is_over = False
+        self._counted_at: dict[str, int] = {}
+        self._over: set[str] = set()
 
     def before(
         self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
     ) -> bool:
-        self._is_over = self._is_over or not (tick.step == 0 or tick.starts)
-        counter = None if self._is_over else self._counting.enter_context(MacCounter())
+        first = self._counted_at.setdefault(denoiser, tick.step)
+        if tick.step != first and not tick.starts:
+            self._over.add(denoiser)
+        is_over = denoiser in self._over
+        counter = None if is_over else self._counting.enter_context(MacCounter())
         for watcher in self._watchers:
             watcher.counter = counter
         return True

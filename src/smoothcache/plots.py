@@ -50,6 +50,7 @@ KIND_NAMES = {
     "cross_attn": "cross-attention",
     "ffn": "feed-forward",
 }
+_PREFIXES = ("refiner_", "spatial_", "temporal_")
 SMALL, NORMAL, LARGE = 8.0, 9.0, 10.5
 DPI = 160
 MARKERS = "osD^vPXh"
@@ -553,7 +554,7 @@ def _amplification(differences: Sequence[npt.NDArray[np.float32]]) -> int:
 
 
 def _kind_name(kind: str) -> str:
-    for stack in ("spatial_", "temporal_"):
+    for stack in _PREFIXES:
         if kind.startswith(stack):
             return f"{stack[:-1]} {_kind_name(kind.removeprefix(stack))}"
     return KIND_NAMES.get(kind, kind.replace("_", " "))
@@ -571,16 +572,23 @@ def _in_order(kinds: Iterable[str]) -> list[str]:
 
 
 def _kind_colour(kind: str) -> str:
-    """The colour of a kind; temporal layers have a tint of it."""
+    """The colour of a kind; temporal layers have a tint of it, those of refiners a shade."""
     colour = KIND_COLOURS.get(_base_kind(kind), PINK)
-    if not kind.startswith("temporal_"):
-        return colour
+    if "temporal_" in kind:
+        colour = _halfway(colour, 255)
+    return _halfway(colour, 0) if kind.startswith("refiner_") else colour
+
+
+def _halfway(colour: str, to: int) -> str:
+    """A colour mixed with as much white (255) or black (0)."""
     channels = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return "#" + "".join(f"{(value + 255) // 2:02X}" for value in channels)
+    return "#" + "".join(f"{(value + to) // 2:02X}" for value in channels)
 
 
 def _base_kind(kind: str) -> str:
-    return kind.removeprefix("spatial_").removeprefix("temporal_")
+    for prefix in _PREFIXES:
+        kind = kind.removeprefix(prefix)
+    return kind
 
 
 def _steps(count: int) -> str:

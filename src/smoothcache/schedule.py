@@ -160,6 +160,11 @@ class Schedule:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
+    def __hash__(self) -> int:
+        mappings = (self.rows, self.quality, self.provenance)
+        values = (self.num_steps, self.layers, self.model, self.solver, self.timesteps)
+        return hash((*values, *[frozenset(x.items()) for x in mappings]))
+
     @classmethod
     def uniform(
         cls,
