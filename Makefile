@@ -36,7 +36,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	@for script in benchmarks/*.py; do \
+	@for script in benchmarks/[a-z]*.py; do \
 		echo "==> $$script"; \
 		$(BIN)/python "$$script" || exit 1; \
 	done

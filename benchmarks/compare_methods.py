@@ -27,17 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _rivals import rivals
 from learned_cache import learned_schedule
-from rivals import rivals
 
-from smoothcache import methods, plots
-from smoothcache._trial import Way
-from smoothcache.benchmark import Aim, Benchmark, Case, Method, Verdict, run_benchmark
-from smoothcache.calibration import Calibration
-from smoothcache.compare import REFERENCE
+from smoothcache import plots
+from smoothcache.calibration.curves import Calibration
+from smoothcache.comparison import methods
+from smoothcache.comparison.benchmark import Aim, Benchmark, Case, Method, Verdict, run_benchmark
+from smoothcache.comparison.result import REFERENCE
+from smoothcache.comparison.trial import Way
 from smoothcache.demo.image import NUM_CLASSES, shapes_case
-from smoothcache.diffusers_io import silence_libraries
-from smoothcache.report import COLUMNS, Report, ReportRow
+from smoothcache.diffusers_io.loading import silence_libraries
+from smoothcache.metrics.report import COLUMNS, Report, ReportRow
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import smoothcache as sc
 from smoothcache.demo.image import CALIBRATION_SEEDS, FOLDER, NUM_CLASSES, sample_shapes
-from smoothcache.diffusers_io import load_pipeline
-from smoothcache.metrics import psnr, relative_error
+from smoothcache.diffusers_io.loading import load_pipeline
+from smoothcache.metrics.fidelity import psnr, relative_error
 
 STEPS = 50
 LEAST_FREE = 0.05  # of the compute: what routers need to choose from

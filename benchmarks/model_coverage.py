@@ -19,7 +19,7 @@ from torch import nn
 from zoo import TinyModel, all_models, noise
 
 import smoothcache as sc
-from smoothcache.costs import MacCounter
+from smoothcache.model.costs import MacCounter
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- written by benchmarks/model_coverage.py -->", "<!-- end -->"

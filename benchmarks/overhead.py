@@ -28,7 +28,7 @@ from speed import build, without
 from tqdm.auto import tqdm
 
 import smoothcache as sc
-from smoothcache.planners import plan_uniform
+from smoothcache.planners.uniform import plan_uniform
 
 INTERVALS = (2, 3)
 SAMPLES = 10  # of a calibration, as by default; its first step also counts MACs

@@ -39,8 +39,8 @@ from typing import Any
 import torch
 
 import smoothcache as sc
-from smoothcache.costs import MacCounter
-from smoothcache.schedule import Row
+from smoothcache.model.costs import MacCounter
+from smoothcache.schedule.row import Row
 
 SCHEDULES = Path(__file__).parents[1] / "tests" / "data" / "published_schedules"
 

@@ -37,7 +37,7 @@ from torch._dynamo.utils import counters
 from tqdm.auto import tqdm
 
 import smoothcache as sc
-from smoothcache.costs import MacCounter
+from smoothcache.model.costs import MacCounter
 
 SIZES = {  # blocks, heads, width of a head, side of the latent
     "tiny": (2, 2, 8, 8),

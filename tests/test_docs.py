@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_pipeline import build_clip_pipeline, save_pipeline
+from support.tiny_pipeline import build_clip_pipeline, save_pipeline
 from typer.testing import CliRunner
 
 import smoothcache
@@ -59,7 +59,7 @@ def test_example_files_are_what_the_code_writes(tmp_path: Path) -> None:
 
 
 def test_commands_and_options_exist() -> None:
-    from smoothcache.cli import app
+    from smoothcache.cli.app import app
 
     commands = [
         text.splitlines()[0].removeprefix("$ ").split()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -14,18 +13,32 @@ import pytest
 import smoothcache
 
 PACKAGE = Path(smoothcache.__file__).parent
-
-# A module may import those of its own rank and below, through private modules as well, which have
-# no rank of their own. `schedule` refuses unknown predictors, so their table lies below it.
-RANKS = (
-    {"errors", "distance", "costs", "predictors", "denoisers", "diffusers_io", "version"},
-    {"layers", "calibration", "schedule", "routers"},
-    {"planners"},
-    {"calibrate", "apply", "clock", "learn", "observe", "summary"},
-    {"search", "metrics", "plots", "report", "compare", "benchmark", "methods"},
-    {"demo", "cli", "__main__"},
+# A room may import the rooms above it in this list, never those below.
+ROOMS = (
+    "errors",
+    "version",
+    "optional",
+    "checks",
+    "files",
+    "steps",
+    "model",
+    "layers",
+    "tracking",
+    "schedule",
+    "calibration",
+    "planners",
+    "learning",
+    "runtime",
+    "diffusers_io",
+    "searching",
+    "metrics",
+    "plots",
+    "comparison",
+    "demo",
+    "cli",
+    "__main__",
 )
-RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
+RANK = {room: rank for rank, room in enumerate(ROOMS)}
 OPTIONAL = {
     "diffusers",
     "matplotlib",
@@ -76,8 +89,8 @@ def source_files() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def noun(path: Path) -> str:
-    """The module or family of modules that a source file belongs to."""
+def room(path: Path) -> str:
+    """The room of a source file, or its own name where it stands at the top."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -87,7 +100,7 @@ def test_importing_smoothcache_loads_nothing_heavy() -> None:
 
 
 def test_optional_packages_wait_until_they_are_used() -> None:
-    modules = ("metrics", "plots", "report", "compare", "demo")
+    modules = ("metrics", "metrics.report", "plots", "comparison", "demo")
     statement = "import " + ", ".join(f"smoothcache.{module}" for module in modules)
     loaded = {name.partition(".")[0] for name in modules_after(statement)}
     assert not loaded & OPTIONAL
@@ -95,41 +108,79 @@ def test_optional_packages_wait_until_they_are_used() -> None:
 
 @cache
 def own_imports() -> dict[str, set[str]]:
-    """Module or family of the package -> those that it imports, wherever in the file."""
+    """Room -> the other rooms that its files import, wherever in the file."""
     found: dict[str, set[str]] = {}
     for path in source_files():
         inner = (name.split(".") for name in imports(path) if name.startswith("smoothcache."))
-        found.setdefault(noun(path), set()).update(parts[1] for parts in inner)
+        found.setdefault(room(path), set()).update(parts[1] for parts in inner)
     return found
 
 
-def test_every_module_has_its_rank() -> None:
-    public = {module for module in own_imports() if module == "__main__" or module[0] != "_"}
-    assert public <= set(RANK), "give the new module a rank above"
+def test_every_room_has_its_rank() -> None:
+    assert set(own_imports()) - {"__init__"} == set(RANK), "give the new room a place in ROOMS"
 
 
-def reached_from(module: str, *, through: Callable[[str], bool]) -> set[str]:
-    """All that a module imports, and what those of them import that `through` lets pass."""
+def reached_from(room: str) -> set[str]:
+    """All rooms that a room imports, directly or through others."""
     graph = own_imports()
     reached: set[str] = set()
-    todo = [module]
+    todo = [room]
     while todo:
         new = graph.get(todo.pop(), set()) - reached
         reached |= new
-        todo += filter(through, new)
+        todo += new
     return reached
 
 
-@pytest.mark.parametrize("module", sorted(RANK))
-def test_imports_only_point_down(module: str) -> None:
-    reached = reached_from(module, through=lambda name: name not in RANK)
-    assert not {name for name in reached if RANK.get(name, -1) > RANK[module]}
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_only_point_down(room: str) -> None:
+    above = {other for other in own_imports().get(room, set()) if RANK.get(other, -1) > RANK[room]}
+    assert not above
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_circle_of_imports() -> None:
+    """Files import each other in one direction only, inside functions as well."""
+    names = {module_name(path): path for path in source_files() if path.name != "__init__.py"}
+    graph: dict[str, set[str]] = {}
+    for name, path in names.items():
+        wanted = imports(path)
+        graph[name] = {
+            other
+            for one in wanted
+            for other in (one, one.rpartition(".")[0])
+            if other in names and other != name
+        }
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, ())
+
+
+@pytest.mark.parametrize("room", ["schedule", "planners"])
+def test_schedules_and_planners_never_touch_a_module(room: str) -> None:
+    touching = {
+        str(path.relative_to(PACKAGE))
+        for path in (PACKAGE / room).rglob("*.py")
+        if any(name in ("torch.nn", "torch.nn.Module") for name in imports(path))
+    }
+    assert not touching
 
 
 def test_serving_needs_only_a_schedule() -> None:
-    reached = reached_from("apply", through=lambda name: True)
-    unwanted = {"calibrate", "calibration", "search", "metrics", "plots", "report", "demo", "cli"}
-    assert not reached & unwanted
+    unwanted = {"calibration", "planners", "learning", "searching", "metrics", "plots"}
+    assert not reached_from("runtime") & (unwanted | {"comparison", "demo", "cli"})
 
 
 # A pipeline of the demo's own: its classes are subclasses of those of diffusers, so its files need
@@ -137,14 +188,14 @@ def test_serving_needs_only_a_schedule() -> None:
 OWN_PIPELINE = PACKAGE / "demo" / "stdit"
 
 
-def test_one_file_alone_imports_diffusers() -> None:
+def test_one_room_alone_imports_diffusers() -> None:
     importing = {
         str(path.relative_to(PACKAGE))
         for path in source_files()
         if OWN_PIPELINE not in path.parents
         and any(name.partition(".")[0] == "diffusers" for name in imports(path))
     }
-    assert importing <= {"diffusers_io.py"}
+    assert {Path(name).parts[0] for name in importing} <= {"diffusers_io"}
 
 
 def test_nothing_imports_the_demos_own_pipeline() -> None:
@@ -162,7 +213,7 @@ def test_optional_packages_are_imported_inside_functions() -> None:
     eager = {
         str(path.relative_to(PACKAGE)): sorted(found)
         for path in source_files()
-        if path.name != "cli.py" and OWN_PIPELINE not in path.parents
+        if room(path) != "cli" and OWN_PIPELINE not in path.parents
         if (found := {name.partition(".")[0] for name in imports(path, where="module")} & OPTIONAL)
     }
     assert not eager

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from reference import STEPS, ByHand, Liveness, levels, same, sample, times, watched_layers
+from support.reference import STEPS, ByHand, Liveness, levels, same, sample, times, watched_layers
+from support.toys import TOYS, Toy, build
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import TOYS, Toy, build
 
 import smoothcache as sc
 from smoothcache.planners import PLANNERS
@@ -65,9 +65,6 @@ def test_the_planners_and_toys_reuse_something() -> None:
     assert reusing >= set(PLANNERS) - {"everything"}
 
 
-# ------------------------------------------------------------------ 1. computing all is the model
-
-
 @every_toy
 @pytest.mark.parametrize("predictor", sc.PREDICTORS)
 @pytest.mark.parametrize("calls", [1, 2])
@@ -81,9 +78,6 @@ def test_1_a_schedule_that_computes_everything_changes_no_bit(
     assert same(plain, under_schedule)
     assert run.summary().reused == 0
     assert run.summary().peak_bytes == 0
-
-
-# ------------------------------------------------------------- 2. a computed step is the model
 
 
 @every_toy
@@ -135,9 +129,6 @@ def test_2_the_whole_run_is_what_reuse_by_hand_gives(
         assert same(got, expected)
     else:
         torch.testing.assert_close(got, expected)
-
-
-# ------------------------------------------------------------------------- 3. nothing left behind
 
 
 def traces(model: nn.Module) -> dict[str, Any]:
@@ -256,9 +247,6 @@ copies: dict[str, Callable[[nn.Module], Any]] = {
     "pickle": unpickled,
     "torch.save": loaded,
 }
-
-
-# --------------------------------------------------------------------- 4. generations do not mix
 
 
 @every_toy
@@ -423,9 +411,6 @@ def heal(toy: Toy) -> None:
     toy.head._forward_pre_hooks.clear()
 
 
-# ---------------------------------------------------------------- 5. kept until the last use
-
-
 @every_toy
 @every_planner
 def test_5_values_are_held_until_their_last_use(toy: Toy, schedule: sc.Schedule) -> None:
@@ -485,8 +470,6 @@ def test_5_the_bytes_reported_are_the_tensors_alive(
         gc.unfreeze()
     assert gaps == [0] * STEPS
 
-
-# ------------------------------------------------------------ 6. refused before altered
 
 Attempt = Callable[[Toy, sc.Schedule], object]
 WRONG: dict[str, tuple[Attempt, type[Exception], str]] = {
@@ -583,9 +566,6 @@ def test_6_disabling_twice_is_refused(toy: Toy, toy_name: str) -> None:
     with pytest.raises(sc.SmoothCacheError, match="disabled"):
         handle.disable()
     assert_same_traces(before, traces(toy))
-
-
-# ---------------------------------------------------------- 7. the schedule alone decides
 
 
 class NoReading(TorchDispatchMode):

@@ -12,7 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from smoothcache.costs import MacCounter
+from smoothcache.model.costs import MacCounter
 
 from .cases import Case
 

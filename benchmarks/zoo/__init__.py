@@ -8,7 +8,8 @@ from ._tiny import noise as noise
 
 def all_models() -> dict[str, TinyModel]:
     """The transformers of diffusers by class name, then the layouts of other codebases."""
-    from . import layouts, part_a, part_b, part_c
+    from . import diffusers_ace_to_flux, diffusers_glm_to_mochi, diffusers_motif_to_zimage, layouts
 
-    diffusers = {**part_a.MODELS, **part_b.MODELS, **part_c.MODELS}
+    parts = (diffusers_ace_to_flux, diffusers_glm_to_mochi, diffusers_motif_to_zimage)
+    diffusers = {name: make for part in parts for name, make in part.MODELS.items()}
     return {**dict(sorted(diffusers.items())), **layouts.LAYOUTS}

@@ -4,12 +4,10 @@ Finds the layers whose output hardly changes between denoising steps, measures o
 what reusing them costs, plans a static schedule, and runs the user's own pipeline with it.
 """
 
-from .apply import Run as Run
-from .apply import cached as cached
-from .apply import enable as enable
-from .calibrate import calibrate as calibrate
 from .calibration import Calibration as Calibration
 from .calibration import Curve as Curve
+from .calibration import calibrate as calibrate
+from .calibration import observe_layers as observe_layers
 from .errors import AlreadyCachedError as AlreadyCachedError
 from .errors import CalibrationError as CalibrationError
 from .errors import FileFormatError as FileFormatError
@@ -20,18 +18,20 @@ from .errors import SmoothCacheError as SmoothCacheError
 from .errors import SmoothCacheWarning as SmoothCacheWarning
 from .layers import CacheLayer as CacheLayer
 from .layers import find_layers as find_layers
-from .learn import learn_routers as learn_routers
-from .observe import observe_layers as observe_layers
+from .learning import Routers as Routers
+from .learning import learn_routers as learn_routers
+from .learning import plan_learned as plan_learned
 from .planners import plan as plan
-from .planners import plan_learned as plan_learned
-from .predictors import PREDICTORS as PREDICTORS
-from .routers import Routers as Routers
+from .runtime import Run as Run
+from .runtime import Summary as Summary
+from .runtime import cached as cached
+from .runtime import enable as enable
 from .schedule import Row as Row
 from .schedule import Schedule as Schedule
-from .search import SearchedSchedule as SearchedSchedule
-from .search import SearchResult as SearchResult
-from .search import search as search
-from .summary import Summary as Summary
+from .searching import SearchedSchedule as SearchedSchedule
+from .searching import SearchResult as SearchResult
+from .searching import search as search
+from .steps import PREDICTORS as PREDICTORS
 from .version import __version__ as __version__
 from .version import refuse_namesake
 

@@ -12,7 +12,7 @@ NEEDED = ("typer", "rich", "click")
 def main() -> None:
     """Runs the command line."""
     try:
-        from .cli import app
+        from .cli.app import app
     except KeyboardInterrupt:  # torch takes seconds to import
         sys.stderr.write("interrupted\n")
         sys.exit(130)

@@ -33,3 +33,11 @@ class AlreadyCachedError(SmoothCacheError, RuntimeError):
 
 class SmoothCacheWarning(UserWarning):
     """Something that is not wrong, but is not what was asked for either."""
+
+
+class MissingPackageError(SmoothCacheError, ImportError):
+    """A package that this feature needs is not installed; the message says how to get it."""
+
+
+class PipelineLoadError(SmoothCacheError, OSError):
+    """There is no such pipeline, or it cannot be loaded."""

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from .. import plots
-from .._media import encoded_sound
-from ..compare import REFERENCE, Comparison
-from ..diffusers_io import load_pipeline, third_order_sde
-from ..metrics import class_accuracy, frechet_distance, label_divergence
-from ..report import Report
+from ..comparison.result import REFERENCE, Comparison
+from ..diffusers_io.loading import load_pipeline
+from ..diffusers_io.solvers import third_order_sde
+from ..files.media import encoded_sound
+from ..metrics.audio import label_divergence
+from ..metrics.distribution import class_accuracy, frechet_distance
+from ..metrics.report import Report
 from .classifier import load_as
 from .course import (
     CALIBRATION_SEEDS,

@@ -13,16 +13,17 @@ from typing import Any
 from torch import Tensor
 
 from .. import plots
-from .._checks import check_count
-from .._optional import optional_module
-from ..calibrate import calibrate
-from ..calibration import Calibration
-from ..compare import Comparison, Variant, compare
+from ..calibration.calibrate import calibrate
+from ..calibration.curves import Calibration
+from ..checks import check_count
+from ..comparison.compare import Variant, compare
+from ..comparison.methods import plan_at_cost
+from ..comparison.result import Comparison
 from ..errors import InvalidArgumentError
-from ..methods import plan_at_cost
-from ..planners import plan_uniform
-from ..report import Report
-from ..schedule import Schedule
+from ..metrics.report import Report
+from ..optional import optional_module
+from ..planners.uniform import plan_uniform
+from ..schedule.schedule import Schedule
 
 MAX_GAP = 3
 INTERVALS = (2, 3)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import plots
-from ..benchmark import IMAGE_MEASURES, Case
-from ..compare import REFERENCE, Comparison
-from ..diffusers_io import load_pipeline
-from ..metrics import class_accuracy, frechet_distance, relative_error
-from ..report import Report
+from ..comparison.benchmark import IMAGE_MEASURES, Case
+from ..comparison.result import REFERENCE, Comparison
+from ..diffusers_io.loading import load_pipeline
+from ..metrics.distribution import class_accuracy, frechet_distance
+from ..metrics.fidelity import relative_error
+from ..metrics.report import Report
 from .classifier import ShapeClassifier, load_classifier
 from .course import (
     CALIBRATION_SEEDS,

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import plots
-from ..compare import REFERENCE, Comparison
-from ..diffusers_io import load_pipeline
-from ..metrics import attribute_accuracy, frechet_distance
-from ..report import Report
+from ..comparison.result import REFERENCE, Comparison
+from ..diffusers_io.loading import load_pipeline
+from ..metrics.distribution import attribute_accuracy, frechet_distance
+from ..metrics.report import Report
 from .classifier import load_as
 from .clip_classifier import ClipClassifier
 from .clips import ATTRIBUTES, caption, generate, spread_labels

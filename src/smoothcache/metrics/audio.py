@@ -13,12 +13,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_number
+from ..checks import check_count, check_number
 from ..errors import InvalidArgumentError
 from .fidelity import _check_same
 
 RESOLUTIONS = (1024, 512, 256)
+
+
 """Samples in a window of each resolution; a window starts every quarter of that."""
+
+
 FLOOR = 1e-10  # power below full scale at which everything counts as silence: -100 dB
 WINDOW, HOP, BANDS = 1024, 128, 64
 

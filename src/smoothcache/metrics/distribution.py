@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from .._optional import optional_module
 from ..errors import InvalidArgumentError
+from ..optional import optional_module
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:

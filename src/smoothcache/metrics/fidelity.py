@@ -12,8 +12,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from .._optional import optional_module
 from ..errors import InvalidArgumentError
+from ..optional import optional_module
 
 SSIM_WINDOW = 11
 NORMS = {"l1": 1, "l2": 2}

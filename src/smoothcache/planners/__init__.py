@@ -1,8 +1,8 @@
 """Ways to fill in a schedule: one method a file.
 
 A new planner is a file with a function from a calibration to a schedule, and an entry in
-``PLANNERS``; the tests of all planners and of the running then include it. ``plan_learned`` has
-none, because it needs what ``learn_routers`` learned.
+``PLANNERS``; the tests of all planners and of running a schedule then include it. The planner of
+trained routers is in ``smoothcache.learning``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 
-from ..calibration import Calibration
-from ..schedule import Schedule
-from .learned import plan_learned as plan_learned
+from ..calibration.curves import Calibration
+from ..schedule.schedule import Schedule
 from .threshold import plan as plan
 from .uniform import plan_uniform as plan_uniform
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from .._resample import CARRIED_OVER
-from ..calibration import INTERPOLATED, TIMESTEPS, Calibration
-from ..schedule import Row, Schedule, compute_fraction
+from ..calibration.curves import INTERPOLATED, TIMESTEPS, Calibration
+from ..schedule.expected_cost import compute_fraction
+from ..schedule.row import Row
+from ..schedule.schedule import Schedule
+from ..steps.resample import CARRIED_OVER
 
 
 def assemble(

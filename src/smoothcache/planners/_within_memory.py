@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from .._memory import buffer_bytes
 from ..errors import InvalidArgumentError
-from ..layers import CacheLayer
-from ..schedule import Row
+from ..layers.layer import CacheLayer
+from ..schedule.expected_cost import buffer_bytes
+from ..schedule.row import Row
 
 
 def within_bytes(

@@ -7,14 +7,16 @@ from typing import Literal
 
 import numpy as np
 
-from .._checks import check_count, check_number
-from .._resample import CARRIED_OVER, as_timesteps
-from ..calibration import Calibration, FloatArray
+from ..calibration.curves import Calibration
+from ..calibration.statistics import FloatArray
+from ..checks import check_count, check_number
 from ..errors import InvalidArgumentError
-from ..layers import CacheLayer
-from ..schedule import Row, Schedule
+from ..layers.layer import CacheLayer
+from ..schedule.row import Row
+from ..schedule.schedule import Schedule
+from ..steps.resample import CARRIED_OVER, as_timesteps
 from ._assemble import assemble
-from ._patterns import with_few_patterns
+from ._few_patterns import with_few_patterns
 from ._within_memory import within_bytes
 
 

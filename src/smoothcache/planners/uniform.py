@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..calibration import Calibration
-from ..schedule import Row, Schedule
+from ..calibration.curves import Calibration
+from ..schedule.row import Row
+from ..schedule.schedule import Schedule
 from ._assemble import assemble
 
 

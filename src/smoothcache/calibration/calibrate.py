@@ -1,0 +1,114 @@
+"""Runs the user's sampler under observers and measures what reusing each layer would cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..checks import check_count
+from ..errors import InvalidArgumentError
+from ..layers.find import find_layers
+from ..layers.layer import CacheLayer, Granularity
+from ..model.denoisers import warn_of_randomness
+from .curves import Calibration
+from .session import CalibrationSession, run
+
+
+def calibrate(
+    model: Any,
+    sample: Callable[[int], Any],
+    num_samples: int = 10,
+    max_gap: int = 3,
+    *,
+    granularity: Granularity = "auto",
+    layers: Sequence[CacheLayer] | None = None,
+    tokens: int | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Measures the error of reusing each layer, for every gap and step, on a few samples.
+
+    The model is not changed, and the samples come out as they would without this. Between calls
+    at most ``max_gap`` outputs of each layer are kept (of each of its uses, if the denoiser calls
+    it several times in a step). Errors stay on the device until a sample is complete.
+
+    Args:
+        model: A diffusers pipeline (all of its denoisers) or any module.
+        sample: ``sample(i)`` runs generation number i, with its own prompt and seed, from start
+            to end. What it returns is ignored.
+        num_samples: How many generations to run.
+        max_gap: The largest gap to measure, in steps.
+        granularity: What to measure, as for ``find_layers``. Where the first sample shows that a
+            block bypasses its layers, the block is measured as a whole, and that sample run again.
+        layers: Measure exactly these instead.
+        tokens: Compare about this many tokens of each output, evenly spaced along its last
+            dimension but one; None compares all. Saves memory and time on large models.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Error curves with their spread over the samples, and the cost of each layer. Layers that
+        did not run at every step of their denoiser are left out, and so always computed later;
+        the ``left_out`` entry of its provenance names them. Steps are counted from where the
+        samples begin: image to image is calibrated for the steps that it runs.
+
+    Raises:
+        InvalidArgumentError: If an argument has no sensible value.
+        LayersNotFoundError: If the model has no layer that could be reused.
+        CalibrationError: If ``sample`` never runs the model, runs several generations or a
+            varying number of steps, or a layer's output is not finite.
+
+    Source: arXiv 2411.10510, section 3 (calibration); where guidance runs in several calls of a
+    step, numerator and denominator are summed over the calls, as they are over a batch.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(
+        ...     num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2,
+        ...     sample_size=8,
+        ... ).eval()
+        >>> def sample(i):
+        ...     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i))
+        ...     for t in (900, 600, 300):
+        ...         x = x - 0.1 * model(x, torch.tensor([t]), torch.tensor([i])).sample
+        ...     return x
+        >>> with torch.no_grad():
+        ...     calibration = calibrate(model, sample, num_samples=2, max_gap=2, progress=False)
+        >>> calibration.num_steps
+        3
+    """
+    if not callable(sample):
+        raise InvalidArgumentError(
+            f"sample must be a function of the sample's number, got {type(sample).__name__}"
+        )
+    check_count("num_samples", num_samples, least=1)
+    check_count("max_gap", max_gap, least=1)
+    if tokens is not None:
+        check_count("tokens", tokens, least=1)
+    warn_of_randomness(model)
+    found = find_layers(model, granularity=granularity) if layers is None else list(layers)
+    _check_layers(found)
+    with tqdm(total=num_samples, desc="calibrating", unit="sample", disable=not progress) as bar:
+        session = CalibrationSession(model, found, max_gap, tokens)
+        run(session, sample, range(1))
+        confirmed = session.confirmed(may_take_blocks=layers is None and granularity == "auto")
+        known = {(x.path, x.kind) for x in found}
+        if {(x.path, x.kind) for x in confirmed} - known:  # the first sample was lost
+            session = CalibrationSession(model, confirmed, max_gap, tokens)
+            run(session, sample, range(1))
+        bar.update()
+        run(session, sample, range(1, num_samples), bar.update)
+    return session.result(model)
+
+
+def _check_layers(layers: Sequence[CacheLayer]) -> None:
+    """Refuses layers that cannot be measured side by side."""
+    if not layers:
+        raise InvalidArgumentError("layers is empty; leave it out, or give what find_layers found")
+    for x in layers:
+        for y in layers:
+            if x is not y and f"{y.path}.".startswith(x.path and f"{x.path}."):
+                raise InvalidArgumentError(
+                    f"{y.path!r} is {x.path!r} or inside it; calibrate one of the two"
+                )

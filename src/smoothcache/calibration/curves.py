@@ -1,0 +1,429 @@
+"""Calibration: what reusing each layer would cost in error, measured on a few samples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..checks import check_count, check_number, check_texts, listed
+from ..errors import InvalidArgumentError
+from ..files.document import Value, check_version
+from ..files.table import load_table, save_table
+from ..layers.layer import (
+    CacheLayer,
+    ModelIdentity,
+    identity_from_json,
+    identity_to_json,
+    layer_from_json,
+    layer_to_json,
+)
+from ..steps.noise_scheduler import check_noise_levels
+from ..steps.resample import (
+    CARRIED_OVER,
+    NOT_MEASURED,
+    as_timesteps,
+    between,
+    largest_gap,
+    positions,
+    resample_errors,
+    steps_within,
+    told,
+)
+from .statistics import FloatArray, mean_of_known, student_t_95
+
+FORMAT, VERSION = "smoothcache.calibration", 1
+TIMESTEPS, INTERPOLATED = "timesteps", "interpolated"  # in the provenance: no solver gave them
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Relative L1 error of a reuse with one gap, at every step.
+
+    Attributes:
+        mean: Over layers, then over samples; [steps], NaN where the gap reaches before step 0.
+        low: Lower end of the 95 % confidence interval over samples; NaN with one sample.
+        high: Its upper end.
+    """
+
+    mean: FloatArray
+    low: FloatArray
+    high: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Error curves and costs of every layer: enough to plan for any threshold without the model.
+
+    Source: Liu et al., "SmoothCache", arXiv 2411.10510, section 3; E(t, k) is the relative L1
+    error of the output kept from step t - k at step t.
+
+    >>> layer = CacheLayer("blocks.0.attn", kind="self_attn", block="blocks.0", macs=50)
+    >>> errors = np.array([[[[np.nan, 0.5, 0.25]]]])
+    >>> calibration = Calibration((layer,), errors, total_macs=100, timesteps=(9.0, 5.0, 1.0))
+    >>> calibration.curve(gap=1, kind="self_attn").mean
+    array([ nan, 0.5 , 0.25])
+
+    Attributes:
+        layers: The layers, with their MACs where known.
+        errors: errors[i, l, k - 1, t] is E(t, k) of sample i and layer l, dimensionless;
+            [samples, layers, max_gap, steps], NaN exactly where the layer did not run at t or at
+            t - k: where t < k, and in the other part of a generation that two denoisers share.
+            Read-only.
+        total_macs: MACs of one uncached step, all denoiser calls and layers included (the mean
+            over steps, if they differ); 0 if unknown.
+        timesteps: The model's own t at every step, in running order; [steps].
+        model: What was calibrated; None if unknown.
+        solver: Class name of the noise scheduler; None if there was none.
+        peak_bytes: Most bytes of kept outputs at any moment while calibrating.
+        tokens: Tokens per output that were compared; None means all.
+        provenance: Who made it, when and with what.
+        noise_levels: sigma / (alpha + sigma) at every step, in [0, 1], as the noise scheduler had
+            it; [steps], None if it did not say.
+
+    Raises:
+        InvalidArgumentError: If any of these contradicts another.
+    """
+
+    layers: tuple[CacheLayer, ...]
+    errors: FloatArray
+    total_macs: int
+    timesteps: tuple[float, ...]
+    model: ModelIdentity | None = None
+    solver: str | None = None
+    peak_bytes: int = 0
+    tokens: int | None = None
+    provenance: dict[str, str] = field(default_factory=dict)
+    noise_levels: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        layers = tuple(self.layers)
+        timesteps = tuple(check_number("a timestep", t) for t in self.timesteps)
+        checked = {
+            "layers": layers,
+            "errors": _check_errors(self.errors, len(layers), len(timesteps)),
+            "total_macs": check_count("total_macs", self.total_macs, least=0),
+            "timesteps": timesteps,
+            "peak_bytes": check_count("peak_bytes", self.peak_bytes, least=0),
+            "provenance": check_texts("provenance", self.provenance.items()),
+            "noise_levels": check_noise_levels(self.noise_levels, len(timesteps)),
+        }
+        if self.tokens is not None:
+            checked["tokens"] = check_count("tokens", self.tokens, least=1)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        _check_layers(layers, self.total_macs, self.num_steps, self.steps_run)
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.errors.shape[0])
+
+    @property
+    def max_gap(self) -> int:
+        """The largest gap that was measured, in steps; so many reuses in a row can be planned."""
+        return int(self.errors.shape[2])
+
+    @property
+    def num_steps(self) -> int:
+        return int(self.errors.shape[3])
+
+    @property
+    def steps_run(self) -> tuple[range, ...]:
+        """The steps at which each layer ran: all, unless denoisers share a generation."""
+        return tuple(_steps_run(gaps) for gaps in self.errors[0])
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of layers, in the order in which they first appear."""
+        return tuple(dict.fromkeys(layer.kind for layer in self.layers))
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The blocks, in the order in which they first appear."""
+        return tuple(dict.fromkeys(layer.block for layer in self.layers))
+
+    def curve(
+        self,
+        *,
+        gap: int,
+        layer: str | None = None,
+        kind: str | None = None,
+        block: str | None = None,
+    ) -> Curve:
+        """The error curve of one layer, of a kind, of a block, of a kind in a block, or of all.
+
+        Averages over the chosen layers within each sample, then over samples; the interval is
+        Student's t over samples.
+
+        Args:
+            gap: Steps since the reused output was computed, 1 to ``max_gap``.
+            layer: Path of one layer; not together with ``kind`` or ``block``.
+            kind: Only layers of this kind.
+            block: Only layers of this block.
+
+        Raises:
+            InvalidArgumentError: If the gap was not measured or no layer is meant; lists what is.
+        """
+        if check_count("gap", gap, least=1) > self.max_gap:
+            raise InvalidArgumentError(
+                f"gap {gap} was not measured; the largest is {self.max_gap}."
+            )
+        chosen = self._choose(layer, kind, block)
+        per_sample = mean_of_known(self.errors[:, chosen, gap - 1, :])
+        mean = per_sample.mean(axis=0)
+        half_width = np.full_like(mean, np.nan)
+        if self.num_samples > 1:
+            standard_error = per_sample.std(axis=0, ddof=1) / np.sqrt(self.num_samples)
+            half_width = student_t_95(self.num_samples - 1) * standard_error
+        return Curve(mean=mean, low=mean - half_width, high=mean + half_width)
+
+    def resample(self, num_steps: int, *, timesteps: Iterable[float] | None = None) -> Calibration:
+        """The error curves read off at another number of steps, by position in the noise level.
+
+        A gap of one new step spans more old steps if there are fewer steps now, or a part of one;
+        the error is linear between what was measured, and 0 at a gap of 0. So the curves reach
+        fewer gaps if there are fewer steps. This assumes that a sampler with other steps passes
+        through much the same states; it was not measured. With the same number of steps, and no
+        or the same timesteps, this is the calibration itself.
+
+        Source: ours.
+
+        >>> layer = CacheLayer("blocks.0.attn", kind="self_attn", block="blocks.0", macs=50)
+        >>> errors = np.array([[[[np.nan, 0.2, 0.2, 0.4, 0.4]]]])
+        >>> calibration = Calibration((layer,), errors, total_macs=50, timesteps=(9, 7, 5, 3, 1))
+        >>> calibration.resample(9).curve(gap=1).mean
+        array([ nan, 0.1 , 0.1 , 0.1 , 0.1 , 0.15, 0.2 , 0.2 , 0.2 ])
+
+        Args:
+            num_steps: Solver steps of the generations to plan for.
+            timesteps: The model's own t at each of them, in running order [num_steps]. By default
+                the steps divide the same noise levels alike, and the timesteps are interpolated.
+
+        Returns:
+            A calibration of num_steps steps. Its max_gap is the largest, up to the present one, at
+            which no gap spans more than was measured.
+
+        Raises:
+            InvalidArgumentError: If num_steps is not an integer of at least 1; if the timesteps
+                are not as many finite numbers, do not only fall or only rise, run against those of
+                the calibration, or are of another unit; if the new steps are farther apart than
+                the largest gap that was measured; or if fewer than two are left for a layer that
+                runs in a part of the generation.
+        """
+        num_steps = check_count("num_steps", num_steps, least=1)
+        given = None if timesteps is None else as_timesteps(timesteps, num_steps)
+        if num_steps == self.num_steps and given in (None, self.timesteps):
+            return self
+        found = positions(self.timesteps, given, num_old=self.num_steps)
+        if found is None:
+            found = np.linspace(0, self.num_steps - 1, num_steps)
+        max_gap = self._gap_within_reach(found)
+        runs = self._runs_at(found)
+        provenance = told(self.provenance, self.num_steps, num_steps)
+        provenance.pop(TIMESTEPS, None)
+        if given is None:
+            given = tuple(np.interp(found, np.arange(self.num_steps), self.timesteps).tolist())
+            provenance[TIMESTEPS] = INTERPOLATED
+        outside = self.total_macs - _macs_a_step(self.layers, self.steps_run, self.num_steps)
+        inside = _macs_a_step(self.layers, runs, num_steps)
+        return replace(
+            self,
+            errors=resample_errors(
+                self.errors, list(zip(self.steps_run, runs, strict=True)), found, max_gap
+            ),
+            total_macs=outside + inside if self.total_macs else 0,
+            timesteps=given,
+            noise_levels=self.noise_levels and between(self.noise_levels, found, num_steps),
+            provenance=provenance,
+        )
+
+    def _gap_within_reach(self, found: FloatArray) -> int:
+        """The largest gap, in steps at these positions, of which the error is known."""
+        if len(found) > 1 and self.num_steps == 1:
+            raise InvalidArgumentError(
+                f"a calibration of one step has no errors to carry over; calibrate at about "
+                f"{len(found)} steps."
+            )
+        reach = min(self.max_gap, self.num_steps - 1)
+        if not (max_gap := largest_gap(found, self.max_gap, reach)):
+            apart = np.diff(found).max()
+            raise InvalidArgumentError(
+                f"the error curves reach only so far as {reach} of {self.num_steps} steps, "
+                f"but {len(found)} steps lie up to {apart:.1f} of these apart; calibrate at about "
+                f"{len(found)} steps, or with a max_gap of at least {int(np.ceil(apart))}."
+            )
+        return max_gap
+
+    def _runs_at(self, found: FloatArray) -> list[range]:
+        """The steps, of those at these positions, at which each layer runs."""
+        runs = [steps_within(found, run, self.num_steps) for run in self.steps_run]
+        for layer, run in zip(self.layers, runs, strict=True):
+            if len(run) < min(2, len(found)):
+                raise InvalidArgumentError(
+                    f"'{layer.path}' runs in a part of the generation in which {len(run)} of the "
+                    f"{len(found)} steps lie, too few for an error curve; calibrate at "
+                    f"{len(found)} steps, or take more steps."
+                )
+        return runs
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file that ``load`` reads back exactly.
+
+        Raises:
+            FileNotFoundError: If the folder does not exist.
+        """
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "layers": [layer_to_json(layer) for layer in self.layers],
+            "total_macs": self.total_macs,
+            "timesteps": self.timesteps,
+            "model": identity_to_json(self.model),
+            "solver": self.solver,
+            "peak_bytes": self.peak_bytes,
+            "tokens": self.tokens,
+            "provenance": self.provenance,
+            "noise_levels": self.noise_levels,
+        }
+        save_table(path, "errors", self.errors, document)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read a file that ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            FileFormatError: If it is damaged or made by a newer version; says where and why.
+        """
+        errors, document = load_table(Path(path), "errors", "calibration")
+        check_version(document, FORMAT, VERSION)
+        fields = document.fields(
+            *("format", "version", "layers", "total_macs", "timesteps", "model", "solver"),
+            *("peak_bytes", "tokens", "provenance"),
+            optional=("noise_levels",),
+        )
+        try:
+            return cls(
+                layers=tuple(fields["layers"].list_of(layer_from_json)),
+                errors=errors,
+                total_macs=fields["total_macs"].integer(),
+                timesteps=tuple(fields["timesteps"].list_of(Value.number)),
+                model=fields["model"].or_none(identity_from_json),
+                solver=fields["solver"].or_none(Value.text),
+                peak_bytes=fields["peak_bytes"].integer(),
+                tokens=fields["tokens"].or_none(lambda value: value.integer(least=1)),
+                provenance=fields["provenance"].dict_of(Value.text),
+                noise_levels=fields["noise_levels"].or_none(
+                    lambda value: tuple(value.list_of(Value.number))
+                ),
+            )
+        except InvalidArgumentError as error:  # what only the whole can tell, as a wrong shape
+            raise document.error(str(error).rstrip(".")) from error
+
+    def __str__(self) -> str:
+        model = self.model.class_name if self.model else "an unknown model"
+        lines = [
+            f"Calibration of {model}: {self.num_samples} samples, {self.num_steps} steps, "
+            f"gaps up to {self.max_gap}"
+        ]
+        if CARRIED_OVER in self.provenance:
+            lines.append(f"  {NOT_MEASURED}")
+        for kind in self.kinds:
+            macs = [layer.macs for layer in self.layers if layer.kind == kind]
+            line = f"  {kind}: {len(macs)} layers"
+            if self.total_macs and None not in macs:
+                line += f", {self._share(kind):.1%} of the MACs"
+            if self.num_steps > 1:
+                errors = self.curve(gap=1, kind=kind).mean
+                least, most = np.nanmin(errors), np.nanmax(errors)
+                line += f", error after one step {least:.3g} to {most:.3g}"
+            lines.append(line)
+        return "\n".join(lines)
+
+    def _share(self, kind: str) -> float:
+        """Share of a kind in the MACs of a whole run."""
+        layers = zip(self.layers, self.steps_run, strict=True)
+        macs = sum((x.macs or 0) * len(steps) for x, steps in layers if x.kind == kind)
+        return macs / (self.total_macs * self.num_steps)
+
+    def _choose(self, layer: str | None, kind: str | None, block: str | None) -> list[int]:
+        if layer is not None and (kind is not None or block is not None):
+            raise InvalidArgumentError("give either layer, or kind and block; a layer is in one.")
+        known = {
+            "layer": (layer, [x.path for x in self.layers]),
+            "kind": (kind, self.kinds),
+            "block": (block, self.blocks),
+        }
+        for name, (wanted, existing) in known.items():
+            if wanted is not None and wanted not in existing:
+                raise InvalidArgumentError(
+                    f"there is no {name} {wanted!r}; there are {listed(existing, 20)}."
+                )
+        chosen = [
+            index
+            for index, x in enumerate(self.layers)
+            if layer in (None, x.path) and kind in (None, x.kind) and block in (None, x.block)
+        ]
+        if not chosen:
+            kinds = dict.fromkeys(x.kind for x in self.layers if x.block == block)
+            raise InvalidArgumentError(
+                f"the block {block!r} has no layer of the kind {kind!r}; it has {listed(kinds)}."
+            )
+        return chosen
+
+
+def _check_errors(errors: FloatArray, num_layers: int, num_steps: int) -> FloatArray:
+    """A read-only copy in float64."""
+    try:
+        checked = np.array(errors, dtype=np.float64, order="C")
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"errors is not an array of numbers: {error}.") from error
+    if checked.ndim != 4 or 0 in checked.shape or checked.shape[1::2] != (num_layers, num_steps):
+        raise InvalidArgumentError(
+            f"errors has the shape {checked.shape}, expected [samples, layers, max_gap, steps] "
+            f"with {num_layers} layers and {num_steps} steps, none of them 0."
+        )
+    gaps, steps = np.arange(1, checked.shape[2] + 1)[:, None], np.arange(num_steps)
+    for layer in range(num_layers):
+        run = _steps_run(checked[0, layer])
+        known = (steps >= run.start + gaps) & (steps < run.stop)
+        values = checked[:, layer]
+        wrong = np.where(known, ~(np.isfinite(values) & (values >= 0)), ~np.isnan(values))
+        if wrong.any():
+            sample, gap, step = (int(index) for index in np.argwhere(wrong)[0])
+            raise InvalidArgumentError(
+                f"errors[{sample}, {layer}, {gap}, {step}] is {checked[sample, layer, gap, step]}, "
+                f"expected NaN where the layer had not run as many steps before as the gap "
+                f"(index + 1), and elsewhere a finite number that is not negative."
+            )
+    checked.flags.writeable = False
+    return checked
+
+
+def _steps_run(gaps: FloatArray) -> range:
+    """The steps at which a layer ran, from its errors [max_gap, steps] of one sample."""
+    known = np.flatnonzero(~np.isnan(gaps[0]))
+    return range(int(known[0]) - 1, int(known[-1]) + 1) if len(known) else range(gaps.shape[1])
+
+
+def _check_layers(
+    layers: Sequence[CacheLayer], total_macs: int, num_steps: int, steps_run: Sequence[range]
+) -> None:
+    paths = [layer.path for layer in layers]
+    if len(set(paths)) < len(paths):
+        twice = {path for path in paths if paths.count(path) > 1}
+        raise InvalidArgumentError(f"the layers {listed(sorted(twice))} come twice.")
+    in_layers = _macs_a_step(layers, steps_run, num_steps)
+    if 0 < total_macs < in_layers:
+        raise InvalidArgumentError(
+            f"the layers have {in_layers} MACs together, more than total_macs = {total_macs}."
+        )
+
+
+def _macs_a_step(layers: Sequence[CacheLayer], steps_run: Sequence[range], num_steps: int) -> int:
+    """MACs of the layers in a step, the mean over the steps."""
+    of_run = sum((x.macs or 0) * len(run) for x, run in zip(layers, steps_run, strict=True))
+    return of_run // num_steps

@@ -1,0 +1,154 @@
+"""Confirms what was found in a model by watching one generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from ..errors import LayersNotFoundError
+from ..layers.find import confirmed, find_layers
+from ..layers.layer import CacheLayer, Granularity, Select, is_followed
+from ..layers.modules import layer_modules
+from ..model.costs import MacCounter
+from ..model.outputs import bytes_of
+from ..model.residual_stream import followed
+from ..tracking.attachment import Attachment
+from ..tracking.clock import Tick
+
+
+def observe_layers(
+    model: Any,
+    sample: Callable[[int], Any],
+    *,
+    granularity: Granularity = "auto",
+    select: Select | None = None,
+) -> list[CacheLayer]:
+    """Finds the layers of a model as ``find_layers`` does, and watches which of them really run.
+
+    A block whose layers are bypassed (their parts are used without calling them), or carry their
+    input on in a way that no difference keeps, is taken as a whole; what never ran is left out.
+
+    Args:
+        model: A diffusers pipeline or any module.
+        sample: ``sample(i)`` runs a generation; ``sample(0)`` is run once.
+        granularity: As for ``find_layers``.
+        select: As for ``find_layers``.
+
+    Returns:
+        The layers that ran, with their MACs and bytes of one step.
+
+    Raises:
+        LayersNotFoundError: If none of them ran.
+        InvalidArgumentError: If a layer that was asked for cannot be reused.
+        AlreadyCachedError: If the model runs under a schedule.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(
+        ...     num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1,
+        ...     sample_size=8,
+        ... ).eval()
+        >>> def sample(i):
+        ...     return model(torch.zeros(1, 4, 8, 8), torch.tensor([500]), torch.tensor([0])).sample
+        >>> with torch.no_grad():
+        ...     [(layer.path, layer.macs) for layer in observe_layers(model, sample)]
+        [('transformer_blocks.0.attn1', 24576), ('transformer_blocks.0.ff', 32768)]
+    """
+    layers = find_layers(model, granularity=granularity, select=select)
+    modules = layer_modules(model, [*layers, *blocks_of(layers)])
+    may_follow = {layer.path for layer in layers if is_followed(layer)}
+    watchers = {path: Watcher(follow=path in may_follow) for path in modules}
+    attachment = Attachment(model, modules, watchers, _FirstStep(list(watchers.values())))
+    try:
+        sample(0)
+    finally:
+        attachment.remove()
+    seen = confirmed(
+        layers,
+        {path: watcher.macs for path, watcher in watchers.items()},
+        mixed=[path for path, watcher in watchers.items() if watcher.is_mixed],
+        may_take_blocks=granularity == "auto" and select is None,
+    )
+    if not seen:
+        raise LayersNotFoundError(
+            f"sample(0) ran none of the {len(layers)} layers of {type(model).__name__}; it must "
+            "run the very object that was passed, before it is compiled"
+        )
+    return [replace(layer, nbytes=watchers[layer.path].nbytes) for layer in seen]
+
+
+def blocks_of(layers: Sequence[CacheLayer]) -> list[CacheLayer]:
+    """The blocks that layers belong to."""
+    paths = dict.fromkeys(layer.block for layer in layers)
+    return [CacheLayer(path, "block", path) for path in paths]
+
+
+class Watcher:
+    """Handler that notes whether a module ran, and what it cost in the first step.
+
+    Args:
+        follow: Whether to find out what the module carries on, in its first call.
+
+    Attributes:
+        macs: MACs in the first step; None if the module never ran.
+        nbytes: Bytes of what the module returned in the first step.
+        is_mixed: Whether it carries an input on in a way that no difference keeps.
+        counter: Counts while the first step is under way.
+    """
+
+    def __init__(self, *, follow: bool = False) -> None:
+        self.macs: int | None = None
+        self.nbytes = 0
+        self.is_mixed = False
+        self.counter: MacCounter | None = None
+        self._follow = follow
+
+    def __call__(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self.macs = self.macs or 0
+        if self.counter is None:
+            return forward(*args, **kwargs)
+        before = self.counter.total
+        if self._follow:
+            output, carried = followed(forward, args, kwargs)
+            self._follow, self.is_mixed = False, carried.is_mixed
+        else:
+            output = forward(*args, **kwargs)
+        self.macs += self.counter.total - before
+        self.nbytes += bytes_of(output)
+        return output
+
+
+class _FirstStep:
+    """Listener that has the watchers count in the first step of each denoiser."""
+
+    def __init__(self, watchers: list[Watcher]) -> None:
+        self._watchers = watchers
+        self._counting = ExitStack()
+        self._counted_at: dict[str, int] = {}
+        self._over: set[str] = set()
+
+    def before(
+        self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
+    ) -> bool:
+        first = self._counted_at.setdefault(denoiser, tick.step)
+        if tick.step != first and not tick.starts:
+            self._over.add(denoiser)
+        is_over = denoiser in self._over
+        counter = None if is_over else self._counting.enter_context(MacCounter())
+        for watcher in self._watchers:
+            watcher.counter = counter
+        return True
+
+    def after(self, denoiser: str, tick: Tick) -> None:
+        self._counting.close()
+
+    def outside(self) -> None:
+        pass
+
+    def failed(self) -> None:
+        self._counting.close()

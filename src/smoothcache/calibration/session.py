@@ -1,0 +1,268 @@
+"""One calibration run: attaches observers to a model and gathers their errors."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError, ScheduleMismatchError
+from ..layers.find import confirmed
+from ..layers.layer import CacheLayer, is_followed
+from ..layers.modules import identify, layer_modules
+from ..model.costs import MacCounter
+from ..steps.noise_scheduler import levels_at, noise_scheduler
+from ..tracking.attachment import Attachment
+from ..tracking.clock import Tick
+from ..tracking.intercept import Handler
+from ..version import __version__
+from .curves import Calibration
+from .observe import Watcher, blocks_of
+from .observer import LayerObserver, ObserverMemory
+
+_TINY = np.finfo(np.float64).tiny
+
+
+def _input_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Shape of what a denoiser denoises, such as "2 x 4 x 32 x 32"; empty if that is not told."""
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1]
+    return " x ".join(map(str, tensors[0].shape)) if tensors else ""
+
+
+def run(
+    session: CalibrationSession,
+    sample: Callable[[int], Any],
+    numbers: range,
+    done: Callable[[], object] = lambda: None,
+) -> None:
+    """Runs samples under the observers of a session."""
+    with session.attached():
+        for i in numbers:
+            session.start(i)
+            try:
+                sample(i)
+            except ScheduleMismatchError as error:
+                raise CalibrationError(str(error)) from error
+            session.complete()
+            done()
+
+
+class CalibrationSession:
+    """The observers of one calibration and what they have seen."""
+
+    def __init__(
+        self, model: Any, layers: list[CacheLayer], max_gap: int, tokens: int | None
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._max_gap = max_gap
+        self._tokens = tokens
+        self._memory = ObserverMemory()
+        self._observers = {
+            layer.path: LayerObserver(
+                layer.path, max_gap, tokens, self._memory, follow=is_followed(layer)
+            )
+            for layer in layers
+        }
+        self._blocks = {
+            block.path: Watcher()
+            for block in blocks_of(layers)
+            if block.path not in self._observers
+        }
+        self._errors: list[npt.NDArray[np.float64]] = []
+        self._counting = ExitStack()
+        self._counter: MacCounter | None = None
+        self._macs: dict[str, int] = {}
+        self._counted_at: dict[str, int] = {}
+        self._denoisers_at: dict[int, set[str]] = {}
+        self._timesteps: tuple[float, ...] = ()
+        self._noise_levels: tuple[float, ...] | None = None
+        self._sample = 0
+        self._generations = 0
+        self._input = ""
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """While the observers stand in the model."""
+        blocks = [block for block in blocks_of(self._layers) if block.path in self._blocks]
+        modules = layer_modules(self._model, [*self._layers, *blocks])
+        handlers: dict[str, Handler] = {**self._observers, **self._blocks}
+        attachment = Attachment(self._model, modules, handlers, self)
+        self._clock = attachment.clock
+        try:
+            yield
+        finally:
+            attachment.remove()
+
+    def confirmed(self, *, may_take_blocks: bool) -> list[CacheLayer]:
+        """The layers that ran, or a block in place of layers that it bypasses."""
+        macs = {path: watcher.macs for path, watcher in self._blocks.items()}
+        ran = {path: o.macs if o.steps_seen else None for path, o in self._observers.items()}
+        mixed = [path for path, observer in self._observers.items() if observer.is_mixed]
+        return confirmed(
+            self._layers, {**macs, **ran}, mixed=mixed, may_take_blocks=may_take_blocks
+        )
+
+    # ------------------------------------------------------------- what the attachment reports
+
+    def before(
+        self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
+    ) -> bool:
+        """Prepares the observers for a call of a denoiser, and counts MACs in its first step."""
+        self._generations += tick.starts
+        if self._generations > 1:
+            raise CalibrationError(
+                f"sample({self._sample}) began a second generation; it must run exactly one from "
+                "start to end (a model that runs back and forth in time cannot be calibrated)"
+            )
+        self._denoisers_at.setdefault(tick.step, set()).add(denoiser)
+        self._input = self._input or _input_shape(args, kwargs)
+        counter = None
+        if self._sample == 0 and tick.step == self._counted_at.setdefault(denoiser, tick.step):
+            counter = self._counting.enter_context(MacCounter())
+        for observer in self._observers.values():
+            observer.begin(tick.step, tick.call if branch is None else branch, counter)
+        for watcher in self._blocks.values():
+            watcher.counter = counter
+        self._counter = counter
+        return True
+
+    def after(self, denoiser: str, tick: Tick) -> None:
+        """Ends a call of a denoiser."""
+        if self._counter is not None:
+            self._macs[denoiser] = self._macs.get(denoiser, 0) + self._counter.total
+        self._end_call()
+
+    def outside(self) -> None:
+        """Lets a call that is no part of a generation pass."""
+
+    def failed(self) -> None:
+        """Ends a call that raised."""
+        self._end_call()
+
+    def _end_call(self) -> None:
+        self._counting.close()
+        self._counter = None
+        for observer in self._observers.values():
+            observer.end()
+
+    # --------------------------------------------------------------------------------- samples
+
+    def start(self, i: int) -> None:
+        """Prepares for a sample."""
+        self._sample, self._generations = i, 0
+        self._clock.forget()
+        for observer in self._observers.values():
+            observer.forget()
+
+    def complete(self) -> None:
+        """Reads the errors of a sample that has been run."""
+        if not self._generations:
+            raise CalibrationError(
+                f"sample({self._sample}) never ran the model; it must run the pipeline or module "
+                "that was passed to calibrate, from start to end"
+            )
+        timesteps = tuple(self._clock.timesteps)
+        if self._timesteps and len(timesteps) != len(self._timesteps):
+            raise CalibrationError(
+                f"sample({self._sample}) ran {len(timesteps)} steps, the ones before it "
+                f"{len(self._timesteps)}; every sample must run the same number of steps"
+            )
+        self._timesteps = self._timesteps or timesteps
+        self._noise_levels = levels_at(noise_scheduler(self._model), self._clock.entries)
+        self._errors.append(self._read(len(timesteps)))
+
+    def _read(self, num_steps: int) -> npt.NDArray[np.float64]:
+        """The errors of a sample, [layers, max_gap, steps]: the host's only read of them."""
+        sums = [observer.sums(num_steps) for observer in self._observers.values()]
+        if any(part.device.type == "meta" for part in sums):
+            raise CalibrationError(
+                "the model is on the meta device, where nothing is computed; load its weights"
+            )
+        values = torch.stack([part.to(sums[0].device) for part in sums]).cpu().double().numpy()
+        self._refuse_non_finite(values)
+        norms, distances = values[:, :1], values[:, 1:]
+        errors = np.where(distances > 0, distances / np.maximum(norms, _TINY), 0.0)
+        return errors
+
+    def _refuse_non_finite(self, values: npt.NDArray[np.float64]) -> None:
+        bad = np.argwhere(~np.isfinite(values[:, 0]))
+        if len(bad):
+            index, step = bad[np.argmin(bad[:, 1])]
+            raise CalibrationError(
+                f"the output of {self._layers[index].path!r} is not finite at step {step} of "
+                f"sample({self._sample}); check the model's dtype and its inputs"
+            )
+
+    # ---------------------------------------------------------------------------------- result
+
+    def result(self, model: Any) -> Calibration:
+        """Everything that was measured."""
+        steps = len(self._timesteps)
+        runs = [self._steps_of(path) for path in self._observers]
+        seen = [observer.steps_seen for observer in self._observers.values()]
+        # A denoiser that runs at a single step of several has nothing to be reused.
+        ran = [
+            set(run) == at and len(run) >= min(steps, 2) for run, at in zip(runs, seen, strict=True)
+        ]
+        if not any(ran):
+            raise CalibrationError(
+                "the model ran, but none of its layers did at every step "
+                f"({', '.join(layer.path for layer in self._layers[:3])}, ...); it may be compiled "
+                "or call them in a way that cannot be observed"
+            )
+        errors = np.stack(self._errors)
+        for index, run in enumerate(runs):
+            for gap in range(1, self._max_gap + 1):
+                outside = [t not in run[gap:] for t in range(steps)]
+                errors[:, index, gap - 1, outside] = np.nan
+        left_out = [x.path for x, did in zip(self._layers, ran, strict=True) if not did]
+        solver = noise_scheduler(model)
+        provenance = {
+            "smoothcache": __version__,
+            "torch": str(torch.__version__),
+            "created": datetime.date.today().isoformat(),
+        }
+        if self._input:
+            provenance["input"] = self._input
+        if left_out:
+            provenance["left_out"] = ", ".join(left_out)
+        return Calibration(
+            layers=tuple(
+                replace(layer, macs=observer.macs, nbytes=observer.nbytes)
+                for layer, observer, did in zip(
+                    self._layers, self._observers.values(), ran, strict=True
+                )
+                if did
+            ),
+            errors=errors[:, ran],
+            total_macs=self._mean_macs(),
+            timesteps=self._timesteps,
+            noise_levels=self._noise_levels,
+            model=identify(model),
+            solver=None if solver is None else type(solver).__name__,
+            peak_bytes=self._memory.peak,
+            tokens=self._tokens,
+            provenance=provenance,
+        )
+
+    def _steps_of(self, path: str) -> range:
+        """The steps at which the denoiser of a layer was called."""
+        steps = [
+            step
+            for step, denoisers in self._denoisers_at.items()
+            if any(f"{path}.".startswith(name and f"{name}.") for name in denoisers)
+        ]
+        return range(min(steps, default=0), max(steps, default=-1) + 1)
+
+    def _mean_macs(self) -> int:
+        """MACs of an uncached step, over the denoisers that take turns."""
+        called = [name for names in self._denoisers_at.values() for name in names]
+        return sum(self._macs[name] for name in called) // len(self._denoisers_at)

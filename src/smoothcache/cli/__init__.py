@@ -1,0 +1,16 @@
+"""The ``smoothcache`` command; one command a file in ``commands``."""
+
+from .app import app as app
+from .commands import benchmark, calibrate, compare, demo, generate, inspect, plan, search
+
+__all__ = [
+    "app",
+    "benchmark",
+    "calibrate",
+    "compare",
+    "demo",
+    "generate",
+    "inspect",
+    "plan",
+    "search",
+]

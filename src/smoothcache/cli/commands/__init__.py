@@ -1,0 +1,1 @@
+"""The commands of the command line; each module registers itself on the app."""

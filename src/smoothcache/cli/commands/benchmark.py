@@ -1,0 +1,128 @@
+"""``smoothcache benchmark``: caching methods and plain alternatives at equal cost."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer.core
+
+from ...diffusers_io.sampler import PipelineSampler
+from ...errors import InvalidArgumentError
+from ...files.document import write_atomically
+from ..app import app
+from ..inputs import (
+    AsJson,
+    ClassLabels,
+    Device,
+    Dtype,
+    DtypeOption,
+    Guidance,
+    ModelArgument,
+    Prompts,
+    Seed,
+    load_model,
+)
+from ..outputs import check_output_file, picture_suffix, show, show_report, write_picture
+
+
+@app.command()
+def benchmark(
+    model: ModelArgument,
+    prompt: Prompts = None,
+    class_label: ClassLabels = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Samples each way. Default: one for each prompt or label."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=2, help="Solver steps. Default: the pipeline's own."),
+    ] = None,
+    search: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--search", metavar="X", help="Also search for this fraction of the MACs. Repeatable."
+        ),
+    ] = None,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="Search over solvers and numbers of steps as well.")
+    ] = False,
+    max_cost: Annotated[
+        float,
+        typer.Option("--max-cost", metavar="N", help="Of each search, in uncached generations."),
+    ] = 60.0,
+    converged: Annotated[
+        bool,
+        typer.Option(
+            "--converged/--no-converged", help="Also compare with ten times as many steps."
+        ),
+    ] = True,
+    guidance_scale: Guidance = None,
+    seed: Seed = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Results to write (JSON)."),
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw cost and quality, as png, svg or pdf."),
+    ] = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Measure every method that needs no training on your own pipeline, at many costs.
+
+    Fewer steps, better solvers, FORA, Taylor extrapolation, SmoothCache and, if asked for, a
+    search, with the same seeds. Multiply-accumulates are counted while they run.
+
+    [bold]Example:[/bold] smoothcache benchmark ./my-dit --class-label 0 --search 0.3
+    """
+    from ...comparison import methods
+    from ...comparison.benchmark import run_benchmark
+    from ...comparison.result import REFERENCE
+    from ...plots.methods import plot_methods
+
+    budgets = methods.checked_budgets(search or ())
+    if joint and not budgets:
+        raise InvalidArgumentError(
+            "--joint says how to search, and nothing is searched for; add --search 0.5, say, for "
+            "half the multiply-accumulates."
+        )
+    if output is not None:
+        check_output_file(output)
+    kind = None if picture is None else picture_suffix(picture)
+    pipeline = load_model(model, device, dtype)
+    case = methods.pipeline_case(
+        PipelineSampler(
+            pipeline, tuple(prompt or ()), tuple(class_label or ()), steps, guidance_scale, seed
+        )
+    )
+    shown = sys.stderr.isatty()
+    calibration = methods.calibrated(case, methods.CALIBRATION_SAMPLES, progress=shown)
+    entries = methods.training_free(case, calibration)
+    entries += methods.searched(case, budgets, max_cost=max_cost)
+    if joint:
+        entries += methods.searched(case, budgets, joint=True, max_cost=max_cost)
+    inputs = len(prompt or class_label or ()) or 1
+    result = run_benchmark(
+        case, entries, num_generations=samples or inputs, converged=converged, progress=shown
+    )
+    report = result.report()
+    if output is not None:
+        write_atomically(output, f"{report.to_json()}\n".encode())
+    if picture is not None and kind is not None:
+        own = (methods.SEARCH, methods.JOINT)
+        rows = [row for row in result.rows if row.family != REFERENCE]
+        drawn = plot_methods(rows, emphasised=own, title=result.name)
+        write_picture(drawn, picture, kind)
+    if as_json:
+        typer.echo(report.to_json())
+        return
+    show_report(report)
+    for file in filter(None, (output, picture)):
+        show(f"written to {file}")

@@ -1,0 +1,107 @@
+"""``smoothcache calibrate``: measures the error curves of a pipeline."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer.core
+
+from ...calibration.calibrate import calibrate as run_calibration
+from ...diffusers_io.sampler import PipelineSampler
+from .. import tables as tables
+from ..app import app
+from ..inputs import (
+    AsJson,
+    ClassLabels,
+    Device,
+    Dtype,
+    DtypeOption,
+    Grain,
+    GrainOption,
+    Guidance,
+    ModelArgument,
+    Prompts,
+    Seed,
+    load_model,
+)
+from ..outputs import check_output_file, show, show_json
+
+
+@app.command()
+def calibrate(
+    model: ModelArgument,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Calibration to write.")
+    ],
+    samples: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Generations to measure on.")
+    ] = 10,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Solver steps. Default: the pipeline's own."),
+    ] = None,
+    max_gap: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Largest gap to measure, in steps.")
+    ] = 3,
+    prompt: Prompts = None,
+    class_label: ClassLabels = None,
+    guidance_scale: Guidance = None,
+    seed: Seed = 0,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Compare about this many tokens of each output. Default: all."
+        ),
+    ] = None,
+    granularity: GrainOption = Grain.auto,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Measure on a few samples what reusing each layer would cost.
+
+    Prompts or class labels are used in turn. Plan with the file for as many thresholds as you
+    like; it fits the number of steps that it was made with.
+
+    [bold]Example:[/bold] smoothcache calibrate ./my-dit -o dit.safetensors --class-label 0
+    """
+    check_output_file(output)
+    pipeline = load_model(model, device, dtype)
+    sampler = PipelineSampler(
+        pipeline, tuple(prompt or ()), tuple(class_label or ()), steps, guidance_scale, seed
+    )
+    started = time.perf_counter()
+    calibration = run_calibration(
+        pipeline,
+        sampler,
+        samples,
+        max_gap,
+        granularity=granularity.value,
+        tokens=tokens,
+        progress=sys.stderr.isatty(),
+    )
+    seconds = time.perf_counter() - started
+    calibration.save(output)
+    if as_json:
+        show_json(
+            {
+                "file": str(output),
+                "samples": calibration.num_samples,
+                "steps": calibration.num_steps,
+                "max_gap": calibration.max_gap,
+                "kinds": tables.kinds(calibration.layers, calibration.total_macs),
+                "macs_per_step": calibration.total_macs,
+                "peak_bytes": calibration.peak_bytes,
+                "seconds": seconds,
+                "left_out": calibration.provenance.get("left_out", ""),
+            }
+        )
+        return
+    show(str(calibration))
+    show(
+        f"{seconds:.1f} s, at most {calibration.peak_bytes / 2**20:.1f} MiB of outputs kept; "
+        f"written to {output}"
+    )

@@ -1,0 +1,126 @@
+"""``smoothcache compare``: ways of sampling side by side."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer.core
+
+from ...diffusers_io.sampler import PipelineSampler, sampling_rate
+from ...errors import InvalidArgumentError
+from ..app import app
+from ..inputs import (
+    AsJson,
+    ClassLabels,
+    Device,
+    Dtype,
+    DtypeOption,
+    Guidance,
+    ModelArgument,
+    Prompts,
+    Seed,
+    load_model,
+    variants_of_files,
+)
+from ..outputs import (
+    check_output_folder,
+    draw_samples,
+    picture_suffix,
+    show,
+    show_report,
+    write_files,
+)
+
+
+@app.command()
+def compare(
+    model: ModelArgument,
+    schedule: Annotated[
+        list[Path],
+        typer.Option(
+            "--schedule", metavar="FILE", help="What plan wrote, or a 0/1 file. Repeatable."
+        ),
+    ],
+    prompt: Prompts = None,
+    class_label: ClassLabels = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Samples each way. Default: one for each prompt or label."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Steps of the uncached run. Default: those of the schedules."
+        ),
+    ] = None,
+    guidance_scale: Guidance = None,
+    seed: Seed = 0,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also draw the samples side by side: png, svg or pdf, of clips the frames of the "
+            "first; or gif, of clips in motion.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Also write the samples, a folder for each row."
+        ),
+    ] = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Set schedules beside the uncached run and beside plain fewer steps, with the same seeds.
+
+    Shows cost, wall clock, peak memory of kept outputs, and how far the samples are from the
+    uncached ones. Every schedule is followed by a run of as many fewer steps as cost the same.
+
+    [bold]Example:[/bold] smoothcache compare ./my-dit --schedule dit.json --class-label 3
+    """
+    from ...comparison.compare import compare as run_comparison
+
+    variants = variants_of_files(schedule)
+    kind = None if picture is None else picture_suffix(picture, ("png", "svg", "pdf", "gif"))
+    if output is not None:
+        check_output_folder(output)
+    pipeline = load_model(model, device, dtype)
+    rate = sampling_rate(pipeline)
+    if kind == "gif" and rate is not None:
+        raise InvalidArgumentError(
+            f"the picture '{picture}' must end in .png, .svg or .pdf: that of sounds does not move"
+        )
+    sampler = PipelineSampler(
+        pipeline,
+        tuple(prompt or ()),
+        tuple(class_label or ()),
+        steps or max(x.schedule.num_steps for x in variants if x.schedule),
+        guidance_scale,
+        seed,
+    )
+    comparison = run_comparison(
+        pipeline,
+        sampler,
+        variants,
+        num_steps=sampler.steps,
+        num_samples=samples or max(1, len(sampler.inputs)),
+        progress=sys.stderr.isatty(),
+    )
+    report = comparison.report()
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        show_report(report)
+    if output is not None:
+        write_files(output, comparison, rate)
+    if picture is not None and kind is not None:
+        draw_samples(picture, kind, comparison, rate)
+    for what, path in {"samples": output, "picture": picture}.items():
+        if path is not None and not as_json:
+            show(f"{what} written to {path}")

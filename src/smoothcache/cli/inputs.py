@@ -1,0 +1,117 @@
+"""Arguments and options that several commands share, and what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer.core
+
+from ..diffusers_io.loading import load_pipeline, silence_libraries
+from ..errors import InvalidArgumentError
+from ..schedule.schedule import Schedule
+from .outputs import status_line
+
+if TYPE_CHECKING:
+    from ..comparison.compare import Variant
+
+
+class Per(str, Enum):
+    """For which layers a plan decides together."""
+
+    kind = "kind"
+    block = "block"
+
+
+class Grain(str, Enum):
+    """What is reused as one."""
+
+    auto = "auto"
+    layer = "layer"
+    block = "block"
+    model = "model"
+
+
+class Modality(str, Enum):
+    """What the demo samples: names of the modules in `demo`, each with a ``run_demo``."""
+
+    image = "image"
+    video = "video"
+    audio = "audio"
+
+
+class Dtype(str, Enum):
+    """Of the weights."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A local folder with a diffusers pipeline, or owner/name on the Hugging Face hub.",
+        show_default=False,
+    ),
+]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", metavar="TEXT", help="For pipelines that take text. Repeatable."),
+]
+ClassLabels = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--class-label", metavar="INT", help="For class-conditional pipelines. Repeatable."
+    ),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance-scale", metavar="X", help="Default: the pipeline's own."),
+]
+Seed = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Sample i starts from the noise of seed + i.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="For example cuda or cpu. Default: cuda where there is one."),
+]
+GrainOption = Annotated[
+    Grain,
+    typer.Option(
+        "--granularity", help="What is reused as one. Default: layers, and blocks without any."
+    ),
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the weights.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+# --------------------------------------------------------------------------------- the library
+def variants_of_files(files: Sequence[Path]) -> list[Variant]:
+    """The schedules, each named like its file."""
+    from ..comparison.compare import Variant
+
+    stems = [file.stem for file in files]
+    if len(set(map(str, files))) < len(files):
+        raise InvalidArgumentError("the same schedule is given twice")
+    return [
+        Variant(file.stem if stems.count(file.stem) == 1 else str(file), Schedule.load(file))
+        for file in files
+    ]
+
+
+def load_model(model: str, device: str | None, dtype: Dtype) -> Any:
+    import torch
+
+    with status_line(f"loading {model}"):
+        silence_libraries()
+        pipeline = load_pipeline(
+            model,
+            dtype=getattr(torch, dtype.value),
+            device=device or ("cuda" if torch.cuda.is_available() else None),
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,206 @@
+"""Pipelines of diffusers: loading one, and running it with what its call asks for.
+
+The only file that imports diffusers, and only when a pipeline is loaded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_count, check_number
+from ..errors import InvalidArgumentError
+from .loading import known_classes
+
+_ANY_PROMPT = "a photograph"
+
+
+def sampling_rate(pipeline: Any) -> int | None:
+    """Samples a second of the sounds that a pipeline makes; None if it does not say."""
+    for part in ("vae", "vocoder"):
+        rate = getattr(
+            getattr(getattr(pipeline, part, None), "config", None), "sampling_rate", None
+        )
+        if isinstance(rate, int):
+            return rate
+    return None
+
+
+@dataclass(frozen=True)
+class PipelineSampler:
+    """Runs one generation of a pipeline after the other: number i has its own input and seed.
+
+    The inputs are used in turn. Which ones there must be is read from the signature of the
+    pipeline's ``__call__``. An instance can be
+    passed as ``sample`` to ``calibrate`` and to ``compare``.
+
+    Attributes:
+        pipeline: A pipeline of diffusers.
+        prompts: Texts, for a pipeline that takes ``prompt``.
+        class_labels: Indices of classes, for a pipeline that takes ``class_labels``.
+        num_steps: Solver steps; None for the pipeline's own default.
+        guidance_scale: None for the pipeline's own default.
+        seed: Generation i starts from the noise of seed + i, drawn on the CPU.
+
+    Raises:
+        InvalidArgumentError: If the pipeline needs what is not given, or does not take what is.
+    """
+
+    pipeline: Any
+    prompts: tuple[str, ...] = ()
+    class_labels: tuple[int, ...] = ()
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_inputs()
+        self._check_lengths()
+        self._check_class_labels()
+        if self.num_steps is not None:
+            check_count("num_steps", self.num_steps, least=1)
+        if self.guidance_scale is not None:
+            check_number("guidance_scale", self.guidance_scale)
+        check_count("seed", self.seed, least=0)
+
+    @classmethod
+    def with_any_input(cls, pipeline: Any, num_steps: int) -> PipelineSampler:
+        """A sampler for when only the cost matters: class 0, or some prompt."""
+        takes = _parameters(pipeline)
+        return cls(
+            pipeline,
+            prompts=(_ANY_PROMPT,) if "prompt" in takes and "class_labels" not in takes else (),
+            class_labels=(0,) if "class_labels" in takes else (),
+            num_steps=num_steps,
+        )
+
+    @property
+    def inputs(self) -> tuple[str, ...] | tuple[int, ...]:
+        """The prompts or class labels; empty for a pipeline that is asked for nothing."""
+        return self.class_labels or self.prompts
+
+    @property
+    def steps(self) -> int:
+        """Solver steps of every generation."""
+        if self.num_steps is not None:
+            return self.num_steps
+        return int(_parameters(self.pipeline)["num_inference_steps"].default)
+
+    def __call__(self, i: int, num_steps: int | None = None) -> Tensor:
+        """Runs generation number i from start to end.
+
+        Args:
+            i: From 0.
+            num_steps: Solver steps of this generation; None for ``steps``.
+
+        Returns:
+            What the pipeline makes: images [1, channels, height, width] in [0, 1] if it is a
+            pipeline of images.
+        """
+        arguments = self._arguments(i, num_steps or self.steps)
+        output = self.pipeline(**arguments)
+        result = output[0]
+        return result if isinstance(result, Tensor) else torch.stack(list(result))
+
+    def sample(
+        self, i: int, num_inference_steps: int | None = None, scheduler: Any = None
+    ) -> Tensor:
+        """Runs generation number i as ``search`` asks for it.
+
+        Args:
+            i: From 0.
+            num_inference_steps: None for ``steps``.
+            scheduler: A noise scheduler to take for this generation; None for the pipeline's own.
+        """
+        own = self.pipeline.scheduler
+        self.pipeline.scheduler = own if scheduler is None else scheduler
+        try:
+            return self(i, num_inference_steps)
+        finally:
+            self.pipeline.scheduler = own
+
+    def _arguments(self, i: int, num_steps: int) -> dict[str, Any]:
+        takes = _parameters(self.pipeline)
+        wanted: dict[str, Any] = {
+            "generator": torch.Generator("cpu").manual_seed(self.seed + i),
+            "num_inference_steps": num_steps,
+            "output_type": "pt",
+            "return_dict": False,
+        }
+        arguments = {name: value for name, value in wanted.items() if name in takes}
+        if self.prompts:
+            arguments["prompt"] = self.prompts[i % len(self.prompts)]
+        if self.class_labels:
+            arguments["class_labels"] = [self.class_labels[i % len(self.class_labels)]]
+        if self.guidance_scale is not None:
+            arguments["guidance_scale"] = self.guidance_scale
+        return arguments
+
+    def _check_inputs(self) -> None:
+        takes = _parameters(self.pipeline)
+        name = type(self.pipeline).__name__
+        given = {
+            "prompt": bool(self.prompts),
+            "class_labels": bool(self.class_labels),
+            "guidance_scale": self.guidance_scale is not None,
+        }
+        wrong = [_spoken(x) for x, is_given in given.items() if is_given and x not in takes]
+        wanted = next((x for x in ("class_labels", "prompt") if x in takes), None)
+        needed = f"; it needs a {_spoken(wanted)}" if wanted and not given[wanted] else ""
+        if wrong:
+            raise InvalidArgumentError(f"{name} takes no {' and no '.join(wrong)}{needed}")
+        if needed:
+            raise InvalidArgumentError(f"{name} needs at least one {_spoken(wanted)}")
+        missing = [
+            x
+            for x, parameter in takes.items()
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            and not given.get(x)
+        ]
+        if missing or "num_inference_steps" not in takes:
+            what = f"needs {', '.join(missing)}" if missing else "takes no num_inference_steps"
+            raise InvalidArgumentError(
+                f"{name} {what}; write a function sample(i) that runs it, and pass that instead"
+            )
+
+    def _check_lengths(self) -> None:
+        """Refuses prompts that the pipeline would cut short, where one encoder reads them all."""
+        tokenizer: Any = getattr(self.pipeline, "tokenizer", None)
+        longest = getattr(tokenizer, "model_max_length", None)
+        if not isinstance(longest, int) or hasattr(self.pipeline, "tokenizer_2"):
+            return
+        for prompt in self.prompts:
+            count = len(tokenizer(prompt, verbose=False).input_ids)
+            if count > longest:
+                raise InvalidArgumentError(
+                    f"the text encoder of {type(self.pipeline).__name__} takes {longest} tokens, "
+                    f"and the prompt {prompt!r} has {count}; the rest would be cut off. Shorten it"
+                )
+
+    def _check_class_labels(self) -> None:
+        known = known_classes(self.pipeline) if self.class_labels else None
+        for label in self.class_labels:
+            check_count("a class label", label, least=0)
+            if known is not None and label not in known:
+                raise InvalidArgumentError(
+                    f"there is no class {label}; the labels of this model are "
+                    f"{min(known)} to {max(known)}"
+                )
+
+
+def _parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
+    """What the pipeline's call takes, by name."""
+    parameters = dict(inspect.signature(type(pipeline).__call__).parameters)
+    parameters.pop("self", None)
+    return parameters
+
+
+def _spoken(name: str | None) -> str:
+    return {"class_labels": "class label", "guidance_scale": "guidance scale"}.get(
+        name or "", name or ""
+    )

@@ -1,0 +1,94 @@
+"""Finds the modules that recorded layers stand for, and identifies a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..checks import listed
+from ..errors import ScheduleMismatchError
+from ..model.denoisers import find_denoisers
+from .layer import CacheLayer, ModelIdentity
+from .structure import join_path, named_modules, own_tensors
+
+_ABOUT_STORAGE = re.compile(
+    r"quantization_config|(torch_)?dtype|variant|device(_map)?|name_or_path|use_safetensors"
+    r"|attn_(implementation|backend|processor)|attention_backend|(\w+_)?version"
+)
+_PUT_BEFORE = ("FSDP", "Parametrized")  # the names of classes
+
+
+def layer_modules(model: Any, layers: Sequence[CacheLayer]) -> dict[str, nn.Module]:
+    """The module of each layer, by the layer's path.
+
+    Raises:
+        ScheduleMismatchError: If the model has no module at some of the paths.
+    """
+    denoisers = find_denoisers(model)
+    modules = {
+        join_path(prefix, path): module
+        for prefix, denoiser in denoisers.items()
+        for path, module in denoiser.named_modules(remove_duplicate=False)
+    }
+    missing = [layer.path for layer in layers if layer.path not in modules]
+    if missing:
+        raise ScheduleMismatchError(
+            f"the layers of the schedule are not those of the model; missing from the model: "
+            f"{listed(missing)}. Load the model that it was planned for, or plan a schedule for "
+            "this one."
+        )
+    found = {layer.path: modules[layer.path] for layer in layers}
+    owners: dict[nn.Module, str] = {}
+    for path, module in found.items():
+        other = owners.setdefault(module, path)
+        if other != path:
+            raise ScheduleMismatchError(
+                f"{other!r} and {path!r} are one module in two places; give it one row"
+            )
+    return found
+
+
+def identify(model: Any) -> ModelIdentity:
+    """Says which model this is, so that a schedule made for another one can be refused."""
+    denoisers = find_denoisers(model).values()
+    facts = [_configuration(denoiser) for denoiser in denoisers]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    return ModelIdentity("+".join(_class_name(d) for d in denoisers), digest.hexdigest()[:16])
+
+
+def _class_name(module: nn.Module) -> str:
+    """The name of a module's class, without what FSDP2 or a parametrization put before it."""
+    cls = type(module)
+    while cls.__name__ in {prefix + cls.__bases__[-1].__name__ for prefix in _PUT_BEFORE}:
+        cls = cls.__bases__[-1]
+    return cls.__name__
+
+
+def _configuration(module: nn.Module) -> dict[str, Any]:
+    config = getattr(module, "config", None)
+    if isinstance(config, Mapping) and config:
+        facts = {key: value for key, value in config.items() if not _is_about_storage(str(key))}
+    else:
+        facts = {
+            join_path(path, name): _logical_shape(part, name, value)
+            for path, part in named_modules(module)
+            for name, value in own_tensors(part)
+        }
+    return {"class": _class_name(module), "facts": facts}
+
+
+def _is_about_storage(key: str) -> bool:
+    """Whether a configuration's key says how weights are stored or run, not what the model is."""
+    return key.startswith("_") or _ABOUT_STORAGE.fullmatch(key) is not None
+
+
+def _logical_shape(part: nn.Module, name: str, value: Tensor) -> list[int]:
+    """A tensor's shape; of a linear projection's weight also where it is stored packed."""
+    if isinstance(part, nn.Linear) and name == "weight":
+        return [part.out_features, part.in_features]
+    return list(value.shape)

@@ -1,0 +1,108 @@
+"""Learning-to-Cache: reuse where a training of routers found that it does least harm."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..checks import check_number
+from ..errors import InvalidArgumentError
+from ..schedule.expected_cost import compute_fraction
+from ..schedule.row import Row
+from ..schedule.schedule import Schedule
+from ..steps.predictors import PREDICTORS
+from .routers import Routers
+
+
+def plan_learned(
+    routers: Routers,
+    *,
+    threshold: float | None = None,
+    compute: float | None = None,
+    predictor: str | None = None,
+) -> Schedule:
+    """The schedule of trained routers: a layer is computed where its router is above a threshold.
+
+    This is not training-free: ``learn_routers`` trains the routers by gradients through the model.
+
+    Source: Ma et al., "Learning-to-Cache", arXiv 2406.01733. Ours is ``compute``, which looks for
+    the threshold, where the paper gives one.
+
+    >>> from smoothcache.layers import CacheLayer
+    >>> layer = CacheLayer("blocks.0.attn", kind="self_attn", block="blocks.0", macs=50)
+    >>> values = np.array([[1, 0.2, 1, 0.7]])
+    >>> routers = Routers((layer,), values, 2, timesteps=(9, 6, 3, 0), total_macs=50)
+    >>> plan_learned(routers, threshold=0.5).table()
+    array([[ True, False,  True,  True]])
+    >>> plan_learned(routers, compute=0.5).table()
+    array([[ True, False,  True, False]])
+
+    Args:
+        routers: What was learned.
+        threshold: Reuse where beta is at most this, in [0, 1).
+        compute: Instead: the smallest threshold whose schedule costs at most this fraction of the
+            uncached MACs, in (0, 1].
+        predictor: How reused values are made, a name in ``PREDICTORS``; by default the one that
+            the routers were trained with.
+
+    Raises:
+        InvalidArgumentError: If not exactly one of threshold and compute is given, or it makes no
+            sense; if no threshold is as cheap as asked; or if what layers cost is not known.
+    """
+    if (threshold is None) == (compute is None):
+        raise InvalidArgumentError("give exactly one of threshold and compute.")
+    if predictor is not None and predictor not in PREDICTORS:
+        raise InvalidArgumentError(
+            f"the predictor {predictor!r} is unknown; there are {', '.join(PREDICTORS)}."
+        )
+    if threshold is not None:
+        if not 0 <= check_number("threshold", threshold) < 1:
+            raise InvalidArgumentError(f"threshold must be in [0, 1), got {threshold}.")
+        return _at(routers, threshold, predictor)
+    if not 0 < check_number("compute", compute) <= 1:
+        raise InvalidArgumentError(f"compute must be in (0, 1], got {compute}.")
+    return _within(routers, float(compute or 0), predictor)
+
+
+def _within(routers: Routers, budget: float, predictor: str | None) -> Schedule:
+    """The schedule that spends most of a budget: compute falls as the threshold rises."""
+    thresholds = np.unique([0.0, *routers.values[routers.values < 1]]).tolist()
+    schedules = (_at(routers, threshold, predictor) for threshold in thresholds)
+    least = 1.0
+    for schedule in schedules:
+        if schedule.compute is None:
+            raise InvalidArgumentError(
+                "these routers do not know what their layers cost, so a budget cannot be kept; "
+                "give a threshold, or learn them from a calibration that counted MACs."
+            )
+        if schedule.compute <= budget:
+            return schedule
+        least = schedule.compute
+    raise InvalidArgumentError(
+        f"no threshold is as cheap as {budget:.3f} of the uncached MACs; reusing wherever that may "
+        f"be, it is {least:.3f}. Learn routers with an interval above {routers.interval}."
+    )
+
+
+def _at(routers: Routers, threshold: float, predictor: str | None) -> Schedule:
+    predictor = predictor or routers.predictor
+    is_computed = (routers.values > threshold).tolist()
+    rows = {
+        layer.path: Row(tuple(row), predictor)
+        for layer, row in zip(routers.layers, is_computed, strict=True)
+    }
+    return Schedule(
+        num_steps=routers.num_steps,
+        rows=rows,
+        layers=routers.layers,
+        model=routers.model,
+        solver=routers.solver,
+        timesteps=routers.timesteps,
+        compute=compute_fraction(rows, routers.layers, routers.total_macs),
+        provenance={
+            **{f"routers {name}": text for name, text in routers.provenance.items()},
+            "planner": "learned (not training-free)",
+            "interval": str(routers.interval),
+            "threshold": f"{threshold:.6g}",
+            "predictor": predictor,
+        },
+    )

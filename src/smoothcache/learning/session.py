@@ -1,0 +1,257 @@
+"""One run of training: rolls out two steps and updates the routers."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..calibration.curves import Calibration
+from ..errors import CalibrationError
+from ..layers.modules import identify, layer_modules
+from ..model.denoisers import find_denoisers
+from ..model.outputs import taken_apart
+from ..steps.noise_scheduler import noise_scheduler
+from ..tracking.attachment import Attachment
+from ..tracking.clock import Tick
+from ..tracking.intercept import Handler
+from ..version import __version__
+from .routed_layer import RoutedLayer
+from .routers import Routers
+from .training import RouterTraining
+
+
+class TrainingSession:
+    """The handlers of one training, and what it has seen of the generations."""
+
+    def __init__(
+        self, model: Any, calibration: Calibration, training: RouterTraining, predictor: str
+    ) -> None:
+        self._model = model
+        self._calibration = calibration
+        self._training = training
+        self._predictor = predictor
+        self._layers = {layer.path: RoutedLayer(predictor) for layer in calibration.layers}
+        self._modules = layer_modules(model, calibration.layers)
+        self._timesteps: tuple[float, ...] = ()
+        self._sample = self._generations = 0
+        self.tick: Tick | None = None
+        self.branch: int | None = None
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """While the handlers stand in the model."""
+        handlers: dict[str, Handler] = dict(self._layers)
+        for name in find_denoisers(self._model):
+            handlers[name] = _Denoiser(self, name)
+        attachment = Attachment(self._model, self._modules, handlers, self)
+        self._clock = attachment.clock
+        try:
+            yield
+        finally:
+            attachment.remove()
+
+    # ------------------------------------------------------------- what the attachment reports
+
+    def before(
+        self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
+    ) -> bool:
+        """Notes where in the generation a call is."""
+        self._generations += tick.starts
+        if self._generations > 1:
+            raise CalibrationError(
+                f"sample({self._sample}) began a second generation; it must run exactly one from "
+                "start to end"
+            )
+        if tick.step >= self._calibration.num_steps:
+            raise CalibrationError(
+                f"sample({self._sample}) has come to step {tick.step + 1}, but the calibration "
+                f"has {self._calibration.num_steps}; calibrate the sampler that is trained on"
+            )
+        self.tick, self.branch = tick, branch
+        return True
+
+    def after(self, denoiser: str, tick: Tick) -> None:
+        """Ends a call of a denoiser."""
+
+    def outside(self) -> None:
+        """Lets a call that is no part of a generation pass."""
+        self.tick = None
+
+    def failed(self) -> None:
+        """Ends a call that raised."""
+        self._end_layers()
+
+    def _end_layers(self) -> None:
+        for layer in self._layers.values():
+            layer.end()
+
+    # ------------------------------------------------------------------------ calls of a step
+
+    def run(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str
+    ) -> Any:
+        """Runs a call of a denoiser, and trains the routers of its step."""
+        if torch.is_inference_mode_enabled():
+            raise CalibrationError(
+                f"sample({self._sample}) runs under torch.inference_mode(), where no gradients "
+                "can be taken; use torch.no_grad() instead"
+            )
+        tick, branch = self.tick, self.branch
+        if tick is None or branch is None:
+            return forward(*args, **kwargs)
+        layers = self._layers_of(name)
+        is_free = tick.step % self._training.interval > 0
+        if not is_free or not any(layer.has_kept(branch) for layer in layers.values()):
+            return self._kept(layers, tick.step, branch, forward, args, kwargs)
+        given = pytree.tree_map(_copied, (args, kwargs))
+        output = forward(*args, **kwargs)
+        self._train(layers, tick.step, branch, forward, given, output)
+        return output
+
+    def _layers_of(self, name: str) -> dict[str, RoutedLayer]:
+        return {
+            path: layer
+            for path, layer in self._layers.items()
+            if path.startswith(name and f"{name}.")
+        }
+
+    def _kept(
+        self,
+        layers: dict[str, RoutedLayer],
+        step: int,
+        branch: int,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A call that computes everything."""
+        self._training.count(passes=1)
+        for layer in layers.values():
+            layer.begin(step, branch)
+        output = forward(*args, **kwargs)
+        self._end_layers()
+        return output
+
+    def _train(
+        self,
+        layers: dict[str, RoutedLayer],
+        step: int,
+        branch: int,
+        forward: Callable[..., Any],
+        given: tuple[tuple[Any, ...], dict[str, Any]],
+        output: Any,
+    ) -> None:
+        """Runs the denoiser again with mixed layers, and moves the routers of the step."""
+        with torch.enable_grad():
+            shares = self._training.shares(step)
+            for path, layer in layers.items():
+                layer.begin(step, branch, shares[self._training.index(path)])
+            student = forward(*given[0], **given[1])
+            self._end_layers()
+            error = _squared_error(student, output)
+        mixed = [path for path, layer in layers.items() if layer.mixed]
+        self._training.count(passes=3)  # as it is, mixed, and back
+        if not mixed:
+            return
+        if error is None or not error[0].requires_grad:
+            raise CalibrationError(
+                f"no gradient comes from the denoiser's output to its layers at step {step}; its "
+                "forward may run under torch.no_grad(), or compiled for inference"
+            )
+        squares, norm = error
+        (slope,) = torch.autograd.grad(squares, [shares])
+        self._training.note(step, mixed, slope, float(squares.detach()), norm)
+
+    # --------------------------------------------------------------------------------- samples
+
+    def start(self, i: int) -> None:
+        """Prepares for a sample."""
+        self._sample, self._generations = i, 0
+        self._clock.forget()
+        for layer in self._layers.values():
+            layer.forget()
+
+    def complete(self) -> None:
+        """Makes sure that a sample was what it should be."""
+        if not self._generations:
+            raise CalibrationError(
+                f"sample({self._sample}) never ran the model; it must run the pipeline or module "
+                "that was passed to learn_routers, from start to end"
+            )
+        self._timesteps = tuple(self._clock.timesteps)
+        if len(self._timesteps) != self._calibration.num_steps:
+            raise CalibrationError(
+                f"sample({self._sample}) ran {len(self._timesteps)} steps, but the calibration has "
+                f"{self._calibration.num_steps}; calibrate the sampler that is trained on"
+            )
+        for layer in self._layers.values():
+            layer.forget()
+        self._training.end_generation()
+
+    # ---------------------------------------------------------------------------------- result
+
+    def result(self, settings: dict[str, object]) -> Routers:
+        """What was learned."""
+        values = self._training.values()
+        if (values == 1).all():
+            raise CalibrationError(
+                "the model ran, but none of its layers could be reused at any step; it may be "
+                "compiled, or its calls be told apart no more"
+            )
+        solver = noise_scheduler(self._model)
+        told = {name: str(value) for name, value in settings.items() if value is not None}
+        return Routers(
+            layers=self._calibration.layers,
+            values=values,
+            interval=self._training.interval,
+            timesteps=self._timesteps,
+            predictor=self._predictor,
+            total_macs=self._calibration.total_macs,
+            model=identify(self._model),
+            solver=None if solver is None else type(solver).__name__,
+            provenance={
+                **told,
+                "smoothcache": __version__,
+                "torch": str(torch.__version__),
+                "created": datetime.date.today().isoformat(),
+                "price": f"{self._training.price:.4g}",
+                "training cost": f"{self._training.cost:.1f} generations",
+            },
+        )
+
+
+class _Denoiser:
+    """Handler of a denoiser."""
+
+    def __init__(self, session: TrainingSession, name: str) -> None:
+        self._session = session
+        self._name = name
+
+    def __call__(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return self._session.run(forward, args, kwargs, self._name)
+
+
+def _copied(leaf: Any) -> Any:
+    """A leaf that shares nothing with the sampler's own; it takes no part in its gradients."""
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _squared_error(student: Any, teacher: Any) -> tuple[Tensor, float] | None:
+    """The squared distance of two outputs, and the squared norm of the second."""
+    pairs = [
+        (a.float(), b.detach().float())
+        for a, b in zip(taken_apart(student)[0], taken_apart(teacher)[0], strict=True)
+        if isinstance(a, Tensor) and a.is_floating_point()
+    ]
+    if not pairs:
+        return None
+    squares: Any = sum((a - b).square().sum() for a, b in pairs)
+    return squares, float(sum(b.square().sum() for _, b in pairs))

@@ -1,0 +1,229 @@
+"""Pictures of what was measured and planned: error curves, costs, schedules, samples.
+
+Every function returns a matplotlib figure of its own, outside pyplot, and saves it if given a
+path. Colours are those of Okabe and Ito, which also the colour-blind tell apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InvalidArgumentError
+from ..files.document import write_atomically
+from ..files.media import FRAMES_PER_SECOND, encoded_clip, rgb_pixels
+from ..optional import optional_module
+from .style import SMALL, Path, new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+
+def plot_image_grid(
+    rows: Sequence[tuple[str, Tensor]],
+    reference: Tensor,
+    path: Path | None = None,
+    *,
+    reference_title: str = "uncached",
+) -> Figure:
+    """Uncached samples, and below them cached ones with what changed, made visible.
+
+    Each row is named with its mean PSNR. Differences are absolute, averaged over channels and
+    multiplied by one factor for the whole picture, which the labels name.
+
+    Source: Figure 5 of Liu et al., "SmoothCache", arXiv 2411.10510.
+
+    Args:
+        rows: A title and images for each row, [batch, channels, height, width] in [0, 1], of the
+            same seeds as the reference.
+        reference: The uncached images; the same shape. Each becomes a column.
+        path: Where to save the picture.
+        reference_title: Names the first row.
+
+    Raises:
+        InvalidArgumentError: If there is no row, or images are not as described.
+        MissingPackageError: If matplotlib is not installed.
+    """
+    from ..metrics.fidelity import psnr  # brings torch with it
+
+    if not rows:
+        raise InvalidArgumentError("give at least one row of images beside the reference.")
+    quality = [float(psnr(images, reference).mean()) for _, images in rows]
+    titles = [_with_decibels(title, x) for (title, _), x in zip(rows, quality, strict=True)]
+    pictures = [rgb_pixels(images) for _, images in rows]
+    lines = _beside_their_differences(titles, pictures, (reference_title, rgb_pixels(reference)))
+    strips = [(title, _strip(line)) for title, line in lines]
+    return save_figure(_stacked(strips, width=_width_of(len(reference))), path)
+
+
+def animate_clip_grid(
+    rows: Sequence[tuple[str, Tensor]],
+    reference: Tensor,
+    path: Path,
+    *,
+    reference_title: str = "uncached",
+    frames_per_second: float = FRAMES_PER_SECOND,
+) -> None:
+    """An animated picture: uncached clips, and below them cached ones with what changed.
+
+    Each row is named with its mean PSNR. Differences are absolute, averaged over channels and
+    multiplied by one factor for the whole picture, which the labels name.
+
+    Args:
+        rows: A title and clips for each row, [batch, frames, channels, height, width] in [0, 1],
+            of the same seeds as the reference.
+        reference: The uncached clips; the same shape. Each becomes a column.
+        path: Where to save the GIF.
+        reference_title: Names the first row.
+        frames_per_second: How fast it runs.
+
+    Raises:
+        InvalidArgumentError: If there is no row, or clips are not as described.
+        MissingPackageError: If matplotlib or pillow is not installed.
+    """
+    from ..metrics.video import psnr_per_frame  # brings torch with it
+
+    if not rows:
+        raise InvalidArgumentError("give at least one row of clips beside the reference.")
+    quality = [float(psnr_per_frame(clips, reference).mean()) for _, clips in rows]
+    titles = [_with_decibels(title, x) for (title, _), x in zip(rows, quality, strict=True)]
+    pictures = [rgb_pixels(clips.flatten(0, 1)) for _, clips in rows]
+    uncached = rgb_pixels(reference.flatten(0, 1))
+    lines = _beside_their_differences(titles, pictures, (reference_title, uncached))
+    count, length = reference.shape[:2]
+    shots = [
+        _stacked([(title, _strip(line[frame::length])) for title, line in lines],
+                 width=_width_of(count))
+        for frame in range(length)
+    ]  # fmt: skip
+    frames = [_rendered(shot) for shot in shots]
+    write_atomically(path, encoded_clip(frames, frames_per_second=frames_per_second))
+
+
+def _with_decibels(title: str, decibels: float) -> str:
+    measured = "identical" if math.isinf(decibels) else f"PSNR {decibels:.1f} dB"
+    return f"{title}\n{measured}"
+
+
+def _beside_their_differences(
+    titles: Sequence[str],
+    pictures: Sequence[npt.NDArray[np.float32]],
+    reference: tuple[str, npt.NDArray[np.float32]],
+) -> list[tuple[str, npt.NDArray[np.float32]]]:
+    """The reference, then each row of pictures and its difference from it, made visible.
+
+    All of one factor: pictures [batch, height, width, 3], differences [batch, height, width].
+    """
+    differences = [np.abs(picture - reference[1]).mean(axis=-1) for picture in pictures]
+    factor = _amplification(differences)
+    lines = [reference]
+    for title, picture, difference in zip(titles, pictures, differences, strict=True):
+        lines += [(title, picture), (f"difference\n× {factor}", difference * factor)]
+    return lines
+
+
+def _width_of(columns: int) -> float:
+    """Width of a grid in inches."""
+    return min(9.0, max(3.2, float(columns)))
+
+
+def _rendered(figure: Figure) -> npt.NDArray[np.uint8]:
+    """The pixels of a figure, [height, width, 3]."""
+    backend = optional_module("matplotlib.backends.backend_agg", extra="plots")
+    canvas = backend.FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels: npt.NDArray[np.uint8] = np.array(canvas.buffer_rgba(), dtype=np.uint8)
+    return pixels[..., :3]
+
+
+def plot_spectrograms(
+    rows: Sequence[tuple[str, Tensor]],
+    reference: Tensor,
+    sampling_rate: int,
+    path: Path | None = None,
+    *,
+    reference_title: str = "uncached",
+) -> Figure:
+    """Log-mel spectrograms of uncached sounds, and below them of cached ones with what changed.
+
+    Time runs to the right and pitch upwards; the darkest is -90 dB of full scale, and of the
+    absolute differences the brightest is 30 dB. Each row is named with its mean log-spectral
+    distance.
+
+    Source: Figure 6 of Liu et al., "SmoothCache", arXiv 2411.10510.
+
+    Args:
+        rows: A title and sounds for each row, [batch, channels, samples], of the same seeds as
+            the reference.
+        reference: The uncached sounds; the same shape. Each becomes a column.
+        sampling_rate: Samples a second.
+        path: Where to save the picture.
+        reference_title: Names the first row.
+
+    Raises:
+        InvalidArgumentError: If there is no row, or sounds are not as described.
+        MissingPackageError: If matplotlib is not installed.
+    """
+    from ..metrics.audio import (
+        log_mel,
+        log_spectral_distance,  # bring torch with them
+    )
+
+    if not rows:
+        raise InvalidArgumentError("give at least one row of sounds beside the reference.")
+
+    def decibels(sounds: Tensor) -> npt.NDArray[np.float32]:
+        return np.asarray(log_mel(sounds.detach().cpu(), sampling_rate).flip(1), dtype=np.float32)
+
+    def shown(levels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return _strip(np.clip(1 + levels / 90, 0, 1))
+
+    uncached = decibels(reference)
+    strips = [(reference_title, shown(uncached))]
+    for title, sounds in rows:
+        distance = float(log_spectral_distance(sounds, reference).mean())
+        levels = decibels(sounds)
+        change = np.clip(np.abs(levels - uncached) / 30, 0, 1)
+        strips.append((f"{title}\n{distance:.1f} dB off", shown(levels)))
+        strips.append(("difference", _strip(change)))
+    return save_figure(_stacked(strips, width=min(9.0, max(3.2, 1.5 * len(uncached)))), path)
+
+
+def _stacked(strips: Sequence[tuple[str, npt.NDArray[np.float32]]], *, width: float) -> Figure:
+    """Named strips of equal size, one below the other, with square pixels; `width` in inches."""
+    height = width * strips[0][1].shape[0] / strips[0][1].shape[1]
+    longest = max(len(line) for name, _ in strips for line in name.split("\n"))
+    left, gap, margin = 0.25 + 0.065 * longest, 0.06, 0.05
+    total = (left + width + margin, len(strips) * (height + gap) - gap + 2 * margin)
+    figure = new_figure(width=total[0], height=total[1], layout="none")
+    for i, (name, strip) in enumerate(strips):
+        bottom = total[1] - margin - (i + 1) * height - i * gap
+        place = (left / total[0], bottom / total[1], width / total[0], height / total[1])
+        panel = figure.add_axes(place)
+        panel.imshow(strip, cmap="magma", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+        panel.set_ylabel(name, fontsize=SMALL, rotation=0, ha="right", va="center", labelpad=6)
+        panel.set_xticks([])
+        panel.set_yticks([])
+        panel.set_frame_on(False)
+    return figure
+
+
+def _strip(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Images [batch, height, width] or with colours, side by side with a narrow gap between."""
+    filling = 1.0 if images.ndim == 4 else math.nan
+    gap = max(1, images.shape[2] // 16)
+    padding = [(0, 0), (0, 0), (0, gap)] + [(0, 0)] * (images.ndim - 3)
+    padded = np.pad(images, padding, constant_values=filling)
+    return np.concatenate(list(padded), axis=1)[:, :-gap]
+
+
+def _amplification(differences: Sequence[npt.NDArray[np.float32]]) -> int:
+    """Largest round factor under which hardly any difference is cut off."""
+    largest = float(np.quantile(np.stack(differences), 0.995))
+    factors = (1, 2, 5, 10, 20, 50, 100)
+    return max(factor for factor in factors if factor == 1 or factor * largest <= 1)

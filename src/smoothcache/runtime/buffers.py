@@ -1,0 +1,260 @@
+"""What one call of a layer keeps where ``torch.compile`` traces it: tensors at fixed places.
+
+Compiled code must not read what differs at every step, or it would be compiled anew at each. So
+all that a graph sees of a layer is one flag, compute or reuse, and tensors: it writes what it
+computes into a row of a buffer, and a reuse is a sum over all rows; which row, and how much each of
+them weighs, are tensors too. Everything else happens between the calls of the denoiser. Buffers
+stay where they are as long as shapes do, so CUDA graphs neither copy them nor overwrite them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..model.outputs import are_finite, float_tensors, taken_apart, tensors_in, written_into
+from ..model.residuals import are_swapped, bases_at, bases_of, copies_of, minus, plus
+
+
+class Output(Protocol):
+    """An output that was computed, as it is kept."""
+
+    leaves: list[Any]
+    swapped: Tensor | None
+    dtypes: list[torch.dtype | None]
+    sources: tuple[int | None, ...]
+    into: list[int | None]
+
+    @property
+    def rebuild(self) -> Callable[[list[Any]], Any]:
+        """Puts leaves in the place of its own."""
+
+
+class Slots:
+    """Keeps the outputs of one use of a layer in one branch.
+
+    Args:
+        example: An output, for its form.
+        shapes: Those of the tensors that the layer was given for it.
+        order: Degree of the predictor's polynomial; one value more is kept.
+        weights: Those of what was computed at some steps, the newest last, in a reuse at another.
+        residual: Whether what is kept is what the layer adds to its inputs.
+
+    Attributes:
+        reuses: Whether the next call reuses.
+        is_misfit: Whether a call had tensors of other shapes, and kept nothing.
+    """
+
+    def __init__(
+        self,
+        example: Output,
+        shapes: Sequence[torch.Size],
+        order: int,
+        weights: Callable[[tuple[int, ...], int], list[float]],
+        *,
+        residual: bool,
+    ) -> None:
+        self._leaves = [_buffer_for(leaf, order + 1) for leaf in example.leaves]
+        self._swapped = _buffer_for(example.swapped, 1)
+        self._rebuild = example.rebuild
+        self._dtypes = example.dtypes
+        self._into = example.into
+        self._weights_of = weights
+        self._rows: list[int | None] = [None] * (order + 1)  # the step that each is of
+        self._row = 0  # the one to be written next
+        self._residual = residual
+        self._sources = example.sources
+        self._like = _first_alike(shapes, example.leaves)
+        self._index: Tensor | None = None
+        self._weights: Tensor | None = None
+        self._tensors: dict[tuple[Any, ...], Tensor] = {}
+        self.reuses = self.is_misfit = False
+
+    # ------------------------------------------------------------------------ inside of graphs
+
+    def __call__(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if not self._has_shapes_of(args, kwargs):
+            self.is_misfit = True
+            return forward(*args, **kwargs)
+        if self.reuses:
+            return self._predicted(args, kwargs)
+        inputs: list[Tensor] = []
+        if self._residual or self._sources:  # copies, because the layer may write into its input
+            inputs = float_tensors((args, kwargs))
+            inputs = copies_of(inputs, range(len(inputs)) if self._residual else self._sources)
+        output = forward(*args, **kwargs)
+        self._keep(output, inputs)
+        return output
+
+    def _has_shapes_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether what a layer is given is of the size of what was kept.
+
+        Compares tensors and no numbers, so that graphs for any batch size stay possible.
+        """
+        if self._like is None:
+            return True
+        given, leaf = self._like
+        tensors = tensors_in((args, kwargs))
+        return given < len(tensors) and tensors[given].shape == self._leaves[leaf].shape[1:]
+
+    def _keep(self, output: Any, inputs: list[Tensor]) -> None:
+        leaves, _ = taken_apart(output)
+        if len(leaves) != len(self._leaves):
+            self.is_misfit = True
+            return
+        swapped = are_swapped(leaves, inputs) if self._residual else None
+        bases = self._bases(leaves, inputs, swapped)
+        for buffer, leaf, base in zip(self._leaves, leaves, bases, strict=True):
+            if isinstance(leaf, Tensor):
+                value = leaf.detach() if base is None else minus(leaf, base)
+                if not _fits(buffer, value):
+                    self.is_misfit = True
+                    return
+                _write(buffer, self._index, value)
+        if swapped is not None:
+            _write(self._swapped, None, swapped)
+
+    def _predicted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        values = [_combined(buffer, self._weights) for buffer in self._leaves]
+        if self._residual or self._sources:
+            swapped = None if self._swapped is None else self._swapped[0]
+            bases = self._bases(values, float_tensors((args, kwargs)), swapped)
+            values = [
+                plus(value, base, dtype)
+                for value, base, dtype in zip(values, bases, self._dtypes, strict=True)
+            ]
+        return self._rebuild(written_into(self._into, values, args, kwargs))
+
+    def _bases(
+        self, leaves: Sequence[Any], inputs: list[Tensor], swapped: Tensor | None
+    ) -> list[Tensor | None]:
+        if self._residual:
+            return bases_of(list(leaves), inputs, swapped)
+        return bases_at(self._sources, inputs, leaves)
+
+    # ----------------------------------------------------------------------- between the calls
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers())
+
+    @property
+    def newest(self) -> int:
+        """The step of the newest value; -1 if there is none."""
+        return max((step for step in self._rows if step is not None), default=-1)
+
+    def forget(self) -> None:
+        """Makes all values of no use."""
+        self._rows = [None] * len(self._rows)
+
+    def prepare(self, step: int, *, reuses: bool) -> None:
+        """Says what the next call does."""
+        self.reuses, self.is_misfit = reuses, False
+        if len(self._rows) == 1:
+            return
+        if reuses:
+            self._weights = self._tensor(self._weights_at(step))
+        else:
+            oldest = min(-1 if step is None else step for step in self._rows)
+            self._row = self._rows.index(None if oldest < 0 else oldest)
+            self._index = self._tensor([self._row], torch.int64)
+
+    def wrote(self, step: int) -> None:
+        """Notes that the last call wrote the value of this step."""
+        is_first = self.newest < 0
+        self._rows[self._row] = step
+        if is_first:  # the other rows weigh nothing, but may hold what is not even a number
+            self._fill()
+
+    def fill(self, values: Sequence[tuple[int, Sequence[Any]]]) -> None:
+        """Copies the leaves of values that were computed before there were slots, by their step."""
+        with torch.inference_mode(mode=False), torch.no_grad():
+            for row, (step, leaves) in enumerate(values):
+                self._rows[row] = step
+                for buffer, leaf in zip(self._leaves, leaves, strict=True):
+                    if isinstance(buffer, Tensor) and row < len(buffer):
+                        buffer[row] = leaf
+
+    def are_finite(self) -> bool:
+        """Whether the last value has neither NaN nor infinity; costs a wait for it."""
+        return are_finite([buffer[min(self._row, len(buffer) - 1)] for buffer in self._buffers()])
+
+    def _fill(self) -> None:
+        with torch.no_grad():
+            for buffer in self._buffers():
+                if len(buffer) > 1:
+                    buffer.copy_(buffer[self._row].clone().expand_as(buffer))
+
+    def _weights_at(self, step: int) -> list[float]:
+        """The weights of all rows but the first, which has the rest to 1."""
+        known = sorted(known for known in self._rows if known is not None)
+        weights = dict(zip(known, self._weights_of(tuple(known), step), strict=True))
+        return [0.0 if known is None else weights[known] for known in self._rows[1:]]
+
+    def _tensor(self, numbers: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
+        """Numbers as a tensor beside the buffers, the same one whenever they come again."""
+        key = (dtype, *numbers)
+        if key not in self._tensors:
+            like = next((x for x in self._buffers() if x.is_floating_point()), self._buffers()[0])
+            dtype = dtype or (like.dtype if like.dtype == torch.float64 else torch.float32)
+            with torch.inference_mode(mode=False):
+                self._tensors[key] = torch.tensor(numbers, dtype=dtype, device=like.device)
+        return self._tensors[key]
+
+    def _buffers(self) -> list[Tensor]:
+        return [buffer for buffer in (*self._leaves, self._swapped) if isinstance(buffer, Tensor)]
+
+
+def _buffer_for(value: Any, rows: int) -> Any:
+    """Copies of a tensor in the rows of a buffer, one if it is not of floats; else the value."""
+    if not isinstance(value, Tensor):
+        return value
+    rows = rows if value.is_floating_point() else 1
+    with torch.inference_mode(mode=False), torch.no_grad():
+        buffer = torch.stack([value.detach()] * rows)
+    torch._dynamo.mark_static_address(buffer)
+    return buffer
+
+
+def _first_alike(shapes: Sequence[torch.Size], leaves: Sequence[Any]) -> tuple[int, int] | None:
+    """An input and a leaf of the same shape, by their indices."""
+    pairs = (
+        (i, j)
+        for j, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor)
+        for i, shape in enumerate(shapes)
+        if shape == leaf.shape
+    )
+    return next(pairs, None)
+
+
+def _fits(buffer: Any, value: Tensor) -> bool:
+    if not isinstance(buffer, Tensor):
+        return False
+    return buffer.shape[1:] == value.shape and buffer.dtype == value.dtype
+
+
+def _write(buffer: Tensor, row: Tensor | None, value: Tensor) -> None:
+    if len(buffer) == 1 or row is None:
+        buffer.copy_(value[None])
+    else:
+        buffer.index_copy_(0, row, value[None])
+
+
+def _combined(buffer: Any, weights: Tensor | None) -> Any:
+    """The weighted sum of a leaf's values; whoever gets it may write into it."""
+    if not isinstance(buffer, Tensor):
+        return buffer
+    if len(buffer) == 1 or weights is None:
+        return buffer[0].clone()
+    # The weights sum to 1, so only differences need them: equal values give that value exactly.
+    total = buffer[0]
+    for i in range(1, len(buffer)):
+        total = total + weights[i - 1] * (buffer[i] - buffer[0])
+    return total

@@ -1,0 +1,100 @@
+"""What a run under a schedule did, for people and for programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..schedule.schedule import Schedule
+
+OTHER_SHAPES = "the shape of the inputs had changed"
+NOT_FINITE = "what had been computed was not finite"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did so far. Printed, it is a short text.
+
+    Attributes:
+        schedule: What was planned.
+        finished: Generations that came to their last step.
+        broken_off: Generations that did not.
+        steps_under_way: Steps of the generation that is under way; 0 if none is.
+        computed: Layer calls that ran the layer, as planned.
+        reused: Layer calls answered from kept values.
+        outside: Calls of the model that belonged to no generation of the pipeline; run in full.
+        recomputed: Layer calls that were to reuse but had to compute, by the reason.
+        peak_bytes: The most bytes of kept values at any moment.
+        held_bytes: Bytes of kept values at this moment.
+        never_ran: Paths of the layers that the schedule covers but the model never called.
+    """
+
+    schedule: Schedule
+    finished: int
+    broken_off: int
+    steps_under_way: int
+    computed: int
+    reused: int
+    outside: int
+    recomputed: dict[str, int]
+    peak_bytes: int
+    held_bytes: int
+    never_ran: tuple[str, ...]
+
+    @property
+    def reused_fraction(self) -> float:
+        """Share of the layer calls that reused, in [0, 1]; 0 before any call."""
+        calls = self.computed + self.reused + sum(self.recomputed.values())
+        return self.reused / calls if calls else 0.0
+
+    def __str__(self) -> str:
+        planned = self.schedule.compute
+        lines = [
+            f"{self.finished} generation(s) of {self.schedule.num_steps} steps finished"
+            + (f", {self.broken_off} broken off" if self.broken_off else "")
+            + (f", one at step {self.steps_under_way}" if self.steps_under_way else ""),
+            f"layer calls: {self.computed} computed, {self.reused} reused "
+            f"({self.reused_fraction:.1%})",
+            f"peak of kept values: {self.peak_bytes / 2**20:.2f} MiB",
+        ]
+        if planned is not None:
+            lines.insert(1, f"planned compute: {planned:.1%} of the uncached MACs")
+        if self.recomputed:
+            total = sum(self.recomputed.values())
+            lines.append(f"computed although planned for reuse: {total}")
+            lines += [f"  {count} because {why}" for why, count in self.recomputed.items()]
+        if self.outside:
+            lines.append(f"calls outside of any generation, run in full: {self.outside}")
+        if self.never_ran:
+            shown = ", ".join(self.never_ran[:3]) + (", ..." if len(self.never_ran) > 3 else "")
+            lines.append(f"layers that never ran: {len(self.never_ran)} ({shown})")
+        if self.finished and not self.reused and not self.schedule.is_all_compute:
+            lines.append("NOTHING WAS REUSED: the schedule had no effect")
+        return "\n".join(lines)
+
+
+@dataclass
+class Tally:
+    """What the layers of a run did, counted as they do it.
+
+    Attributes:
+        computed: Layer calls that ran the layer, as planned.
+        reused: Layer calls answered from kept values.
+        recomputed: Layer calls that were to reuse but had to compute, by the reason.
+        held_bytes: Bytes of the values kept at this moment.
+        peak_bytes: The most that ``held_bytes`` has been.
+    """
+
+    computed: int = 0
+    reused: int = 0
+    recomputed: dict[str, int] = field(default_factory=dict)
+    held_bytes: int = 0
+    peak_bytes: int = 0
+
+    def hold(self, change: int) -> None:
+        """Counts bytes that are kept from now on, or no longer (negative)."""
+        self.held_bytes += change
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+
+    def recompute(self, reason: str, calls: int = 1) -> None:
+        """Counts calls that were to reuse."""
+        self.recomputed[reason] = self.recomputed.get(reason, 0) + calls
