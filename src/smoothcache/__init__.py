@@ -29,6 +29,7 @@ from .runtime import enable as enable
 from .schedule import Row as Row
 from .schedule import Schedule as Schedule
 from .searching import SearchedSchedule as SearchedSchedule
+from .searching import SearchOptions as SearchOptions
 from .searching import SearchResult as SearchResult
 from .searching import search as search
 from .steps import PREDICTORS as PREDICTORS

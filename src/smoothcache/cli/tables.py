@@ -184,10 +184,10 @@ def measured(row: Measured) -> dict[str, Any]:
 
 
 def search_table(result: SearchResult) -> Table:
-    """The winner of a search and the ways without a cache."""
+    """The winner of a search and the baselines without a cache."""
     knows_converged = result.best.converged_error is not None
     table = _table(["way of sampling", "compute", "error", *["to converged"] * knows_converged])
-    for row in (result.best, *(x for x in result.honest if x != result.best)):
+    for row in (result.best, *(x for x in result.baselines if x != result.best)):
         cells = [row.name, f"{row.compute:.1%}", f"{row.error:.4f}"]
         if row.converged_error is not None:
             cells.append(f"{row.converged_error:.4f}")

@@ -26,11 +26,11 @@ from ..metrics.report import Report, ReportRow
 from ..model.denoisers import find_denoisers
 from ..optional import optional_module
 from ..schedule.schedule import Schedule
+from ..searching.references import CONVERGED_FACTOR
 from .result import HIGHEST_DECIBELS, REFERENCE, mean_with_interval
 from .trial import Trial, Way
 
 TIMED = 3  # generations that a method which must be counted in every one runs again, for its time
-CONVERGED_FACTOR = 10  # times as many steps as the uncached run
 TOLERANCE = 1e-6  # of a budget
 Measure = Callable[[Tensor, Tensor], Tensor | None]
 Score = Callable[[Tensor], float]

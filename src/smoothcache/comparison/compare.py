@@ -22,6 +22,7 @@ from ..metrics.modality import modality_of
 from ..metrics.report import COLUMNS, ReportRow
 from ..model.denoisers import find_denoisers
 from ..runtime.run import bound_schedule
+from ..schedule.sampling import SamplingConfig
 from ..schedule.schedule import Schedule
 from .result import REFERENCE, Comparison
 from .trial import Trial, Way
@@ -36,7 +37,7 @@ SCORES = ("class_accuracy", "label_divergence", "frechet_distance")
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(SamplingConfig):
     """One way of sampling, to be compared with the uncached one.
 
     >>> Variant("25 steps", num_steps=25).num_steps
@@ -51,9 +52,9 @@ class Variant:
         InvalidArgumentError: If it has no name, or not exactly one of the other two.
     """
 
-    name: str
-    schedule: Schedule | None = None
+    schedule: Schedule | None = None  # again here, so that it can be given by position
     num_steps: int | None = None
+    solver: None = field(default=None, init=False, repr=False)  # compare() keeps the sampler's own
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip() or self.name == REFERENCE:

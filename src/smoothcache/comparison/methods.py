@@ -13,6 +13,7 @@ from ..calibration.calibrate import calibrate
 from ..calibration.curves import Calibration
 from ..checks import check_number
 from ..diffusers_io.sampler import PipelineSampler
+from ..diffusers_io.solvers import suitable_solvers
 from ..errors import InvalidArgumentError
 from ..planners.threshold import plan
 from ..planners.uniform import plan_uniform
@@ -20,7 +21,6 @@ from ..schedule.schedule import Schedule
 from ..searching.objectives import Objective
 from ..searching.result import SearchedSchedule
 from ..searching.search import search
-from ..steps.noise_scheduler import noise_scheduler
 from .benchmark import Case, Method
 from .trial import Way
 
@@ -115,7 +115,7 @@ def better_solvers(case: Case, budgets: Iterable[float]) -> list[Method]:
     """The multistep solvers of diffusers that suit the pipeline's model."""
     return [
         Method(f"{count} steps, {name}", f"{SOLVERS}: {name}", partial(case.plain, count, solver))
-        for name, solver in _suitable_solvers(case.model).items()
+        for name, solver in suitable_solvers(case.model).items()
         for count in _counts(case, budgets)
     ]
 
@@ -210,16 +210,6 @@ def _counts(case: Case, budgets: Iterable[float]) -> list[int]:
     """Numbers of steps that the budgets buy, two or more, the most first."""
     counts = {int(budget * case.num_steps + 1e-9) for budget in budgets}
     return sorted({count for count in counts if 2 <= count < case.num_steps}, reverse=True)
-
-
-def _suitable_solvers(model: Any) -> Mapping[str, Any]:
-    scheduler = noise_scheduler(model)
-    if not hasattr(scheduler, "config"):
-        return {}
-    from ..diffusers_io.solvers import multistep_solvers  # imports diffusers
-
-    found: Mapping[str, Any] = multistep_solvers(scheduler)
-    return found
 
 
 def _under(case: Case, planned: Callable[[], Schedule]) -> Callable[[], Way]:

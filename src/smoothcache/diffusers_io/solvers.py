@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,20 @@ from torch import Tensor
 
 from ..errors import InvalidArgumentError
 from ..optional import optional_module
+from ..steps.noise_scheduler import noise_scheduler
+
+
+def suitable_solvers(model: Any) -> Mapping[str, Any]:
+    """The multistep solvers that suit the noise scheduler of a pipeline.
+
+    Args:
+        model: A pipeline or a module; a module has no noise scheduler.
+
+    Returns:
+        Name -> noise scheduler; empty if the model has none, or none is known to suit.
+    """
+    scheduler = noise_scheduler(model)
+    return multistep_solvers(scheduler) if hasattr(scheduler, "config") else {}
 
 
 def multistep_solvers(scheduler: Any) -> dict[str, Any]:

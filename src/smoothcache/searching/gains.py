@@ -1,13 +1,14 @@
-"""Fits how much of each predicted change to take, so that a run under a schedule meets another.
+"""Fits gains, with which a run under a schedule ends closer to a reference.
 
-A line through the last computed outputs of a denoiser goes astray in the same way in every sample:
-where the curve bends, and because what was predicted before has led elsewhere. One number for each
-gap, the *gain* on the predicted change, makes up for most of it. It is fitted where it shows, at
-the latents with which the next computed step begins, and with all that has gone astray before:
-fitted to the outputs themselves, gains come out too small, and the run falls ever further behind.
+Extrapolating the outputs of a denoiser makes similar errors in every sample: where the outputs
+bend over the steps, and because earlier predictions have moved the latents. A *gain* is a factor
+on the predicted change, one for each gap, and corrects most of the error. It is fitted to the
+latents with which the next computed step begins, in a run that contains all earlier predictions.
+Gains that are fitted to the outputs of the denoiser instead come out too small, and the run falls
+ever further behind its reference.
 
-For the fit the user's sampler runs again and again from the start, but the denoiser only once at
-each computed step: what it returned is played back. So any solver and any guidance will do.
+The fit runs the user's sampler many times from the start, but the denoiser only once at each
+computed step: its outputs are replayed after that. This works with any solver and any guidance.
 """
 
 from __future__ import annotations
@@ -37,24 +38,24 @@ LARGEST_GAIN = 3.0
 Run = Callable[[int], Any]
 
 
-class _Reached(BaseException):
-    """Ends a generation at the step that was wanted."""
+class _StopGeneration(BaseException):
+    """Ends a generation at the step whose latents are wanted."""
 
 
 @dataclass
 class Trajectory:
-    """What the denoiser was given in one generation.
+    """The inputs of the denoiser in one generation.
 
     Attributes:
         times: The timestep of every step.
-        latents: What was denoised at every step, on the CPU.
+        latents: The latents at every step, float32 on the CPU.
     """
 
     times: list[float] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
 
     def at(self, time: float) -> Tensor | None:
-        """The latents at a timestep, linearly between those of the steps around it."""
+        """The latents at a timestep, interpolated linearly; None outside the trajectory."""
         for i in range(len(self.times) - 1):
             begin, end = self.times[i], self.times[i + 1]
             if min(begin, end) <= time <= max(begin, end) and begin != end:
@@ -64,7 +65,7 @@ class Trajectory:
 
 
 class _Listener:
-    """Notes what the denoiser is given; its methods are those that an attachment calls."""
+    """Receives the calls of the denoiser from an attachment."""
 
     def __init__(self, model: Any) -> None:
         (self._denoiser,) = find_denoisers(model).values()
@@ -73,41 +74,41 @@ class _Listener:
     def before(
         self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
     ) -> bool:
-        """Is told of a call."""
+        """Handles a call before it runs."""
         latents = self._signature.sort(args, kwargs).latents
         if tick.call == 0 and latents is not None:
-            self._arrived(tick.step, latents)
-        self._called(tick.step, branch)
+            self._on_step(tick.step, latents)
+        self._on_call(tick.step, branch)
         return True
 
-    def _arrived(self, step: int, latents: Tensor) -> None:
-        """A step begins."""
+    def _on_step(self, step: int, latents: Tensor) -> None:
+        """Handles the first call of a step."""
 
-    def _called(self, step: int, branch: int | None) -> None:
-        """A call begins."""
+    def _on_call(self, step: int, branch: int | None) -> None:
+        """Handles every call."""
 
     def after(self, denoiser: str, tick: Tick) -> None:
-        """Nothing is to be done after a call."""
+        """Does nothing after a call."""
 
     def outside(self) -> None:
-        """Nothing is to be done about a call that is no part of the generation."""
+        """Ignores a call that is not part of the generation."""
 
     def failed(self) -> None:
-        """Nothing is to be done after a call that raised."""
+        """Ignores a call that raised."""
 
 
 class Recorder(_Listener):
-    """Listens to a generation and keeps its trajectory."""
+    """Records the trajectory of a generation."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._latents: list[Tensor] = []
 
-    def _arrived(self, step: int, latents: Tensor) -> None:
+    def _on_step(self, step: int, latents: Tensor) -> None:
         self._latents.append(_copied(latents))
 
     def run(self, model: Any, run: Callable[[], Any]) -> tuple[Any, Trajectory]:
-        """What a generation returns, and its trajectory."""
+        """Runs a generation; returns its output and its trajectory."""
         attachment = Attachment(model, {}, {}, self)
         try:
             output = run()
@@ -117,8 +118,14 @@ class Recorder(_Listener):
         return output, Trajectory(times, self._latents)
 
 
-class _Player(_Listener):
-    """Plays one generation under a row of the whole denoiser, from what was computed before."""
+class _Replay(_Listener):
+    """Runs one generation again and again under rows for the whole denoiser.
+
+    The first run computes the outputs of the computed steps; later runs replay them.
+
+    Attributes:
+        row: The row to run under.
+    """
 
     def __init__(self, model: Any, schedule: Schedule, row: Row) -> None:
         super().__init__(model)
@@ -128,10 +135,20 @@ class _Player(_Listener):
         predictor = PREDICTORS[row.predictor]
         self._order = predictor.order
         self._axis = axis_positions(predictor.axis, schedule.num_steps, schedule.noise_levels)
-        self._known: dict[tuple[int, int | None], tuple[list[Any], Callable[[list[Any]], Any]]] = {}
+        self._outputs: dict[
+            tuple[int, int | None], tuple[list[Any], Callable[[list[Any]], Any]]
+        ] = {}
 
-    def play(self, run: Callable[[], Any], until: int) -> tuple[Tensor, float | None]:
-        """The latents with which a step begins, and its timestep; the output after the last one."""
+    def run(self, run: Callable[[], Any], until: int) -> tuple[Tensor, float | None]:
+        """Runs the generation up to a step.
+
+        Args:
+            run: Runs the generation.
+            until: The step to stop at; the number of steps for the whole generation.
+
+        Returns:
+            The latents at that step and its timestep; or all values of the output and None.
+        """
         self._until = until
         schedule = self._schedule
         attachment = Attachment(
@@ -139,7 +156,7 @@ class _Player(_Listener):
         )
         try:
             output = run()
-        except _Reached:
+        except _StopGeneration:
             return self._latents, self._time
         finally:
             attachment.remove()
@@ -149,42 +166,42 @@ class _Player(_Listener):
     def before(
         self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
     ) -> bool:
-        """Is told of a call, of which the timestep is noted too."""
+        """Handles a call before it runs, and keeps its timestep."""
         self._time = timestep_value(self._signature.sort(args, kwargs).timestep, batch=0)
         return super().before(denoiser, tick, branch, args, kwargs)
 
-    def _arrived(self, step: int, latents: Tensor) -> None:
+    def _on_step(self, step: int, latents: Tensor) -> None:
         if step == self._until:
             self._latents = _copied(latents)
-            raise _Reached
+            raise _StopGeneration
 
-    def _called(self, step: int, branch: int | None) -> None:
+    def _on_call(self, step: int, branch: int | None) -> None:
         self._step, self._branch = step, branch
 
     def __call__(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        place = (self._step, self._branch)
+        key = (self._step, self._branch)
         steps = self._steps_to_predict_from()
         if steps and not self.row.computed[self._step]:
             leaves, rebuild = self._predicted(steps)
         else:  # also at the first call of a branch that begins in mid-generation
-            if place not in self._known:
-                self._known[place] = taken_apart(forward(*args, **kwargs))
-            leaves, rebuild = self._known[place]
+            if key not in self._outputs:
+                self._outputs[key] = taken_apart(forward(*args, **kwargs))
+            leaves, rebuild = self._outputs[key]
         return rebuild([x.clone() if isinstance(x, Tensor) else x for x in leaves])
 
     def _steps_to_predict_from(self) -> list[int]:
         """The last steps before this one at which the branch was computed."""
         branch = self._branch
-        known = (s for s, of in self._known if of == branch and s < self._step)
+        known = (s for s, of in self._outputs if of == branch and s < self._step)
         return sorted(known)[-self._order - 1 :]
 
     def _predicted(self, steps: list[int]) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-        kept = [self._known[step, self._branch] for step in steps]
+        kept = [self._outputs[step, self._branch] for step in steps]
         gain = 1.0 if self.row.gains is None else self.row.gains[self._step]
-        places = [self._axis[step] for step in steps]
-        weights = extrapolation_weights(places, self._axis[self._step], gain)
+        positions = [self._axis[step] for step in steps]
+        weights = extrapolation_weights(positions, self._axis[self._step], gain)
         values = [
             combined([leaves[i] for leaves, _ in kept], weights, consume=False)
             for i in range(len(kept[-1][0]))
@@ -198,37 +215,44 @@ def fit_gains(
     schedule: Schedule,
     references: Mapping[int, tuple[Trajectory, Tensor]],
 ) -> Row:
-    """The schedule's row with the gains under which the generations come nearest to others.
+    """Fits the gains of a schedule, gap by gap, so that generations end close to references.
+
+    To first order, the latents after a gap depend linearly on its gain. Two runs, with the gains 0
+    and 1, give the change that the gain scales. Least squares over all generations gives the gain.
 
     Args:
         model: A pipeline or module with one denoiser.
         run: Runs generation number i with the schedule's number of steps, and returns its output.
-        schedule: Of the whole denoiser: its only row is for the denoiser's output.
-        references: By number, the trajectory to meet and all values of the output, flattened.
+        schedule: A schedule for the output of the whole denoiser, with a single row.
+        references: Number of a generation -> trajectory of the reference and all values of its
+            output; [values].
+
+    Returns:
+        The schedule's row with the fitted gains, each in [0, ``LARGEST_GAIN``].
     """
     (row,) = schedule.rows.values()
-    players = {i: _Player(model, schedule, row) for i in references}
+    replays = {i: _Replay(model, schedule, row) for i in references}
     gains = [1.0] * schedule.num_steps
     for gap in _gaps(row.computed):
         pairs = []
         for i, (trajectory, output) in references.items():
-            held, line = (
-                _played(players[i], partial(run, i), gains, gap, gain) for gain in (0.0, 1.0)
+            (without, time), (with_change, _) = (
+                _replayed(replays[i], partial(run, i), gains, gap, gain) for gain in (0.0, 1.0)
             )
-            wanted = output if held[1] is None else trajectory.at(held[1])
-            if wanted is not None:
-                pairs.append((line[0] - held[0], wanted - held[0]))
+            target = output if time is None else trajectory.at(time)
+            if target is not None:
+                pairs.append((with_change - without, target - without))
         gains = _with(gains, gap, _best_gain(pairs))
-        for player in players.values():
-            player.row = replace(row, gains=tuple(gains))
+        for replay in replays.values():
+            replay.row = replace(row, gains=tuple(gains))
     return replace(row, gains=tuple(gains))
 
 
-def _played(
-    player: _Player, run: Callable[[], Any], gains: list[float], gap: range, gain: float
+def _replayed(
+    replay: _Replay, run: Callable[[], Any], gains: list[float], gap: range, gain: float
 ) -> tuple[Tensor, float | None]:
-    player.row = replace(player.row, gains=tuple(_with(gains, gap, gain)))
-    return player.play(run, gap.stop)
+    replay.row = replace(replay.row, gains=tuple(_with(gains, gap, gain)))
+    return replay.run(run, gap.stop)
 
 
 def _copied(latents: Tensor) -> Tensor:
@@ -236,10 +260,10 @@ def _copied(latents: Tensor) -> Tensor:
 
 
 def _gaps(computed: Sequence[bool]) -> list[range]:
-    """The runs of reused steps."""
-    at = [step for step, is_computed in enumerate(computed) if is_computed]
-    ends = [*at[1:], len(computed)]
-    return [range(a + 1, b) for a, b in zip(at, ends, strict=True) if b > a + 1]
+    """The ranges of reused steps between computed ones."""
+    starts = [step for step, is_computed in enumerate(computed) if is_computed]
+    ends = [*starts[1:], len(computed)]
+    return [range(a + 1, b) for a, b in zip(starts, ends, strict=True) if b > a + 1]
 
 
 def _with(gains: list[float], gap: range, gain: float) -> list[float]:
@@ -247,7 +271,7 @@ def _with(gains: list[float], gap: range, gain: float) -> list[float]:
 
 
 def _best_gain(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """The least-squares gain for changes and what they should have been; 1 if there are none."""
+    """The least-squares gain for pairs of a predicted and a wanted change; 1 without any."""
     products = sum(float((change.double() * wanted.double()).sum()) for change, wanted in pairs)
     squares = sum(float(change.double().square().sum()) for change, _ in pairs)
     is_known = squares > 0 and math.isfinite(products / squares)

@@ -1,4 +1,4 @@
-"""A file of finished rollouts, so that an interrupted search resumes."""
+"""A file of measured distances and fitted gains, from which an interrupted search continues."""
 
 from __future__ import annotations
 
@@ -12,54 +12,69 @@ from typing import Any
 
 from ..errors import InvalidArgumentError, SmoothCacheWarning
 from ..files.document import Value, parse_json
-from .processes import from_first, rank_and_size
+from .processes import from_rank_zero, rank_and_size
+
+DistanceKey = tuple[str, str, int]  # name of the reference, key of the candidate, generation
+GainsKey = tuple[str, str]  # name of the reference, key of the candidate
 
 
 class Journal:
-    """Results by (reference, candidate, generation), gains by (reference, candidate), and a file.
+    """Keeps the results of a search, and writes each of them to a file at once.
 
-    The file is the one that they are written to, if any.
+    The first line of the file holds the settings, every other line one result, in JSON. All
+    processes know all results; rank 0 alone reads and writes the file.
+
+    Args:
+        path: The file; None to keep the results in memory only.
+        settings: What the results depend on.
+
+    Attributes:
+        distances: Measured distances by key.
+        gains: Fitted gains by key; [steps] each.
+
+    Raises:
+        InvalidArgumentError: If the file was written with other settings.
+        FileNotFoundError: If the folder of the file does not exist.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
-        self.known: dict[tuple[str, str, int], float] = {}
-        self.gains: dict[tuple[str, str], list[float]] = {}
+        self.distances: dict[DistanceKey, float] = {}
+        self.gains: dict[GainsKey, list[float]] = {}
         self._path = None if path is None else Path(path)
         self._head = json.dumps({"format": "smoothcache search", "version": 1, **settings})
         if self._path is not None:
-            self.known, self.gains = from_first(lambda: self._read(Path(self._path or "")))
+            self.distances, self.gains = from_rank_zero(lambda: self._read(Path(self._path or "")))
 
-    def confirm(self, at: tuple[str, str, int], value: float) -> None:
-        """Notes a value that a search which is taken up again finds as it was.
+    def confirm(self, key: DistanceKey, value: float) -> None:
+        """Records a value that must agree with the one in the file, if there is one.
 
         Raises:
-            InvalidArgumentError: If it does not.
+            InvalidArgumentError: If the two differ.
         """
-        known = self.known.get(at, value)
+        known = self.distances.get(key, value)
         if not math.isclose(known, value, rel_tol=1e-3):
             raise InvalidArgumentError(
-                f"the journal '{self._path}' is of another search: sample({at[2]}) ends elsewhere "
-                "now, so the weights, the prompts or the sampler are others; remove it, or name "
-                "another file"
+                f"the journal '{self._path}' is of another search: sample({key[2]}) gives another "
+                "result now, so the weights, the prompts or the sampler have changed; remove it, "
+                "or name another file"
             )
-        self.put(at, value)
+        self.record(key, value)
 
-    def put(self, at: tuple[str, str, int], value: float) -> None:
-        is_new = at not in self.known
-        self.known[at] = value
+    def record(self, key: DistanceKey, value: float) -> None:
+        """Records a distance."""
+        is_new = key not in self.distances
+        self.distances[key] = value
         if is_new and rank_and_size()[0] == 0:
-            self._append(json.dumps([*at, value]))
+            self._append(json.dumps([*key, value]))
 
-    def put_gains(self, at: tuple[str, str], gains: list[float]) -> None:
-        """Notes the gains that were fitted to a reference for a candidate."""
-        self.gains[at] = gains
+    def record_gains(self, key: GainsKey, gains: list[float]) -> None:
+        """Records gains; [steps]."""
+        self.gains[key] = gains
         if rank_and_size()[0] == 0:
-            self._append(json.dumps([*at, gains]))
+            self._append(json.dumps([*key, gains]))
 
-    def _read(
-        self, path: Path
-    ) -> tuple[dict[tuple[str, str, int], float], dict[tuple[str, str], list[float]]]:
-        """What the file knows; a new one is begun if there is none."""
+    def _read(self, path: Path) -> tuple[dict[DistanceKey, float], dict[GainsKey, list[float]]]:
+        """The distances and gains in the file; begins the file if there is none."""
         if not path.parent.is_dir():
             raise FileNotFoundError(f"the folder of the journal '{path}' is missing.")
         content = path.read_bytes() if path.is_file() else b""
@@ -72,9 +87,9 @@ class Journal:
                 f"the journal '{path}' is of another search (another model, sampler, number of "
                 "steps or objective); remove it, or name another file"
             )
-        # What follows the last line break is a line that an interruption cut short, or nothing.
-        known: dict[tuple[str, str, int], float] = {}
-        gains: dict[tuple[str, str], list[float]] = {}
+        # An interruption leaves an incomplete line after the last line break.
+        distances: dict[DistanceKey, float] = {}
+        gains: dict[GainsKey, list[float]] = {}
         for number, line in enumerate(lines[:-1], start=2):
             if not line:
                 continue
@@ -82,14 +97,14 @@ class Journal:
             fields = entry.items()
             if len(fields) not in (3, 4):
                 raise entry.error(f"expected 3 or 4 entries, got {len(fields)}")
-            name, key = fields[0].text(), fields[1].text()
+            reference, candidate = fields[0].text(), fields[1].text()
             if len(fields) == 3:
-                gains[name, key] = fields[2].list_of(Value.number)
+                gains[reference, candidate] = fields[2].list_of(Value.number)
             else:
-                known[name, key, fields[2].integer()] = _error_of(fields[3])
+                distances[reference, candidate, fields[2].integer()] = _error_of(fields[3])
         if lines[-1]:
             os.truncate(path, len(content) - len(lines[-1]))
-        return known, gains
+        return distances, gains
 
     def _append(self, line: str) -> None:
         if self._path is None:
@@ -101,7 +116,7 @@ class Journal:
         except OSError as error:
             warnings.warn(
                 f"the journal '{self._path}' cannot be written ({error}); the search goes on, but "
-                "cannot be taken up again",
+                "cannot continue from it later",
                 SmoothCacheWarning,
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""Which steps to compute: the masks that a search starts from, and the ones next to them."""
+"""Masks of computed steps: evenly and unevenly spaced ones, and the neighbours of a mask."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ FloatArray = npt.NDArray[np.float64]
 
 
 def spaced(num_steps: int, count: int, power: float = 1.0) -> Mask:
-    """``count`` computed steps from step 0 on, with gaps that grow if the power is above 1.
+    """``count`` computed steps, spaced evenly or by a power law, with step 0 among them.
 
     >>> "".join(".#"[x] for x in spaced(9, 3))
     '#...#...#'
 
     Args:
-        num_steps: Steps in all.
-        count: Computed ones, 1 to num_steps.
-        power: Of the position along the steps: 1 is even, 2 quadratic.
+        num_steps: Number of steps.
+        count: Number of computed steps, 1 to num_steps.
+        power: Exponent of the positions; 1 is even, and above 1 the gaps grow along the steps.
     """
     positions = np.linspace(0, 1, count) ** power * (num_steps - 1)
     chosen: list[int] = []
     for i, position in enumerate(positions):
         least = chosen[-1] + 1 if chosen else 0
-        most = num_steps - (count - i)  # leaves room for the rest
+        most = num_steps - (count - i)  # leaves room for the remaining ones
         chosen.append(min(max(round(float(position)), least), most))
     return tuple(step in set(chosen) for step in range(num_steps))
 
@@ -39,7 +39,7 @@ def every(num_steps: int, interval: int) -> Mask:
 
 
 def every_from_last(num_steps: int, interval: int, count: int) -> Mask:
-    """Step 0 and the last step, and every interval-th step before that: ``count`` steps at most.
+    """Step 0, the last step, and every interval-th step before it; at most ``count`` steps.
 
     >>> "".join(".#"[x] for x in every_from_last(10, 2, 5))
     '#..#.#.#.#'
@@ -49,15 +49,16 @@ def every_from_last(num_steps: int, interval: int, count: int) -> Mask:
 
 
 def least_error(errors: FloatArray, weights: FloatArray, count: int) -> Mask:
-    """The ``count`` computed steps under which the weighted errors of the reuses sum to the least.
+    """The mask of ``count`` computed steps with the smallest sum of weighted reuse errors.
+
+    It is found exactly, by dynamic programming over the number of computed steps so far and the
+    last of them.
 
     Args:
-        errors: errors[k - 1, t] of reusing at step t what was computed k steps earlier;
-            [max_gap, steps]. Beyond max_gap they go on growing as they do on average.
-        weights: What an error at each step counts; [steps].
-        count: Computed steps, 1 to the number of steps; step 0 is one of them.
-
-    Solved exactly by dynamic programming over (computed steps so far, the last of them).
+        errors: errors[k - 1, t] is the error of reusing at step t what was computed k steps
+            earlier; [max_gap, steps]. Beyond max_gap the error grows in proportion to the gap.
+        weights: Weight of an error at each step; [steps].
+        count: Number of computed steps, 1 to the number of steps; step 0 is one of them.
     """
     num_steps = errors.shape[1]
     segments = _segment_costs(errors, weights)
@@ -77,7 +78,10 @@ def least_error(errors: FloatArray, weights: FloatArray, count: int) -> Mask:
 
 
 def _segment_costs(errors: FloatArray, weights: FloatArray) -> FloatArray:
-    """[a, b]: the cost of reusing from a + 1 to b - 1 what a computed; [steps, steps + 1]."""
+    """Costs of gaps; [steps, steps + 1].
+
+    Entry [a, b] is the weighted error of reusing the output of step a at the steps a + 1 to b - 1.
+    """
     max_gap, num_steps = errors.shape
     segments = np.full((num_steps, num_steps + 1), np.inf)
     for start in range(num_steps):
@@ -92,7 +96,10 @@ def _segment_costs(errors: FloatArray, weights: FloatArray) -> FloatArray:
 
 
 def neighbours(mask: Mask, rng: random.Random) -> Iterator[Mask]:
-    """The masks with one computed step moved by up to two steps, in random order; step 0 stays."""
+    """The masks with one computed step moved by one or two steps, in random order.
+
+    Step 0 is never moved.
+    """
     computed = [step for step, is_computed in enumerate(mask) if is_computed and step]
     moves = [(step, step + by) for step in computed for by in (-2, -1, 1, 2)]
     rng.shuffle(moves)
@@ -102,14 +109,14 @@ def neighbours(mask: Mask, rng: random.Random) -> Iterator[Mask]:
 
 
 def affordable(num_steps: int, share: float, compute: float) -> int:
-    """The most computed steps within a budget.
+    """The largest number of computed steps within a budget.
 
     >>> affordable(50, share=0.9, compute=0.5)
     22
 
     Args:
-        num_steps: Steps in all.
-        share: MACs of what is reused, over all MACs of a step.
+        num_steps: Number of steps.
+        share: MACs of the layers that can be reused, as a fraction of all MACs of a step.
         compute: The budget, as a fraction of the uncached MACs.
     """
     free = compute - (1 - share)

@@ -1,4 +1,4 @@
-"""Distances between a cached sample and its reference."""
+"""Objectives: distances between an output and its reference."""
 
 from __future__ import annotations
 
@@ -16,31 +16,38 @@ from ..errors import InvalidArgumentError
 Objective = Callable[[Any, Any], float]
 
 
-def taken(output: Any, call: str) -> Any:
-    """The tensors of an output, on the CPU.
+def output_tensors(output: Any, call: str) -> Any:
+    """The tensors of an output, detached and on the CPU: one tensor, or a tuple of several.
+
+    Args:
+        output: What ``sample`` returned: a tensor, or containers that hold tensors.
+        call: The call of ``sample``, for the message.
 
     Raises:
-        InvalidArgumentError: If there is none.
+        InvalidArgumentError: If there is no tensor.
     """
     tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
     if not tensors:
         raise InvalidArgumentError(
-            f"{call} returned {type(output).__name__}; it must return the final tensor (latents or "
-            "what is made of them), which is what schedules are judged by"
+            f"{call} returned {type(output).__name__}; it must return the final tensor (latents, "
+            "or what is decoded from them), because schedules are compared by it"
         )
     tensors = [x.detach().cpu() for x in tensors]
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
-def is_finite_sample(output: Any) -> bool:
+def is_finite(output: Any) -> bool:
+    """Whether all values of all tensors are finite."""
     return all(bool(torch.isfinite(x).all()) for x in pytree.tree_leaves(output))
 
 
 def flattened(output: Any) -> Tensor:
+    """All values of all tensors in one; [values], float32."""
     return torch.cat([x.float().flatten() for x in pytree.tree_leaves(output)])
 
 
 def l2_norm(output: Any) -> float:
+    """The L2 norm of all values of all tensors together."""
     return math.sqrt(sum(float(x.double().square().sum()) for x in pytree.tree_leaves(output)))
 
 
@@ -50,14 +57,18 @@ def latent_l2(output: Any, reference: Any) -> float:
     >>> latent_l2(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0]))
     0.1
 
+    Args:
+        output: A tensor or several, of any shape.
+        reference: As many tensors of the same shapes.
+
     Raises:
-        InvalidArgumentError: If the two have other shapes.
+        InvalidArgumentError: If the shapes differ.
     """
     outputs, references = pytree.tree_leaves(output), pytree.tree_leaves(reference)
     if [x.shape for x in outputs] != [x.shape for x in references]:
         raise InvalidArgumentError(
-            f"sample(i) returned the shapes {[list(x.shape) for x in outputs]}, where "
-            f"{[list(x.shape) for x in references]} came before; they must be the same"
+            f"sample(i) returned the shapes {[list(x.shape) for x in outputs]}, but before that "
+            f"{[list(x.shape) for x in references]}; they must be the same"
         )
     pairs = list(zip(outputs, references, strict=True))
     distance = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
@@ -68,16 +79,20 @@ def latent_l2(output: Any, reference: Any) -> float:
 def typical_l2(output: Any, reference: Any) -> float:
     """The geometric mean of ``latent_l2`` over the samples of a batch, dimensionless.
 
-    Outputs may be one tensor or several, with the batch as their first dimension. What a mean
-    PSNR over samples goes by: a sample that comes out ten times as far counts as two that come
-    out three times as far, not as a hundred. Tensors of different first dimensions are one sample.
+    One sample that ends far from its reference dominates ``latent_l2``, but not the geometric mean.
+    A mean PSNR over samples orders schedules in the same way.
 
     >>> x = torch.tensor([[4.0], [1.0]])
     >>> round(typical_l2(torch.tensor([[4.4], [2.0]]), x), 3)
     0.316
 
+    Args:
+        output: A tensor or several, each [batch, ...]. Tensors without a common batch size count
+            as one sample.
+        reference: As many tensors of the same shapes.
+
     Raises:
-        InvalidArgumentError: If the two have other shapes.
+        InvalidArgumentError: If the shapes differ.
     """
     whole = latent_l2(output, reference)
     outputs, references = pytree.tree_leaves(output), pytree.tree_leaves(reference)
@@ -85,8 +100,8 @@ def typical_l2(output: Any, reference: Any) -> float:
     if len(sizes) != 1 or 0 in sizes:
         return whole
     samples = range(*sizes)
-    apart = [latent_l2([x[i] for x in outputs], [x[i] for x in references]) for i in samples]
-    return math.exp(sum(math.log(max(x, 1e-12)) for x in apart) / len(apart))
+    distances = [latent_l2([x[i] for x in outputs], [x[i] for x in references]) for i in samples]
+    return math.exp(sum(math.log(max(x, 1e-12)) for x in distances) / len(distances))
 
 
 OBJECTIVES: Mapping[str, Objective] = MappingProxyType(

@@ -1,4 +1,4 @@
-"""Agreement between processes that search together."""
+"""Collective operations for a search that runs in several processes."""
 
 from __future__ import annotations
 
@@ -10,28 +10,33 @@ import torch.distributed as dist
 
 
 def join_processes() -> None:
-    """Makes the processes of ``accelerate launch`` or ``torchrun`` one group, if there are more."""
+    """Joins the processes of ``accelerate launch`` or ``torchrun`` into one group.
+
+    Does nothing in a single process, or if there is a group already.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group()
 
 
 def rank_and_size() -> tuple[int, int]:
+    """The rank of this process and the number of processes; (0, 1) without a group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def gather_from_all(mine: Any) -> list[Any]:
+def gather_from_all(value: Any) -> list[Any]:
+    """The values of all processes, by rank, in every process."""
     size = rank_and_size()[1]
     if size == 1:
-        return [mine]
-    everyone: list[Any] = [None] * size
-    dist.all_gather_object(everyone, mine)
-    return everyone
+        return [value]
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, value)
+    return values
 
 
-def from_first(make: Callable[[], Any]) -> Any:
-    """What the first process makes or raises, in every process."""
+def from_rank_zero(make: Callable[[], Any]) -> Any:
+    """Calls a function in rank 0 and returns its result, or raises its exception, on all ranks."""
     made, failure = None, None
     if rank_and_size()[0] == 0:
         try:
@@ -44,6 +49,6 @@ def from_first(make: Callable[[], Any]) -> Any:
     return made
 
 
-def agreed(value: bool) -> bool:
-    """The first process's answer, in every process."""
-    return bool(from_first(lambda: value))
+def decided_by_rank_zero(value: bool) -> bool:
+    """The value of rank 0, in every process."""
+    return bool(from_rank_zero(lambda: value))

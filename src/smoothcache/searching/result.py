@@ -6,50 +6,65 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..schedule.sampling import SamplingConfig
 from ..schedule.schedule import Schedule
+from .space import ROUNDING, Candidate
+
+NAME_WIDTH = 32  # characters of a name in the printed table
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One way of sampling and what came of it.
+class Measured(SamplingConfig):
+    """One way of sampling, with its cost and its measured errors.
 
     Attributes:
-        name: How it was made.
-        compute: MACs over those of the uncached run.
-        error: Objective against the uncached run, mean over the samples it was measured on.
-        converged_error: The same against the converged sample, with ten times the steps; None if
-            that was not sampled.
-        schedule: What it ran under; None for plain sampling.
-        num_steps: Solver steps, if other than the uncached run's.
-        solver: Class name of the noise scheduler, if another.
+        compute: MACs as a fraction of those of the uncached run.
+        error: Objective against the uncached run, a mean over the samples it was measured on.
+        converged_error: The same against the converged sample, which takes ten times the steps;
+            None if there is no converged sample.
+        name: How the way of sampling was made.
+        schedule: The schedule it ran under; None for sampling without a cache.
+        num_steps: Number of solver steps, if not that of the uncached run.
+        solver: Name of the noise scheduler, if not the sampler's own.
     """
 
-    name: str
     compute: float
     error: float
     converged_error: float | None = None
-    schedule: Schedule | None = field(default=None, repr=False)
-    num_steps: int | None = None
-    solver: str | None = None
+
+    @classmethod
+    def of(
+        cls, candidate: Candidate, error: float, converged_error: float | None = None
+    ) -> Measured:
+        """A candidate with its errors."""
+        return cls(
+            candidate.name,
+            candidate.compute,
+            error,
+            converged_error,
+            schedule=candidate.schedule,
+            num_steps=candidate.num_steps,
+            solver=candidate.solver,
+        )
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found. Printed, it is a short text.
+    """The result of a search. ``str()`` gives a short text of it.
 
     Attributes:
-        best: The winner, measured on samples that the search did not see.
-        honest: Ways without a cache at no more cost, measured on the same samples.
-        front: The best that was found at every cost, on the samples of the search.
-        rollouts: Generations that were run to compare candidates.
-        cost: All that was run, in uncached generations.
-        verdict: Whether the cache pays, in a sentence.
+        best: The winner, measured on the validation samples.
+        baselines: Sampling without a cache at no higher cost, measured on the same samples.
+        front: The Pareto front of cost and error, measured on the training samples.
+        rollouts: Number of generations that were run to compare candidates.
+        cost: Cost of everything that was run, in uncached generations.
+        verdict: Whether the cache pays off, in a sentence.
         scheduler: The noise scheduler to sample with; None for the sampler's own.
-        num_steps: Solver steps to sample with.
+        num_steps: Number of solver steps to sample with.
     """
 
     best: Measured
-    honest: tuple[Measured, ...]
+    baselines: tuple[Measured, ...]
     front: tuple[Measured, ...]
     rollouts: int
     cost: float
@@ -57,70 +72,79 @@ class SearchResult:
     scheduler: Any = field(default=None, repr=False)
     num_steps: int = 0
 
+    @property
+    def honest(self) -> tuple[Measured, ...]:
+        """The former name of ``baselines``."""
+        return self.baselines
+
     def __str__(self) -> str:
-        lines = [f"{'':32} compute   error" + "   to converged" * self._knows_converged]
-        for row in (self.best, *self.honest):
-            told = f"{row.name[:32]:32} {row.compute:7.1%} {row.error:7.4f}"
+        has_converged = self.best.converged_error is not None
+        lines = [f"{'':{NAME_WIDTH}} compute   error" + "   to converged" * has_converged]
+        for row in (self.best, *self.baselines):
+            name = row.name[:NAME_WIDTH]
+            line = f"{name:{NAME_WIDTH}} {row.compute:7.1%} {row.error:7.4f}"
             if row.converged_error is not None:
-                told += f"   {row.converged_error:.4f}"
-            lines.append(told)
+                line += f"   {row.converged_error:.4f}"
+            lines.append(line)
         lines.append(f"{self.rollouts} rollouts, as much as {self.cost:.1f} uncached generations")
         lines.append(self.verdict)
         return "\n".join(lines)
 
-    @property
-    def _knows_converged(self) -> bool:
-        return self.best.converged_error is not None
-
 
 @dataclass(frozen=True, eq=False)
 class SearchedSchedule(Schedule):
-    """A schedule that a search found, with all that it measured.
+    """A schedule that a search found, with everything that the search measured.
 
     Attributes:
-        result: The search's result; not written to the schedule's file, which keeps the quality.
+        result: Result of the search. It is not written to the schedule's file, which keeps the
+            quality.
     """
 
     result: SearchResult | None = field(default=None, repr=False)
 
 
-def joint_error(row: Measured) -> float:
-    """What a joint search goes by: the distance to the converged sample."""
-    return row.error if row.converged_error is None else row.converged_error
+def deciding_error(row: Measured, *, joint: bool) -> float:
+    """The error that a search minimises; in a joint search that to the converged sample."""
+    if joint and row.converged_error is not None:
+        return row.converged_error
+    return row.error
 
 
-def verdict_of(best: Measured, honest: Sequence[Measured], joint: bool) -> str:
-    """Whether the cache pays, in a sentence."""
+def verdict_on(best: Measured, baselines: Sequence[Measured], *, joint: bool) -> str:
+    """Whether the cache pays off, in a sentence."""
 
-    def quality(row: Measured) -> float:
-        return joint_error(row) if joint else row.error
+    def error(row: Measured) -> float:
+        return deciding_error(row, joint=joint)
+
+    def converged_error(row: Measured) -> float:
+        return deciding_error(row, joint=True)
 
     if best.schedule is None:
-        return f"no cache is needed: {best.name} came out best of all that was tried"
-    if not honest:
+        return f"no cache is needed: {best.name} has the smallest error of everything tried"
+    if not baselines:
         return (
-            "not compared with fewer steps: sample takes no num_inference_steps, so whether the "
-            "cache pays is not known"
+            "not compared with fewer steps, because sample takes no num_inference_steps: whether "
+            "the cache pays off is not known"
         )
-    rival = min(honest, key=quality)
+    rival = min(baselines, key=error)
     target = "converged sample" if joint else "uncached run"
-    if quality(rival) <= quality(best):
-        closer = "closer" if quality(rival) < quality(best) else "as close"
+    if error(rival) <= error(best):
+        closer = "closer" if error(rival) < error(best) else "as close"
         return (
-            f"NO CACHE IS BETTER: {rival.name} costs {rival.compute:.1%} and ends {closer} to the "
-            f"{target} ({quality(rival):.4f} against {quality(best):.4f})"
+            f"SAMPLING WITHOUT A CACHE IS BETTER: {rival.name} costs {rival.compute:.1%} and ends "
+            f"{closer} to the {target} ({error(rival):.4f} against {error(best):.4f})"
         )
-    cost = "at no less cost"
-    if rival.compute < best.compute - 1e-9:
-        cost = f"for {best.compute:.1%} of the uncached MACs instead of {rival.compute:.1%}"
-    told = (
-        f"the schedule pays: it ends closer to the {target} than {rival.name} {cost} "
-        f"({quality(best):.4f} against {quality(rival):.4f})"
+    cost = "at no higher cost"
+    if rival.compute < best.compute - ROUNDING:
+        cost = f"at {best.compute:.1%} of the uncached MACs instead of {rival.compute:.1%}"
+    pays = (
+        f"the schedule pays off: it ends closer to the {target} than {rival.name} {cost} "
+        f"({error(best):.4f} against {error(rival):.4f})"
     )
-    closest = min(honest, key=joint_error)
-    if joint or joint_error(closest) >= joint_error(best):
-        return told
+    closest = min(baselines, key=converged_error)
+    if joint or converged_error(closest) >= converged_error(best):
+        return pays
     return (
-        f"{told}; BUT TO THE CONVERGED SAMPLE {closest.name} ends closer "
-        f"({joint_error(closest):.4f} against {joint_error(best):.4f})"
+        f"{pays}; HOWEVER, {closest.name} ends closer to the converged sample "
+        f"({converged_error(closest):.4f} against {converged_error(best):.4f})"
     )

@@ -1,8 +1,7 @@
-"""Runs candidates for real, and keeps the books: what came out, what it cost, what is known.
+"""Runs candidates, measures their distances from a reference, and counts what that costs.
 
-A candidate is a way of sampling: under a schedule or without one, with the sampler's own solver and
-number of steps or with others. The processes of a distributed run share the candidates out and
-know all results; a journal on disk makes them known to a search that is taken up again.
+In a distributed run each process runs a share of the candidates, and all of them know all results.
+A journal keeps the results on disk for a search that is interrupted.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from ..model.denoisers import find_denoisers
 from ..runtime.run import NEVER_SEEN, cached
 from ..schedule.row import Row
 from .gains import Recorder, Trajectory, fit_gains
-from .journal import Journal
-from .objectives import Objective, flattened, is_finite_sample, l2_norm, latent_l2, taken
-from .processes import from_first, gather_from_all, rank_and_size
+from .journal import DistanceKey, Journal
+from .objectives import Objective, flattened, is_finite, l2_norm, latent_l2, output_tensors
+from .processes import from_rank_zero, gather_from_all, rank_and_size
 from .space import Candidate, last_reused_step
 
 
@@ -29,13 +28,18 @@ class Rollouts:
     """Samples as candidates say, and measures how far they end from a reference.
 
     Args:
-        model: What the schedules are for.
+        model: The pipeline or module that ``sample`` runs.
         sample: ``sample(i, **options)`` runs generation number i.
-        objective: Takes an output and its reference; smaller is better.
-        solvers: Noise schedulers that candidates may name.
-        journal: Where results are written as they come; None for nowhere.
-        settings: What the results depend on; a journal of other settings is refused.
-        spent: What has been run before, in uncached generations.
+        objective: Distance of an output from its reference; smaller is better.
+        solvers: Noise schedulers by name that candidates may use.
+        journal: File for the results; None for none.
+        settings: What the results depend on; a journal with other settings is refused.
+        cost: What was spent before, in uncached generations.
+
+    Attributes:
+        rollouts: Number of generations that were run to compare candidates.
+        cost: Cost of everything that was run, in uncached generations. Results from the journal
+            count as if they had been run, so that a continued search takes the same decisions.
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class Rollouts:
         solvers: Mapping[str, Any],
         journal: str | os.PathLike[str] | None,
         settings: Mapping[str, Any],
-        spent: float = 0.0,
+        cost: float = 0.0,
     ) -> None:
         self._model = model
         self._sample = sample
@@ -55,20 +59,25 @@ class Rollouts:
         self._references: dict[tuple[str, int], Any] = {}
         self._trajectories: dict[tuple[str, int], Trajectory] = {}
         self._journal = Journal(journal, settings)
-        self._counted: set[tuple[str, str, int]] = set()  # also if the journal knew it
+        self._counted: set[DistanceKey] = set()
         self.rollouts = 0
-        self.cost = spent
+        self.cost = cost
 
-    def set_reference(self, name: str, i: int, candidate: Candidate, *, fitted_to: bool) -> Any:
-        """Samples what outputs of generation i are to be compared with, under a name.
+    def set_reference(
+        self, name: str, i: int, candidate: Candidate, *, with_trajectory: bool
+    ) -> None:
+        """Samples a reference for generation i.
 
         Args:
-            name: Of the reference.
+            name: Name of the reference.
             i: Number of the generation.
             candidate: How to sample.
-            fitted_to: Whether gains will be fitted to it, for which its latents are kept.
+            with_trajectory: Whether to keep the latents of every step, which gains are fitted to.
+
+        Raises:
+            InvalidArgumentError: If the output is not finite.
         """
-        if fitted_to and len(find_denoisers(self._model)) == 1:
+        if with_trajectory and len(find_denoisers(self._model)) == 1:
             recorder = Recorder(self._model)
             output, trajectory = recorder.run(self._model, lambda: self._run(candidate, i))
             self._trajectories[name, i] = trajectory
@@ -76,84 +85,97 @@ class Rollouts:
             output = self._run(candidate, i)
         self._references[name, i] = output
         self.cost += candidate.compute
-        if not is_finite_sample(output):
+        if not is_finite(output):
             steps = candidate.num_steps
-            call = f"{i}" if steps is None else f"{i}, num_inference_steps={steps}"
-            raise InvalidArgumentError(f"sample({call}) returned NaN or infinity")
+            arguments = f"{i}" if steps is None else f"{i}, num_inference_steps={steps}"
+            raise InvalidArgumentError(f"sample({arguments}) returned NaN or infinity")
         self._journal.confirm((name, "norm", i), l2_norm(output))
-        return output
 
-    def fitted(self, name: str, candidate: Candidate, samples: Sequence[int]) -> Row:
+    def deviation(self, name: str, i: int, candidate: Candidate) -> float:
+        """Relative L2 distance between a reference and another run of it, in the worst process."""
+        output = self._run(candidate, i)
+        self.rollouts += 1
+        self.cost += candidate.compute
+        return float(max(gather_from_all(latent_l2(output, self._references[name, i]))))
+
+    def fit(self, name: str, candidate: Candidate, samples: Sequence[int]) -> Row:
         """The row of a candidate for the whole denoiser, with gains fitted to a reference.
 
-        Each sample costs as much as a rollout of the candidate up to its last reuse.
+        Each sample costs as much as a run of the candidate up to its last reused step.
+
+        Args:
+            name: Name of the reference.
+            candidate: Reuses the output of the whole denoiser.
+            samples: Numbers of the generations to fit to.
         """
         if candidate.schedule is None:
-            raise InvalidArgumentError(f"{candidate.name!r} has no schedule to fit")
+            raise InvalidArgumentError(f"{candidate.name!r} has no schedule to fit gains for")
         (row,) = candidate.schedule.rows.values()
-        at = (name, candidate.key)
-        if at not in self._journal.gains:
-            self._journal.put_gains(at, from_first(lambda: self._fit(name, candidate, samples)))
-        if (*at, -1) not in self._counted:
-            self._counted.add((*at, -1))
-            run = sum(row.computed[: last_reused_step(row)]) / sum(row.computed)
-            self.cost += candidate.compute * run * len(samples)
+        key = (name, candidate.key)
+        if key not in self._journal.gains:
+            gains = from_rank_zero(lambda: self._fit(name, candidate, samples))
+            self._journal.record_gains(key, gains)
+        if (*key, -1) not in self._counted:
+            self._counted.add((*key, -1))
+            share = sum(row.computed[: last_reused_step(row)]) / sum(row.computed)
+            self.cost += candidate.compute * share * len(samples)
             self.rollouts += len(samples)
-        return replace(row, gains=tuple(self._journal.gains[at]))
+        return replace(row, gains=tuple(self._journal.gains[key]))
 
     def _fit(self, name: str, candidate: Candidate, samples: Sequence[int]) -> list[float]:
-        wanted = {
+        references = {
             i: (self._trajectories[name, i], flattened(self._references[name, i])) for i in samples
         }
         options = self._options(candidate)
         schedule = candidate.schedule
         if schedule is None:
             return []
-        row = fit_gains(self._model, lambda i: self._sample(i, **options), schedule, wanted)
+        row = fit_gains(self._model, lambda i: self._sample(i, **options), schedule, references)
         return list(row.gains or [1.0] * len(row.computed))
 
-    def noise(self, name: str, i: int, candidate: Candidate) -> float:
-        """How far apart two runs of a reference end, in relative L2, in the worst process."""
-        output = self._run(candidate, i)
-        self.rollouts += 1
-        self.cost += candidate.compute
-        noise = latent_l2(output, self._references[name, i])
-        return float(max(gather_from_all(noise)))
-
     def distances(self, name: str, runs: Sequence[tuple[Candidate, int]]) -> list[float]:
-        """How far candidates end from a reference, each in one generation; the ranks share them."""
+        """Distances from a reference, of candidates in one generation each.
+
+        Known results are not measured again. The processes share the others, and an exception in
+        one of them is raised in all.
+
+        Args:
+            name: Name of the reference.
+            runs: Candidates and the numbers of the generations to run.
+        """
         wanted = dict.fromkeys((candidate.key, i) for candidate, i in runs)
-        ways = {candidate.key: candidate for candidate, _ in runs}
-        seen = {(key, i): (name, key, i) in self._counted for key, i in wanted}
-        new = [at for at in wanted if (name, *at) not in self._journal.known]
+        candidates = {candidate.key: candidate for candidate, _ in runs}
+        uncounted = [(key, i) for key, i in wanted if (name, key, i) not in self._counted]
+        unknown = [(key, i) for key, i in wanted if (name, key, i) not in self._journal.distances]
         rank, size = rank_and_size()
-        mine: dict[tuple[str, str, int], float] = {}
+        measured: dict[DistanceKey, float] = {}
         failure: Exception | None = None
         try:
-            for key, i in new[rank::size]:
-                output = self._run(ways[key], i)
-                for told, reference in self._references_of(i).items():
-                    mine[told, key, i] = self._judged(output, reference)
-                    if size == 1:
-                        self._journal.put((told, key, i), mine[told, key, i])
+            for key, i in unknown[rank::size]:
+                output = self._run(candidates[key], i)
+                for reference_name, reference in self._references_of(i).items():
+                    distance = self._distance(output, reference)
+                    measured[reference_name, key, i] = distance
+                    if size == 1:  # written at once; an interruption loses one run at most
+                        self._journal.record((reference_name, key, i), distance)
         except Exception as error:
             if size == 1:
                 raise
-            failure = error  # the other processes wait for this one
-        for results, reason in gather_from_all((mine, failure)):
+            failure = error  # raised below, in all processes, because the others wait for this one
+        for results, reason in gather_from_all((measured, failure)):
             if reason is not None:
                 raise reason
             for at, value in results.items():
-                self._journal.put(at, value)
-        for key, i in (at for at, was_seen in seen.items() if not was_seen):
+                self._journal.record(at, value)
+        for key, i in uncounted:
             self.rollouts += 1
-            self.cost += ways[key].compute
-            self._counted |= {(told, key, i) for told in self._references_of(i)}
-        return [self._journal.known[name, candidate.key, i] for candidate, i in runs]
+            self.cost += candidates[key].compute
+            self._counted |= {(reference, key, i) for reference in self._references_of(i)}
+        return [self._journal.distances[name, candidate.key, i] for candidate, i in runs]
 
-    def _judged(self, output: Any, reference: Any) -> float:
-        """What the objective says; infinite if there is no output, or it is not finite."""
-        if output is None or not is_finite_sample(output):
+    def _distance(self, output: Any, reference: Any) -> float:
+        """The objective; infinite if there is no output, or it is not finite."""
+        if output is None or not is_finite(output):
             return math.inf
         value = self._objective(output, reference)
         try:
@@ -165,9 +187,11 @@ class Rollouts:
         return number
 
     def _references_of(self, i: int) -> dict[str, Any]:
-        return {name: value for (name, at), value in self._references.items() if at == i}
+        """The references of a generation by name."""
+        return {name: value for (name, number), value in self._references.items() if number == i}
 
     def _options(self, candidate: Candidate) -> dict[str, Any]:
+        """The keywords that a candidate needs ``sample`` to be called with."""
         options: dict[str, Any] = {}
         if candidate.num_steps is not None:
             options["num_inference_steps"] = candidate.num_steps
@@ -176,7 +200,11 @@ class Rollouts:
         return options
 
     def _run(self, candidate: Candidate, i: int) -> Any:
-        """The output of a generation; None if a branch began at a step planned for reuse."""
+        """The tensors of generation i; None if a branch began at a step planned for reuse.
+
+        Raises:
+            InvalidArgumentError: If the run computed what the schedule reuses.
+        """
         schedule = candidate.schedule
         with cached(self._model, schedule) if schedule else nullcontext() as run:
             output = self._sample(i, **self._options(candidate))
@@ -185,6 +213,7 @@ class Rollouts:
                 return None
             raise InvalidArgumentError(
                 f"under {candidate.name!r}, sample({i}) had to compute what was planned for reuse "
-                f"({', '.join(reasons)}), so its cost cannot be promised; see run.summary()"
+                f"({', '.join(reasons)}), so the cost of the schedule is not known; see "
+                "run.summary()"
             )
-        return taken(output, f"sample({i})")
+        return output_tensors(output, f"sample({i})")

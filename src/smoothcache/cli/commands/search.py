@@ -116,7 +116,7 @@ def search(
                 "num_steps": result.num_steps,
                 "solver": result.best.solver,
                 "best": tables.measured(result.best),
-                "honest": [tables.measured(row) for row in result.honest],
+                "honest": [tables.measured(row) for row in result.baselines],
                 "front": [tables.measured(row) for row in result.front],
             }
         )
