@@ -83,8 +83,8 @@ def test_what_bends_in_one_direction_is_met_exactly(guided: bool, predictor: str
     plain = sc.Row(COMPUTED, predictor)
     row = fitted(model, sample, plain)
     assert row.gains is not None and row.computed == COMPUTED and row.predictor == predictor
-    # At the first gap one value is known, and nothing can be predicted; what goes astray there is
-    # made up for in the next gap.
+    # At the first gap one value is known, and nothing can be predicted; the error made there is
+    # corrected in the next gap.
     assert row.gains[1] == 1
     for i in (0, 1, 7):
         assert error(model, sample, row, i) < 1e-5

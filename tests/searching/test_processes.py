@@ -49,7 +49,7 @@ def what_was_found(rank: int) -> dict[str, Any]:
         "rows": {path: (row.computed, row.predictor) for path, row in schedule.rows.items()},
         "quality": dict(schedule.quality),
         "front": [(x.name, x.compute, x.error) for x in result.front],
-        "told": (result.rollouts, result.cost, str(result)),
+        "summary": (result.rollouts, result.cost, str(result)),
         "is_same_again": same(repeated, schedule),
         "calls": (len(sampler.calls), len(again.calls)),
         "failure": failure,
@@ -104,8 +104,8 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, monkeypatch: pytest.M
     one = what_was_found(rank=0)
     two = processes_found(tmp_path / "two", 2)
     for other in two:
-        assert {x: other[x] for x in ("rows", "quality", "front", "told")} == {
-            x: one[x] for x in ("rows", "quality", "front", "told")
+        assert {x: other[x] for x in ("rows", "quality", "front", "summary")} == {
+            x: one[x] for x in ("rows", "quality", "front", "summary")
         }
         assert other["is_same_again"] and other["is_unaltered"]
         assert other["failure"] == "in one process alone"

@@ -52,8 +52,8 @@ def test_a_result_is_a_short_text() -> None:
     assert best.startswith(result.best.name[:32]) and f"{result.best.error:.4f}" in best
     assert fewer.startswith("4 steps ") and "50.0%" in fewer
     assert fewer.endswith(f"{result.baselines[0].converged_error:.4f}")
-    told = f"{result.rollouts} rollouts, as much as {result.cost:.1f} uncached generations"
-    assert spent == told
+    expected = f"{result.rollouts} rollouts, as much as {result.cost:.1f} uncached generations"
+    assert spent == expected
     assert verdict == result.verdict
 
 
