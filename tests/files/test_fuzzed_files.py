@@ -70,7 +70,7 @@ def write_routers(path: Path) -> None:
 def write_journal(path: Path) -> None:
     journal = Journal(path, SETTINGS)
     for number in range(3):
-        journal.put(("uncached", "every 2nd", number), 0.5 + number)
+        journal.record(("uncached", "every 2nd", number), 0.5 + number)
 
 
 FORMATS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any], Callable[..., Any] | None]]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support.searches import Sampler, state_of
-from toys import Toy, build
+from support.toys import Toy, build
 
 
 @pytest.fixture

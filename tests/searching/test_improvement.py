@@ -6,7 +6,7 @@ import random
 
 import pytest
 from support.searches import Sampler, calibrated, error_of, result_of, same, search
-from toys import Toy
+from support.toys import Toy
 
 import smoothcache as sc
 from smoothcache.searching.masks import neighbours

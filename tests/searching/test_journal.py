@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from support.searches import Sampler, distance, same, search, state_of
+from support.toys import Toy, build
 from torch import Tensor
-from toys import Toy, build
 
 import smoothcache as sc
 

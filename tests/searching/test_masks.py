@@ -6,9 +6,9 @@ import random
 from itertools import combinations
 from typing import Any
 
-import made_up  # noqa: F401  hypothesis without deadlines
 import numpy as np
 import pytest
+import support.made_up  # noqa: F401  hypothesis without deadlines
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from support.searches import Sampler, calibrated, distance, search
+from support.toys import Toy
 from torch import Tensor
-from toys import Toy
 
 import smoothcache as sc
 from smoothcache.searching.objectives import latent_l2, typical_l2

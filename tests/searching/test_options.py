@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from support.searches import Adams, Sampler, same, search
-from toys import Toy
+from support.toys import Toy
 
 import smoothcache as sc
 from smoothcache.searching.options import SearchKeywords

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from support.searches import SOLVERS, Sampler, result_of, same, search, state_of
+from support.toys import build
 from torch import Tensor
-from toys import build
 
 import smoothcache as sc
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from support.searches import STEPS, Sampler, calibrated, result_of, search
+from support.toys import WIDTH, Block, Toy, build
 from torch import Tensor
-from toys import WIDTH, Block, Toy, build
 
 import smoothcache as sc
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from support.searches import STEPS, Sampler, calibrated, search
+from support.toys import Toy
 from torch import Tensor
-from toys import Toy
 
 import smoothcache as sc
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.searches import Sampler, found, result_of, same, search
-from toys import Toy
+from support.toys import Toy
 
 import smoothcache as sc
 from smoothcache.searching.result import Measured, verdict_on

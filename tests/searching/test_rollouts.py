@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from support.searches import SOLVERS, Sampler, macs_of, result_of, search
-from toys import build
+from support.toys import build
 
 import smoothcache as sc
 from smoothcache.model.costs import MacCounter

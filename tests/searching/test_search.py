@@ -22,8 +22,8 @@ from support.searches import (
     two_denoisers,
     uniform_runs,
 )
+from support.toys import TOKENS, WIDTH, Toy, build
 from torch import Tensor
-from toys import TOKENS, WIDTH, Toy, build
 
 import smoothcache as sc
 

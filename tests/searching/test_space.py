@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from support.searches import SOLVERS, STEPS, Sampler, calibrated, real_compute, two_denoisers
-from toys import Toy
+from support.toys import Toy
 
 import smoothcache as sc
 from smoothcache.searching.masks import spaced

@@ -21,8 +21,8 @@ from support.searches import (
     search,
     uniform_runs,
 )
+from support.toys import Toy, build
 from torch import Tensor
-from toys import Toy, build
 
 import smoothcache as sc
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 from support.searches import Sampler, error_of, found, result_of
-from toys import Toy
+from support.toys import Toy
 
 
 @pytest.mark.parametrize("options", [{"speedup": 2.0}, {"max_error": 0.01}])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support.searches import SOLVERS, STEPS, Sampler, calibrated, distance, found, result_of, search
-from toys import Toy
+from support.toys import Toy
 
 import smoothcache as sc
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from support.toys import CLASSES, TOKENS, WIDTH, Toy, build
 from torch import Tensor
-from toys import CLASSES, TOKENS, WIDTH, Toy, build
 
 import smoothcache as sc
 from smoothcache.model.costs import MacCounter
