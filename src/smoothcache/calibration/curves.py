@@ -119,6 +119,7 @@ class Calibration:
 
     @property
     def num_samples(self) -> int:
+        """Generations that were measured."""
         return int(self.errors.shape[0])
 
     @property
@@ -128,6 +129,7 @@ class Calibration:
 
     @property
     def num_steps(self) -> int:
+        """Solver steps of each generation."""
         return int(self.errors.shape[3])
 
     @property
@@ -163,6 +165,9 @@ class Calibration:
             layer: Path of one layer; not together with ``kind`` or ``block``.
             kind: Only layers of this kind.
             block: Only layers of this block.
+
+        Returns:
+            Mean and 95 % confidence interval, dimensionless; each [steps].
 
         Raises:
             InvalidArgumentError: If the gap was not measured or no layer is meant; lists what is.
@@ -272,6 +277,9 @@ class Calibration:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file that ``load`` reads back exactly.
 
+        Args:
+            path: The file; an existing one is replaced.
+
         Raises:
             FileNotFoundError: If the folder does not exist.
         """
@@ -293,6 +301,12 @@ class Calibration:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
         """Read a file that ``save`` wrote.
+
+        Args:
+            path: The file to read.
+
+        Returns:
+            The calibration, with all its fields as they were saved.
 
         Raises:
             FileNotFoundError: If there is no such file.

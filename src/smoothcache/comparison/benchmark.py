@@ -75,7 +75,15 @@ class Case:
     scores: Mapping[str, Score] = field(default_factory=dict)
 
     def plain(self, num_steps: int | None = None, scheduler: Any = None) -> Way:
-        """Sampling without a cache, with another number of steps or another solver."""
+        """Sampling without a cache, with another number of steps or another solver.
+
+        Args:
+            num_steps: Solver steps; None for those of the case.
+            scheduler: A noise scheduler; None for the pipeline's own.
+
+        Returns:
+            A way of sampling that ``Method.make`` can give.
+        """
         return self.under(None, num_steps, scheduler)
 
     def under(
@@ -85,7 +93,17 @@ class Case:
         scheduler: Any = None,
         note: str = "",
     ) -> Way:
-        """Sampling under a schedule."""
+        """Sampling under a schedule.
+
+        Args:
+            schedule: What to run under; None for plain sampling.
+            num_steps: Solver steps; None for those of the case.
+            scheduler: A noise scheduler; None for the pipeline's own.
+            note: A remark that is printed below the table.
+
+        Returns:
+            A way of sampling that ``Method.make`` can give.
+        """
         options = {"num_inference_steps": num_steps, "scheduler": scheduler}
         given = {name: value for name, value in options.items() if value is not None}
         return Way(
@@ -184,11 +202,28 @@ class Benchmark:
     values: Mapping[str, Mapping[str, Tensor]]
 
     def verdicts(self, budgets: Iterable[float], aims: Iterable[Aim]) -> list[Verdict]:
-        """Each aim at each budget."""
+        """Each aim at each budget.
+
+        Args:
+            budgets: Fractions of the uncached MACs, in (0, 1].
+            aims: What is to be reached.
+
+        Returns:
+            One verdict for each aim and budget, all budgets of an aim together.
+        """
         return [self._verdict(budget, aim) for aim in aims for budget in budgets]
 
     def best(self, budget: float, aim: Aim, *, own: bool) -> ReportRow | None:
-        """The best row within a budget: of an aim's own families, or of all that it faces."""
+        """The best row within a budget: of an aim's own families, or of all that it faces.
+
+        Args:
+            budget: Fraction of the uncached MACs, in (0, 1].
+            aim: Names the column and the families.
+            own: Whether to look among the aim's own families or among all others.
+
+        Returns:
+            The row; None if no row is within the budget.
+        """
         excluded = {*aim.own, *aim.apart}
         rows = [
             row
@@ -201,7 +236,11 @@ class Benchmark:
         return max(rows, key=lambda row: aim.sign * getattr(row, aim.column), default=None)
 
     def report(self) -> Report:
-        """The table, with the methods that did not run below it."""
+        """The table, with the methods that did not run below it.
+
+        Returns:
+            A report that prints as text, Markdown or JSON.
+        """
         failed = (f"{name} did not run: {reason}" for name, reason in self.failures.items())
         told = (f"{name}: {note}" for name, note in self.notes.items())
         return Report(self.rows, title=self.name, notes=(*told, *failed))
@@ -240,9 +279,29 @@ def run_benchmark(
         converged: Whether to sample with ten times the steps as well, to compare with.
         progress: Whether to show progress bars.
 
+    Returns:
+        A row for each method that ran, and why the others did not.
+
     Raises:
         InvalidArgumentError: If two methods have one name, or the uncached run fails.
         MissingPackageError: If the case measures the SSIM, and torchmetrics is not installed.
+
+    Example:
+        >>> from diffusers import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(
+        ...     num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=8
+        ... ).eval()
+        >>> @torch.no_grad()
+        ... def sample(model, i, num_inference_steps=4):
+        ...     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i))
+        ...     for t in range(num_inference_steps, 0, -1):
+        ...         x = x - 0.1 * model(x, torch.tensor([t]), torch.tensor([i])).sample[:, :4]
+        ...     return x[:, :3].sigmoid()
+        >>> case = Case("a small DiT", model, sample, sample, num_steps=4)
+        >>> methods = [Method("2 steps", "fewer steps", lambda: case.plain(2))]
+        >>> benchmark = run_benchmark(case, methods, converged=False, progress=False)
+        >>> [(row.name, row.compute) for row in benchmark.rows]
+        [('uncached', 1.0), ('2 steps', 0.5)]
     """
     check_count("num_generations", num_generations, least=1)
     names = [REFERENCE, *(method.name for method in methods)]

@@ -15,6 +15,7 @@ from ..metrics.modality import Modality, modality_of
 from ..metrics.report import Report, ReportRow
 
 REFERENCE = "uncached"
+"""Name of the row of the uncached run."""
 HIGHEST_DECIBELS = 150.0  # taken for identical samples where differences are averaged
 QUOTED = {
     "psnr": ("PSNR {:.1f} against {:.1f} dB", 1),
@@ -80,6 +81,12 @@ class Comparison:
     def row(self, name: str) -> ReportRow:
         """The row of this name.
 
+        Args:
+            name: Of a variant, "uncached", or of a row of fewer steps.
+
+        Returns:
+            Cost, time and quality of this way of sampling.
+
         Raises:
             InvalidArgumentError: If there is none.
         """
@@ -90,7 +97,11 @@ class Comparison:
         raise InvalidArgumentError(f"there is no row {name!r}; there are {names}.")
 
     def duels(self) -> tuple[Duel, ...]:
-        """Each schedule against fewer steps of the same cost, sample by sample."""
+        """Each schedule against fewer steps of the same cost, sample by sample.
+
+        Returns:
+            One for each schedule, in the order of the rows.
+        """
         if not self.rivals:
             return ()
         decibels, uncached = self.modality.decibels, self.images[REFERENCE]
@@ -104,7 +115,11 @@ class Comparison:
         )
 
     def verdict(self) -> list[str]:
-        """A sentence for each schedule, and one for all: does caching beat fewer steps?"""
+        """A sentence for each schedule, and one for all: does caching beat fewer steps?
+
+        Returns:
+            The sentences; empty if no schedule was compared.
+        """
         duels = self.duels()
         if not duels:
             return []
@@ -121,7 +136,14 @@ class Comparison:
         return [*map(self._sentence, duels), f"{conclusion}."]
 
     def report(self, title: str = "") -> Report:
-        """The table, with the verdict below it."""
+        """The table, with the verdict below it.
+
+        Args:
+            title: Comes above the table.
+
+        Returns:
+            A report that prints as text, Markdown or JSON.
+        """
         return Report(self.rows, title=title, notes=(*self._warnings(), *self.verdict()))
 
     def _sentence(self, duel: Duel) -> str:

@@ -19,6 +19,7 @@ from ..errors import InvalidArgumentError, PipelineLoadError
 from ..model.denoisers import find_denoisers
 
 INDEX = "model_index.json"
+"""Name of the file that makes a folder a pipeline."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -44,6 +45,11 @@ def load_pipeline(
         PipelineLoadError: If there is no such folder or repository, it holds no pipeline, or the
             hub cannot be reached. The message is one sentence.
         InvalidArgumentError: If the device cannot be used.
+
+    Example:
+        >>> from smoothcache.demo.image import FOLDER
+        >>> type(load_pipeline(FOLDER)).__name__
+        'DiTPipeline'
     """
     source = _existing_source(os.fspath(name_or_path))
     try:
@@ -59,7 +65,11 @@ def load_pipeline(
 
 
 def silence_libraries() -> None:
-    """Keeps diffusers and transformers from writing anything but errors to the terminal."""
+    """Keeps diffusers and transformers from writing anything but errors to the terminal.
+
+    Example:
+        >>> silence_libraries()
+    """
     for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")  # read when they are first imported
     hub = importlib.import_module("huggingface_hub.utils")

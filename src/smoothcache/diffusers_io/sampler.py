@@ -20,7 +20,20 @@ _ANY_PROMPT = "a photograph"
 
 
 def sampling_rate(pipeline: Any) -> int | None:
-    """Samples a second of the sounds that a pipeline makes; None if it does not say."""
+    """Samples a second of the sounds that a pipeline makes; None if it does not say.
+
+    Args:
+        pipeline: A pipeline of diffusers.
+
+    Returns:
+        Hertz; None if no part of the pipeline says.
+
+    Example:
+        >>> from smoothcache.demo.audio import FOLDER
+        >>> from smoothcache.diffusers_io import load_pipeline
+        >>> sampling_rate(load_pipeline(FOLDER))
+        16000
+    """
     for part in ("vae", "vocoder"):
         rate = getattr(
             getattr(getattr(pipeline, part, None), "config", None), "sampling_rate", None
@@ -69,7 +82,15 @@ class PipelineSampler:
 
     @classmethod
     def with_any_input(cls, pipeline: Any, num_steps: int) -> PipelineSampler:
-        """A sampler for when only the cost matters: class 0, or some prompt."""
+        """A sampler for when only the cost matters: class 0, or some prompt.
+
+        Args:
+            pipeline: A pipeline of diffusers.
+            num_steps: Solver steps.
+
+        Returns:
+            A sampler that the pipeline accepts.
+        """
         takes = _parameters(pipeline)
         return cls(
             pipeline,
@@ -115,6 +136,9 @@ class PipelineSampler:
             i: From 0.
             num_inference_steps: None for ``steps``.
             scheduler: A noise scheduler to take for this generation; None for the pipeline's own.
+
+        Returns:
+            What the pipeline makes, as ``__call__`` returns it.
         """
         own = self.pipeline.scheduler
         self.pipeline.scheduler = own if scheduler is None else scheduler

@@ -34,6 +34,11 @@ def multistep_solvers(scheduler: Any) -> dict[str, Any]:
 
     Returns:
         Name -> a scheduler of its own; empty if none is known to suit.
+
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> list(multistep_solvers(DDIMScheduler()))
+        ['DPM-Solver++ 2M', 'DPM-Solver++ 2M, log-SNR', 'DPM-Solver++ 3M, log-SNR', 'UniPC']
     """
     from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
@@ -90,6 +95,11 @@ def third_order_sde(scheduler: Any) -> Any:
     Source: Lu et al., "DPM-Solver++", arXiv 2211.01095, for data prediction and the SDE; the
     weight of the second difference is that of k-diffusion's ``sample_dpmpp_3m_sde``, half of
     what integrating the parabola gives.
+
+    Example:
+        >>> from diffusers import CosineDPMSolverMultistepScheduler
+        >>> type(third_order_sde(CosineDPMSolverMultistepScheduler())).__name__
+        'DPMSolver3MSDEScheduler'
     """
     optional_module("torchsde", extra="audio")
     base = type(scheduler)

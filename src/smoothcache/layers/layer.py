@@ -39,7 +39,9 @@ def identity_from_json(value: Value) -> ModelIdentity:
 
 
 Granularity = Literal["auto", "layer", "block", "model"]
+"""What is reused: layers, whole blocks, the denoiser's output, or layers where they suffice (auto)."""
 Select = Callable[[str, nn.Module], bool | str]
+"""Path and module -> whether it is a layer, or of which kind."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,18 @@ class ModelIdentity:
 
 
 def is_residual(layer: CacheLayer) -> bool:
-    """Whether what is reused is what the module adds to its input, instead of its output."""
+    """Whether what is reused is what the module adds to its input, instead of its output.
+
+    Args:
+        layer: Of any granularity.
+
+    Returns:
+        True for whole blocks, False for attentions, feed-forwards and the denoiser's output.
+
+    Example:
+        >>> is_residual(CacheLayer("blocks.0", kind="block", block="blocks.0"))
+        True
+    """
     return layer.kind.endswith("block")
 
 

@@ -26,8 +26,22 @@ _PUT_BEFORE = ("FSDP", "Parametrized")  # the names of classes
 def layer_modules(model: Any, layers: Sequence[CacheLayer]) -> dict[str, nn.Module]:
     """The module of each layer, by the layer's path.
 
+    Args:
+        model: A diffusers pipeline or a module.
+        layers: Layers of this model, as ``find_layers`` gives them.
+
+    Returns:
+        Path of a layer -> its module, in the order of ``layers``.
+
     Raises:
         ScheduleMismatchError: If the model has no module at some of the paths.
+
+    Example:
+        >>> from smoothcache.layers import find_layers
+        >>> from diffusers import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1)
+        >>> [type(module).__name__ for module in layer_modules(model, find_layers(model)).values()]
+        ['Attention', 'FeedForward']
     """
     denoisers = find_denoisers(model)
     modules = {
@@ -54,7 +68,24 @@ def layer_modules(model: Any, layers: Sequence[CacheLayer]) -> dict[str, nn.Modu
 
 
 def identify(model: Any) -> ModelIdentity:
-    """Says which model this is, so that a schedule made for another one can be refused."""
+    """Says which model this is, so that a schedule made for another one can be refused.
+
+    Args:
+        model: A diffusers pipeline or a module.
+
+    Returns:
+        Class and fingerprint of its denoisers.
+
+    Raises:
+        InvalidArgumentError: If ``model`` is neither a module nor a pipeline.
+        LayersNotFoundError: If no component of the pipeline takes a timestep.
+
+    Example:
+        >>> from diffusers import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1)
+        >>> identify(model).class_name
+        'DiTTransformer2DModel'
+    """
     denoisers = find_denoisers(model).values()
     facts = [_configuration(denoiser) for denoiser in denoisers]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())

@@ -44,6 +44,9 @@ def plan_learned(
         predictor: How reused values are made, a name in ``PREDICTORS``; by default the one that
             the routers were trained with.
 
+    Returns:
+        A schedule bound to the layers that the routers were trained for.
+
     Raises:
         InvalidArgumentError: If not exactly one of threshold and compute is given, or it makes no
             sense; if no threshold is as cheap as asked; or if what layers cost is not known.

@@ -93,10 +93,14 @@ class Routers:
 
     @property
     def num_steps(self) -> int:
+        """Solver steps of each generation."""
         return int(self.values.shape[1])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file that ``load`` reads back exactly.
+
+        Args:
+            path: The file; an existing one is replaced.
 
         Raises:
             FileNotFoundError: If the folder does not exist.
@@ -118,6 +122,12 @@ class Routers:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Routers:
         """Read a file that ``save`` wrote.
+
+        Args:
+            path: The file to read.
+
+        Returns:
+            The routers, with all their fields as they were saved.
 
         Raises:
             FileNotFoundError: If there is no such file.

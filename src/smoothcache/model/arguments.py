@@ -64,7 +64,15 @@ class Signature:
         self._timesteps = set(usual)
 
     def sort(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """Sorts the arguments of a call."""
+        """Sorts the arguments of a call.
+
+        Args:
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call.
+
+        Returns:
+            Timestep, latents and conditioning.
+        """
         extra = len(args) - len(self._names)  # of a parameter like ``*args``
         names = [*self._names, *(f"*{i}" for i in range(extra))]
         given = {**dict(zip(names, args, strict=False)), **kwargs}

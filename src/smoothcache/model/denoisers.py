@@ -27,6 +27,12 @@ def find_denoisers(model: Any) -> dict[str, nn.Module]:
         LayersNotFoundError: If no component of the pipeline takes a timestep.
 
     What wraps a module (``torch.compile``, PEFT, data parallelism) is looked through.
+
+    Example:
+        >>> from diffusers import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1)
+        >>> list(find_denoisers(model))
+        ['']
     """
     if isinstance(model, nn.Module):
         return {"": _unwrapped(model)}

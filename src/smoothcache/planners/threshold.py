@@ -61,6 +61,9 @@ def plan(
         timesteps: The model's own t at each of these steps, in running order [num_steps]; by
             default they divide the noise levels of the calibration alike.
 
+    Returns:
+        A schedule bound to the calibrated layers, with its expected ``compute``.
+
     Raises:
         InvalidArgumentError: If an argument is not as described, or the curves do not reach from
             one to the next of so few steps.

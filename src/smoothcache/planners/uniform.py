@@ -21,8 +21,20 @@ def plan_uniform(
         predictor: How reused values are made, a name in ``PREDICTORS``.
         last: Compute the last step as well, as the published schedules do.
 
+    Returns:
+        A schedule bound to the calibrated layers, with its expected ``compute``.
+
     Raises:
         InvalidArgumentError: If an argument is not as described.
+
+    Example:
+        >>> import numpy as np
+        >>> from smoothcache import CacheLayer, Calibration
+        >>> layer = CacheLayer("blocks.0.ff", kind="ffn", block="blocks.0", macs=60)
+        >>> errors = np.array([[[[np.nan, 0.5, 0.25]]]])
+        >>> calibration = Calibration((layer,), errors, total_macs=80, timesteps=(9.0, 5.0, 1.0))
+        >>> plan_uniform(calibration, interval=2).table()
+        array([[ True, False,  True]])
     """
     row = Row.uniform(calibration.num_steps, interval, predictor=predictor, last=last)
     rows = {layer.path: row for layer in calibration.layers}

@@ -50,9 +50,18 @@ def plot_methods(
         emphasised: Families that are drawn in every panel, in bold.
         title: Above the picture.
 
+    Returns:
+        The figure, whether it is saved or not.
+
     Raises:
         InvalidArgumentError: If no row has something to draw.
         MissingPackageError: If matplotlib is not installed.
+
+    Example:
+        >>> from smoothcache.metrics.report import ReportRow
+        >>> rows = [ReportRow("n = 2", family="FORA", compute=0.5, psnr=35.0)]
+        >>> len(plot_methods(rows).axes)
+        1
     """
     lines = _lines_by_family(rows, column)
     if not lines:

@@ -45,9 +45,17 @@ def plot_image_grid(
         path: Where to save the picture.
         reference_title: Names the first row.
 
+    Returns:
+        The figure, whether it is saved or not.
+
     Raises:
         InvalidArgumentError: If there is no row, or images are not as described.
         MissingPackageError: If matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> images = torch.zeros(2, 3, 8, 8)
+        >>> figure = plot_image_grid([("every 2nd step", images)], images)
     """
     from ..metrics.fidelity import psnr  # brings torch with it
 
@@ -85,6 +93,12 @@ def animate_clip_grid(
     Raises:
         InvalidArgumentError: If there is no row, or clips are not as described.
         MissingPackageError: If matplotlib or pillow is not installed.
+
+    Example:
+        >>> import tempfile, torch
+        >>> clips = torch.zeros(1, 2, 3, 8, 8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     animate_clip_grid([("every 2nd step", clips)], clips, f"{folder}/clips.gif")
     """
     from ..metrics.video import psnr_per_frame  # brings torch with it
 
@@ -165,9 +179,17 @@ def plot_spectrograms(
         path: Where to save the picture.
         reference_title: Names the first row.
 
+    Returns:
+        The figure, whether it is saved or not.
+
     Raises:
         InvalidArgumentError: If there is no row, or sounds are not as described.
         MissingPackageError: If matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> sounds = torch.sin(torch.arange(4096) / 5).reshape(1, 1, -1)
+        >>> figure = plot_spectrograms([("every 2nd step", sounds)], sounds, sampling_rate=8000)
     """
     from ..metrics.audio import (
         log_mel,

@@ -38,8 +38,17 @@ def plot_schedule(schedule: Schedule, path: Path | None = None, *, title: str = 
         path: Where to save the picture.
         title: Comes before what the title says by itself: steps and cost.
 
+    Returns:
+        The figure, whether it is saved or not.
+
     Raises:
         MissingPackageError: If matplotlib is not installed.
+
+    Example:
+        >>> from smoothcache import Row, Schedule
+        >>> figure = plot_schedule(Schedule(4, {"attn": Row.uniform(4, 2)}))
+        >>> figure.axes[0].get_xlabel()
+        'step'
     """
     groups = _rows_by_kind(schedule)
     rows = [row for group in groups.values() for row in group]

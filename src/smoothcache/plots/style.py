@@ -18,7 +18,7 @@ BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 YELLOW, SKY, BLACK = "#E69F00", "#56B4E9", "#222222"
 CYCLE = (BLUE, ORANGE, GREEN, PINK, YELLOW, SKY)
 GREY, PALE = "#6E6E6E", "#D9D9D9"
-KIND_COLOURS = {  # and the order in which kinds are drawn
+KIND_COLOURS = {
     "self_attn": BLUE,
     "joint_attn": SKY,
     "cross_attn": GREEN,
@@ -27,12 +27,14 @@ KIND_COLOURS = {  # and the order in which kinds are drawn
     "model": ORANGE,
     "other": PALE,
 }
+"""Kind of layer -> its colour in all figures; also the order in which kinds are drawn."""
 KIND_NAMES = {
     "self_attn": "self-attention",
     "joint_attn": "joint attention",
     "cross_attn": "cross-attention",
     "ffn": "feed-forward",
 }
+"""Kind of layer -> its name in all figures."""
 _PREFIXES = ("refiner_", "spatial_", "temporal_")
 SMALL, NORMAL, LARGE = 8.0, 9.0, 10.5
 DPI = 160

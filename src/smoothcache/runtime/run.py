@@ -33,6 +33,7 @@ from .reused_layer import Call, ReusedLayer
 from .summary import OTHER_SHAPES, Summary, Tally
 
 Store = Literal["device", "cpu"]
+"""Where kept values lie: on the device of the layer, or in host memory."""
 NEVER_SEEN = "no value had been computed for this call"
 _NOT_VOUCHED = "it could have been another generation's value"
 _NOT_TOLD = "the calls of a step could not be told apart"
@@ -87,6 +88,21 @@ def enable(
     """Runs a model under a schedule until the returned handle is disabled.
 
     Arguments and errors are those of ``cached``.
+
+    Args:
+        model: A diffusers pipeline (all of its denoisers) or any module.
+        schedule: What to compute and what to reuse at every step.
+        check_finite: Never reuse a value that has a NaN or an infinity in it.
+        store: Where kept values lie: on the "device" of the layer, or in host memory ("cpu").
+
+    Returns:
+        The run; ``disable()`` ends it.
+
+    Raises:
+        ScheduleMismatchError: If the schedule does not fit the model; nothing is altered then.
+        AlreadyCachedError: If the model runs under a schedule already.
+        InvalidArgumentError: If ``schedule`` is no schedule, or ``store`` is none of the two.
+        SmoothCacheError: If a compiled model is to keep values in host memory.
 
     Example:
         >>> from diffusers import DiTTransformer2DModel
@@ -235,7 +251,11 @@ class Run:
         self._close_generation()
 
     def summary(self) -> Summary:
-        """What was computed and reused so far."""
+        """What was computed and reused so far.
+
+        Returns:
+            Counts of generations, steps, layer calls and bytes up to now.
+        """
         is_complete = self._open and self._steps_seen >= self.schedule.num_steps
         return Summary(
             schedule=self.schedule,

@@ -55,6 +55,12 @@ class Row:
         >>> row = Row((True, False, True, False), "taylor", (1, 0.5, 1, 2))
         >>> row.moved((True, True, False, False))
         Row(computed=(True, True, False, False), predictor='taylor', gains=(1.0, 1.0, 2.0, 2.0))
+
+        Args:
+            computed: True where the layer is computed; [steps], as many as before.
+
+        Returns:
+            A row with the same predictor.
         """
         if self.gains is None:
             return Row(computed, self.predictor)
@@ -72,6 +78,15 @@ class Row:
 
         >>> Row.uniform(6, 2, last=True).computed
         (True, False, True, False, True, True)
+
+        Args:
+            num_steps: Solver steps of a generation.
+            interval: 1 computes every step; num_steps or more computes step 0 alone.
+            predictor: How reused values are made, a name in ``PREDICTORS``.
+            last: Compute the last step as well.
+
+        Returns:
+            The row of one layer.
 
         Raises:
             InvalidArgumentError: If a number is not an integer of at least 1.

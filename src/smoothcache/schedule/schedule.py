@@ -144,6 +144,10 @@ class Schedule:
             noise_levels: sigma / (alpha + sigma) at every step [num_steps], for predictors over
                 the noise level; None asks the pipeline's noise scheduler for them.
 
+        Returns:
+            A schedule that is bound to the model's layers; its ``compute`` is None unless the
+            layers know their MACs.
+
         Raises:
             InvalidArgumentError: If an argument is not as described.
             LayersNotFoundError: If the model has no layer to reuse.
@@ -166,6 +170,12 @@ class Schedule:
     def load(cls, path: str | os.PathLike[str]) -> Schedule:
         """Read a file that ``save`` wrote, or a published 0/1 file (unbound).
 
+        Args:
+            path: The file to read.
+
+        Returns:
+            The schedule; a published file gives one without layers.
+
         Raises:
             FileNotFoundError: If there is no such file.
             FileFormatError: If it is damaged or made by a newer version; says where and why.
@@ -174,6 +184,9 @@ class Schedule:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file that people can read and ``load`` reads back as an equal schedule.
+
+        Args:
+            path: The file; an existing one is replaced.
 
         Raises:
             FileNotFoundError: If the folder does not exist.
@@ -189,6 +202,9 @@ class Schedule:
         Args:
             layers: All layers of the model that can be reused.
             model: What the model is; compared if both sides know it.
+
+        Returns:
+            A schedule with one row for each layer.
 
         Raises:
             ScheduleMismatchError: If the schedule does not fit; lists all that does not.
@@ -274,7 +290,11 @@ class Schedule:
         return compute if 0 < compute <= 1 else None
 
     def table(self) -> npt.NDArray[np.bool_]:
-        """True where a layer is computed; [layers, steps], or [names, steps] if unbound."""
+        """True where a layer is computed; [layers, steps], or [names, steps] if unbound.
+
+        Returns:
+            A boolean array, with a row for each layer in the order of ``rows``.
+        """
         return np.array([row.computed for row in self.rows.values()], dtype=np.bool_)
 
     @property

@@ -48,6 +48,7 @@ PREDICTORS: Mapping[str, Predictor] = MappingProxyType(
         )
     }
 )
+"""Every predictor, by the name that schedules call it."""
 
 
 def axis_positions(axis: Axis, steps: int, noise_levels: Sequence[float] | None) -> list[float]:
