@@ -6,14 +6,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint types check format bench clean
+.PHONY: help demo test lint types check docs format bench clean
 
 help:
 	@echo "make demo     calibrate, plan and run the demo pipeline; prints a table, writes pictures"
 	@echo "make test     run the tests and the examples in the documentation of the code"
 	@echo "make lint     check style            make types    check types"
 	@echo "make check    all three              make format   rewrite the code in the house style"
-	@echo "make bench    measure speed and cost make clean    remove .venv and everything built"
+	@echo "make bench    measure speed and cost make docs     build the documentation into site/"
+	@echo "make clean    remove .venv and everything built"
 
 demo: $(READY)
 	$(BIN)/smoothcache demo
@@ -30,6 +31,11 @@ types: $(READY)
 	$(BIN)/mypy
 
 check: lint types test
+
+# Strict: a link that leads nowhere fails, and so does a public name without a docstring.
+docs: $(READY)
+	$(BIN)/pytest -q tests/test_docstrings.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -54,5 +60,5 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist out site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks training -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,13 +7,16 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import DiTPipeline
 from support.tiny_pipeline import build_clip_pipeline, save_pipeline
 from typer.testing import CliRunner
 
 import smoothcache
 from smoothcache import Schedule
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 PACKAGE = Path(smoothcache.__file__).parent
 PAGES = sorted(DOCS.glob("*.md"))
 BLOCK = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -29,8 +32,9 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 
 def test_all_pages_are_seen() -> None:
     assert [page.stem for page in PAGES] == [
-        *("README", "audio", "command-line", "concepts", "file-formats", "models", "speed"),
-        *("video", "which-method", "your-own-model"),
+        *("README", "audio", "command-line", "concepts", "errors", "extending", "file-formats"),
+        *("living-with-other-tools", "models", "quick-start", "speed", "video", "which-method"),
+        "your-own-model",
     ]
 
 
@@ -49,6 +53,21 @@ def test_code_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     names: dict[str, object] = {"__name__": page.stem}
     for line, text in blocks(page, "python"):
         exec(compile("\n" * line + text, str(page), "exec"), names)
+
+
+def test_code_of_the_readme_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    pipe = DiTPipeline.from_pretrained("my-dit")
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample(i: int) -> object:
+        seed = torch.Generator().manual_seed(i)
+        return pipe([i], generator=seed, num_inference_steps=5, output_type="pt")
+
+    ((_, text),) = blocks(ROOT / "README.md", "python")
+    names: dict[str, object] = {"pipe": pipe, "sample": sample}
+    exec(compile(text, "README.md", "exec"), names)
+    assert names["result"]
 
 
 def test_example_files_are_what_the_code_writes(tmp_path: Path) -> None:
@@ -80,17 +99,23 @@ def test_commands_have_their_output() -> None:
         assert len(text.splitlines()) > 1, "run docs/run_commands.py"
 
 
-def test_links_lead_somewhere() -> None:
-    for page in PAGES:
-        for link in LINK.finditer(page.read_text(encoding="utf-8")):
-            name, _, anchor = link["target"].partition("#")
-            target = DOCS / name if name else page
-            assert target.is_file(), link["target"]
-            if target.suffix != ".md":
-                continue
-            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
-            anchors = {re.sub(r"[^\w -]", "", x.lower()).replace(" ", "-") for x in titles}
-            assert not anchor or anchor in anchors, link["target"]
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, *(ROOT / f"{x}.md" for x in ("README", "CONTRIBUTING"))],
+    ids=lambda x: f"{x.parent.name}-{x.stem}",
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in LINK.finditer(page.read_text(encoding="utf-8")):
+        name, _, anchor = link["target"].partition("#")
+        target = page.parent / name if name else page
+        assert target.is_file(), link["target"]
+        if target.suffix != ".md":
+            continue
+        text = target.read_text(encoding="utf-8")
+        titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", x.lower()).replace(" ", "-") for x in titles}
+        anchors |= set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+        assert not anchor or anchor in anchors, link["target"]
 
 
 def texts_of_the_code() -> str:
@@ -107,8 +132,8 @@ def texts_of_the_code() -> str:
 
 
 def test_messages_exist() -> None:
-    page = (DOCS / "your-own-model.md").read_text(encoding="utf-8")
-    quoted = re.findall(r"^\| `([^`]+)` \|", page.partition("## Troubleshooting")[2], re.MULTILINE)
+    page = (DOCS / "errors.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `([^`]+)` \|", page.partition("## Messages")[2], re.MULTILINE)
     assert len(quoted) > 20
     code = texts_of_the_code().replace("*", "model_index.json")
     assert [message for message in quoted if message not in code] == []

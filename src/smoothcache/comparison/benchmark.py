@@ -289,7 +289,8 @@ def run_benchmark(
     Example:
         >>> from diffusers import DiTTransformer2DModel
         >>> model = DiTTransformer2DModel(
-        ...     num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=8
+        ...     num_attention_heads=2, attention_head_dim=8, num_layers=1, in_channels=4,
+        ...     sample_size=8,
         ... ).eval()
         >>> @torch.no_grad()
         ... def sample(model, i, num_inference_steps=4):

@@ -39,7 +39,7 @@ def identity_from_json(value: Value) -> ModelIdentity:
 
 
 Granularity = Literal["auto", "layer", "block", "model"]
-"""What is reused: layers, whole blocks, the denoiser's output, or layers where they suffice (auto)."""
+"""What is reused: layers, whole blocks, or the denoiser's output; "auto" chooses for each block."""
 Select = Callable[[str, nn.Module], bool | str]
 """Path and module -> whether it is a layer, or of which kind."""
 
