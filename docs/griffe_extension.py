@@ -23,16 +23,9 @@ def with_fences(text: str) -> str:
     return DOCTEST.sub(lambda x: f"{x['indent']}```pycon\n{x[0]}\n{x['indent']}```", text)
 
 
-class ReadAsIntended(griffe.Extension):
-    """Marks doctests as code; where a file and its function share a name, shows the function."""
+class DoctestBlocks(griffe.Extension):
+    """Marks doctests as code."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: object) -> None:
         if obj.docstring:
             obj.docstring.value = with_fences(obj.docstring.value)
-
-    def on_package(self, *, pkg: griffe.Module, **kwargs: object) -> None:
-        for room in pkg.modules.values():
-            for name, file in list(room.modules.items()):
-                function = file.members.get(name)
-                if function is not None and function.is_function:
-                    room.members[name] = griffe.Alias(name, function, parent=room)
