@@ -35,7 +35,7 @@ check: lint types test
 # Strict: a link that leads nowhere fails, and so does a public name without a docstring.
 docs: $(READY)
 	$(BIN)/pytest -q tests/test_docstrings.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

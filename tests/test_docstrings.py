@@ -109,7 +109,7 @@ def test_names_are_documented_and_listed(room: str, name: str, value: Any) -> No
         assert has_text_below(name), f"the constant {name} has no string below it"
     page = (API / f"{room}.md").read_text(encoding="utf-8")
     assert f"smoothcache.{room}.{name}" in documented(page), f"docs/api/{room}.md lacks {name}"
-    assert f"[`{name}`][smoothcache.{room}.{name}]" in page, f"docs/api/{room}.md does not list it"
+    assert f"[`{name}`][smoothcache.{room}.{name}" in page, f"docs/api/{room}.md does not list it"
 
 
 def documented(page: str) -> set[str]:
