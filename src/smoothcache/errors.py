@@ -1,4 +1,4 @@
-"""What smoothcache raises: every error says what was wrong, where, and what to do."""
+"""Errors of smoothcache. Every message says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class LayersNotFoundError(SmoothCacheError, ValueError):
 
 
 class CalibrationError(SmoothCacheError, RuntimeError):
-    """The user's sampler did something that error curves cannot be measured from."""
+    """Error curves cannot be measured from what the user's sampler did."""
 
 
 class FileFormatError(SmoothCacheError, ValueError):
-    """A file is damaged, of a newer version, or no smoothcache file at all."""
+    """A file is damaged, has a newer version, or is not a smoothcache file."""
 
 
 class ScheduleMismatchError(SmoothCacheError, ValueError):
@@ -32,7 +32,7 @@ class AlreadyCachedError(SmoothCacheError, RuntimeError):
 
 
 class SmoothCacheWarning(UserWarning):
-    """Something that is not wrong, but is not what was asked for either."""
+    """Nothing is wrong, but the result may not be what was asked for."""
 
 
 class MissingPackageError(SmoothCacheError, ImportError):

@@ -29,9 +29,9 @@ def calibrate(
 ) -> Calibration:
     """Measures the error of reusing each layer, for every gap and step, on a few samples.
 
-    The model is not changed, and the samples come out as they would without this. Between calls
-    at most ``max_gap`` outputs of each layer are kept (of each of its uses, if the denoiser calls
-    it several times in a step). Errors stay on the device until a sample is complete.
+    The model is not changed, and the samples are the same as without calibration. At most
+    ``max_gap`` outputs of each layer are kept between calls (for each of its uses, if the denoiser
+    calls it several times in a step). Errors stay on the device until a sample is complete.
 
     Args:
         model: A diffusers pipeline (all of its denoisers) or any module.

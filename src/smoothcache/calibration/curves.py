@@ -1,4 +1,4 @@
-"""Calibration: what reusing each layer would cost in error, measured on a few samples."""
+"""Calibration: the error of reusing each layer, measured on a few samples."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TIMESTEPS, INTERPOLATED = "timesteps", "interpolated"  # in the provenance: no s
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """Relative L1 error of a reuse with one gap, at every step.
+    """Relative L1 error of reusing an output with one gap, at every step.
 
     Attributes:
         mean: Over layers, then over samples; [steps], NaN where the gap reaches before step 0.
@@ -80,7 +80,7 @@ class Calibration:
         solver: Class name of the noise scheduler; None if there was none.
         peak_bytes: Most bytes of kept outputs at any moment while calibrating.
         tokens: Tokens per output that were compared; None means all.
-        provenance: Who made it, when and with what.
+        provenance: How, when and with which settings it was made.
         noise_levels: sigma / (alpha + sigma) at every step, in [0, 1], as the noise scheduler had
             it; [steps], None if it did not say.
 
@@ -124,7 +124,7 @@ class Calibration:
 
     @property
     def max_gap(self) -> int:
-        """The largest gap that was measured, in steps; so many reuses in a row can be planned."""
+        """The largest measured gap, in steps; this many consecutive reuses can be planned."""
         return int(self.errors.shape[2])
 
     @property
@@ -170,7 +170,7 @@ class Calibration:
             Mean and 95 % confidence interval, dimensionless; each [steps].
 
         Raises:
-            InvalidArgumentError: If the gap was not measured or no layer is meant; lists what is.
+            InvalidArgumentError: If the gap was not measured or no layer matches; lists the layers.
         """
         if check_count("gap", gap, least=1) > self.max_gap:
             raise InvalidArgumentError(

@@ -50,7 +50,7 @@ IMAGE_MEASURES: Mapping[str, Measure] = MappingProxyType(
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """What methods are compared on: a pipeline, how to sample from it, and who judges.
+    """The setting of a benchmark: a pipeline, how to sample from it, and the metrics.
 
     Attributes:
         name: What the table is called.
@@ -134,11 +134,11 @@ class Method:
 
 @dataclass(frozen=True)
 class Aim:
-    """What a family is to reach at every budget, in one column.
+    """A target for some families of methods at every budget, in one column.
 
     Attributes:
         column: The field of ``ReportRow``.
-        own: Families that are to do it.
+        own: Families that the target is for.
         apart: Families that they are not compared with.
         margin: By how much they are to be better, in the column's unit, at some budgets.
     """
@@ -185,7 +185,7 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Benchmark:
-    """What ``run_benchmark`` measured.
+    """The result of ``run_benchmark``.
 
     Attributes:
         name: Of the case.
@@ -268,9 +268,9 @@ def run_benchmark(
 ) -> Benchmark:
     """Runs every method on the same generations as the uncached pipeline.
 
-    All take turns, generation by generation, so that wall-clock ratios suffer little from what
-    else the machine does. In the first generation, and in every one for methods that decide while
-    they run, multiply-accumulates are counted; times are of runs that nothing watches.
+    All methods take turns, generation by generation, so that other load on the machine affects
+    wall-clock ratios little. Multiply-accumulates are counted in the first generation, and in every
+    generation for dynamic methods. Times are of generations without counting.
 
     Args:
         case: The pipeline and its judges.

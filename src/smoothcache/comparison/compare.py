@@ -114,11 +114,9 @@ def compare(
 ) -> Comparison:
     """Samples without a cache, with each variant, and with fewer steps of the same cost.
 
-    In generation 0 of every way its multiply-accumulates are counted while they run. Then all take
-    turns, generation by generation, so that wall-clock ratios suffer little from what else the
-    machine does; each ratio is the median over generations of the time against the uncached
-    generation beside it. Counting takes time, so generation 0 is timed only if it is the only one,
-    in a second run.
+    All ways of sampling take turns, generation by generation, so that other load on the machine
+    affects wall-clock ratios little. A short warm-up counts MACs. Each ratio is the median over
+    generations of the time relative to the uncached generation of the same number.
 
     Args:
         model: A diffusers pipeline (all of its denoisers) or any module.

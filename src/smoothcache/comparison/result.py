@@ -29,7 +29,7 @@ QUOTED = {
 
 @dataclass(frozen=True)
 class Duel:
-    """A schedule against plain fewer steps of the same cost: who is closer to the uncached samples?
+    """A schedule against fewer steps of the same cost: which is closer to the uncached samples?
 
     Attributes:
         name: The schedule's row.
@@ -56,7 +56,7 @@ class Duel:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What ``compare`` measured.
+    """The result of ``compare``.
 
     Attributes:
         rows: The uncached run first; rows of fewer steps follow the schedules of their cost.

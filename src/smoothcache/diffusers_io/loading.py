@@ -1,4 +1,4 @@
-"""Loads pipelines from the hub or from disk, and says why if it cannot."""
+"""Loads pipelines from the hub or from disk."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _ANY_PROMPT = "a photograph"
 
 
 def sampling_rate(pipeline: Any) -> int | None:
-    """Samples a second of the sounds that a pipeline makes; None if it does not say.
+    """Sampling rate of the sounds that a pipeline makes.
 
     Args:
         pipeline: A pipeline of diffusers.

@@ -27,7 +27,7 @@ def suitable_solvers(model: Any) -> Mapping[str, Any]:
 
 
 def multistep_solvers(scheduler: Any) -> dict[str, Any]:
-    """Solvers that need fewer steps than most, set up for the same model as a noise scheduler.
+    """Multistep solvers, configured for the same model as a noise scheduler.
 
     Args:
         scheduler: One of diffusers; its noise levels and what its model predicts are taken over.

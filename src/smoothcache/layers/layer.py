@@ -72,7 +72,7 @@ class CacheLayer:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What a schedule or a calibration was made for.
+    """Class and fingerprint of the model that a schedule or a calibration is for.
 
     Attributes:
         class_name: Class of the denoiser; several are joined by ``+``.
@@ -85,7 +85,7 @@ class ModelIdentity:
 
 
 def is_residual(layer: CacheLayer) -> bool:
-    """Whether what is reused is what the module adds to its input, instead of its output.
+    """Whether the residual of a module is reused instead of its output.
 
     Args:
         layer: Of any granularity.

@@ -24,7 +24,7 @@ _PUT_BEFORE = ("FSDP", "Parametrized")  # the names of classes
 
 
 def layer_modules(model: Any, layers: Sequence[CacheLayer]) -> dict[str, nn.Module]:
-    """The module of each layer, by the layer's path.
+    """Returns the module of each layer, by the path of the layer.
 
     Args:
         model: A diffusers pipeline or a module.
@@ -68,7 +68,7 @@ def layer_modules(model: Any, layers: Sequence[CacheLayer]) -> dict[str, nn.Modu
 
 
 def identify(model: Any) -> ModelIdentity:
-    """Says which model this is, so that a schedule made for another one can be refused.
+    """Identifies a model, so that a schedule made for another model can be refused.
 
     Args:
         model: A diffusers pipeline or a module.

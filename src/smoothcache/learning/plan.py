@@ -24,8 +24,8 @@ def plan_learned(
 
     This is not training-free: ``learn_routers`` trains the routers by gradients through the model.
 
-    Source: Ma et al., "Learning-to-Cache", arXiv 2406.01733. Ours is ``compute``, which looks for
-    the threshold, where the paper gives one.
+    Source: Ma et al., "Learning-to-Cache", arXiv 2406.01733. ``compute``, which searches for the
+    threshold, is an addition.
 
     >>> from smoothcache.layers import CacheLayer
     >>> layer = CacheLayer("blocks.0.attn", kind="self_attn", block="blocks.0", macs=50)
@@ -37,7 +37,7 @@ def plan_learned(
     array([[ True, False,  True, False]])
 
     Args:
-        routers: What was learned.
+        routers: Trained routers, from ``learn_routers``.
         threshold: Reuse where beta is at most this, in [0, 1).
         compute: Instead: the smallest threshold whose schedule costs at most this fraction of the
             uncached MACs, in (0, 1].

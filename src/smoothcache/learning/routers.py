@@ -29,7 +29,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Routers:
-    """What ``learn_routers`` learned: enough to plan for any threshold or budget.
+    """Trained routers of every layer and step: enough to plan for any threshold or budget.
 
     Source: Ma et al., "Learning-to-Cache", arXiv 2406.01733: beta, a number for each layer and
     step that mixes what was computed with what reuse would give.
@@ -52,7 +52,7 @@ class Routers:
             unknown.
         model: What was trained for; None if unknown.
         solver: Class name of the noise scheduler; None if there was none.
-        provenance: Who made it, when, with what settings and at what cost.
+        provenance: How, when, with which settings and at what cost they were trained.
 
     Raises:
         InvalidArgumentError: If any of these contradicts another.

@@ -87,7 +87,7 @@ def temporal_consistency(clips: Tensor) -> Tensor:
 
 
 def motion_error(clips: Tensor, reference: Tensor) -> Tensor:
-    """Relative L1 error of the changes from a frame to the next: 0 if all moves as it should.
+    """Relative L1 error of the changes between frames; 0 if everything moves as in the reference.
 
     What is wrong alike in all frames does not count, and flicker that the reference has not does.
 

@@ -47,7 +47,7 @@ class Call:
 
 
 class Signature:
-    """Tells the arguments of a denoiser's calls apart.
+    """Sorts the arguments of a denoiser's calls into timestep, latents and conditioning.
 
     Attributes:
         timestep: The parameter that holds the timestep; None if no parameter has one of the usual

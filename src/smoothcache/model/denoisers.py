@@ -1,4 +1,4 @@
-"""What the user handed over: a pipeline or a module, and which of its parts denoise."""
+"""Finds which parts of a pipeline denoise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .arguments import Signature
 
 
 def find_denoisers(model: Any) -> dict[str, nn.Module]:
-    """Names the denoisers of a pipeline, or the one module that was given.
+    """Finds the denoisers of a pipeline; a module is its own denoiser.
 
     Args:
         model: A diffusers pipeline (anything with a ``components`` mapping) or a module.

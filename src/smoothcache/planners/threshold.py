@@ -36,8 +36,8 @@ def plan(
 
     Source: Liu et al., "SmoothCache", arXiv 2411.10510, section 3. With the defaults it is the
     paper's rule: E(t, k) averaged over samples and over all blocks of a kind, and compared with
-    alpha. Ours are ``per="block"`` and predictors other than "hold", whose errors are not what the
-    calibration measured: for these alpha orders schedules by cost and bounds nothing.
+    alpha. ``per="block"`` and predictors other than "hold" are additions. The calibration measures
+    the error of "hold"; with other predictors alpha orders schedules by cost but bounds no error.
 
     >>> from smoothcache.layers import CacheLayer
     >>> layer = CacheLayer("blocks.0.attn", kind="self_attn", block="blocks.0", macs=50)
@@ -50,12 +50,14 @@ def plan(
         calibration: Measured error curves.
         alpha: Relative L1 error that a reuse must stay below; 0 computes everything.
         per: "kind" decides for all layers of a kind together, "block" for each layer alone.
-        max_gap: Most reuses in a row (k_max in the paper); by default all that were measured.
+        max_gap: Largest number of consecutive reuses (k_max in the paper); by default the largest
+            measured gap.
         predictor: How reused values are made, a name in ``PREDICTORS``.
-        patterns: Most different steps (sets of layers that are computed together), each of which
-            ``torch.compile`` makes a graph of. More is computed then, and no error rises to alpha.
-        max_bytes: Most bytes that a run keeps, compiled or not, at the batch and dtype that were
-            calibrated. The layers that gain the fewest MACs for their bytes are computed instead.
+        patterns: Largest number of different steps (sets of layers that are computed together);
+            ``torch.compile`` makes one graph for each. More is computed, and errors stay below
+            alpha.
+        max_bytes: Largest number of bytes that a run keeps, compiled or not, at the calibrated
+            batch and dtype. The layers that save the fewest MACs per byte are computed instead.
         num_steps: Plan for so many steps instead, with the curves that ``Calibration.resample``
             reads off: carried over, not measured.
         timesteps: The model's own t at each of these steps, in running order [num_steps]; by

@@ -11,7 +11,7 @@ from ._assemble import assemble
 def plan_uniform(
     calibration: Calibration, *, interval: int, predictor: str = "hold", last: bool = False
 ) -> Schedule:
-    """``Schedule.uniform`` for what was calibrated, so with its expected cost.
+    """Plan like ``Schedule.uniform`` for the calibrated layers, with the expected cost.
 
     Source: Selvaraju et al., "FORA", arXiv 2407.01425; ``predictor`` is our addition.
 

@@ -43,7 +43,7 @@ def plot_error_curves(
     gaps: Iterable[int] | None = None,
     alphas: Sequence[float] = (),
 ) -> Figure:
-    """Relative L1 error of a reuse at every step: one panel a kind, one line a gap.
+    """Relative L1 error of reuse at every step: one panel per kind, one line per gap.
 
     Bands are 95 % confidence intervals over the samples.
 
@@ -147,7 +147,7 @@ def composition(calibration: Calibration) -> dict[str, float]:
 def plot_composition(
     what: Calibration | Sequence[tuple[str, Mapping[str, float]]], path: Path | None = None
 ) -> Figure:
-    """What a step spends its MACs on: a bar a model, a segment a kind of layer.
+    """Share of each kind of layer in the MACs of a step: one bar per model.
 
     Source: Figure 4 of Liu et al., "SmoothCache", arXiv 2411.10510.
 

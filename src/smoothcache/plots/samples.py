@@ -31,7 +31,7 @@ def plot_image_grid(
     *,
     reference_title: str = "uncached",
 ) -> Figure:
-    """Uncached samples, and below them cached ones with what changed, made visible.
+    """Draws uncached images, and below them cached images with their differences.
 
     Each row is named with its mean PSNR. Differences are absolute, averaged over channels and
     multiplied by one factor for the whole picture, which the labels name.
@@ -77,7 +77,7 @@ def animate_clip_grid(
     reference_title: str = "uncached",
     frames_per_second: float = FRAMES_PER_SECOND,
 ) -> None:
-    """An animated picture: uncached clips, and below them cached ones with what changed.
+    """Animates uncached clips, and below them cached clips with their differences.
 
     Each row is named with its mean PSNR. Differences are absolute, averaged over channels and
     multiplied by one factor for the whole picture, which the labels name.
@@ -163,7 +163,7 @@ def plot_spectrograms(
     *,
     reference_title: str = "uncached",
 ) -> Figure:
-    """Log-mel spectrograms of uncached sounds, and below them of cached ones with what changed.
+    """Draws log-mel spectrograms of uncached sounds, below them of cached ones, and differences.
 
     Time runs to the right and pitch upwards; the darkest is -90 dB of full scale, and of the
     absolute differences the brightest is 30 dB. Each row is named with its mean log-spectral

@@ -54,7 +54,7 @@ def cached(
             from where they are fetched for each reuse; on CUDA pinned, and ahead of time.
 
     Yields:
-        The run, whose ``summary()`` says what happened; it can be asked after the block too.
+        The run; its ``summary()`` says what happened, during the block and after it.
 
     Raises:
         ScheduleMismatchError: If the schedule does not fit the model (nothing is altered then),
@@ -228,7 +228,7 @@ class Run:
     # ------------------------------------------------------------------------------- the user
 
     def disable(self) -> None:
-        """Leaves the model as it was found, and drops all kept values.
+        """Restores the model and frees all kept values.
 
         Raises:
             SmoothCacheError: If it was disabled before.
@@ -243,7 +243,7 @@ class Run:
             warnings.warn(self._too_few_steps(), SmoothCacheWarning, stacklevel=2)
 
     def reset(self) -> None:
-        """Forgets the generation under way; the next call of the model begins a new one."""
+        """Ends the current generation; the next call of the model begins a new one."""
         self._clock.forget()
         if self._attachment is not None:
             self._attachment.turn.forget()

@@ -12,17 +12,17 @@ NOT_FINITE = "what had been computed was not finite"
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did so far. Printed, it is a short text.
+    """What a run has done so far; it prints as a short text.
 
     Attributes:
         schedule: What was planned.
-        finished: Generations that came to their last step.
+        finished: Generations that reached their last step.
         broken_off: Generations that did not.
-        steps_under_way: Steps of the generation that is under way; 0 if none is.
+        steps_under_way: Steps of the current generation; 0 if there is none.
         computed: Layer calls that ran the layer, as planned.
         reused: Layer calls answered from kept values.
         outside: Calls of the model that belonged to no generation of the pipeline; run in full.
-        recomputed: Layer calls that were to reuse but had to compute, by the reason.
+        recomputed: Layer calls that were planned for reuse but had to be computed, by reason.
         peak_bytes: The most bytes of kept values at any moment.
         held_bytes: Bytes of kept values at this moment.
         never_ran: Paths of the layers that the schedule covers but the model never called.
@@ -79,7 +79,7 @@ class Tally:
     Attributes:
         computed: Layer calls that ran the layer, as planned.
         reused: Layer calls answered from kept values.
-        recomputed: Layer calls that were to reuse but had to compute, by the reason.
+        recomputed: Layer calls that were planned for reuse but had to be computed, by reason.
         held_bytes: Bytes of the values kept at this moment.
         peak_bytes: The most that ``held_bytes`` has been.
     """

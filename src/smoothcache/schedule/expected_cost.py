@@ -61,7 +61,7 @@ def buffer_bytes(row: _Row, layer: CacheLayer) -> int | None:
 def compute_fraction(
     rows: Mapping[str, Row], layers: Sequence[CacheLayer], total_macs: int
 ) -> float | None:
-    """MACs of a run under a schedule, over those of the uncached run.
+    """MACs of a run under a schedule, relative to the uncached run.
 
     What lies outside the layers is computed at every step; predicting counts as free.
 

@@ -1,4 +1,4 @@
-"""Schedule: which layers are computed at which steps, and what that was planned for."""
+"""Schedule: which layers are computed at which steps, and for which model and sampler."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Schedule:
     1
 
     Attributes:
-        num_steps: Solver steps of the generation that it is for.
+        num_steps: Solver steps of a generation.
         rows: Layer path -> row; published name -> row if unbound.
         layers: The layers in order of definition; None if unbound.
         model: What it was planned for; None if unknown.
@@ -62,7 +62,7 @@ class Schedule:
             [steps]; None if unknown. Predictors over the noise level need them.
         compute: Expected fraction of the uncached MACs of a run, in (0, 1]; None if unknown.
         quality: Measured quality by metric, if it was measured; infinite is allowed, NaN is not.
-        provenance: Who made it and with what settings.
+        provenance: How and with which settings it was made.
 
     Raises:
         InvalidArgumentError: If any of these contradicts another.

@@ -17,7 +17,7 @@ class Predictor:
     """A polynomial through the last ``order + 1`` computed values of a layer.
 
     Attributes:
-        name: What a schedule calls it.
+        name: Its name in schedules.
         order: Degree of the polynomial; 0 holds the last value. While fewer values than that
             have been computed, the degree is lower.
         axis: What the polynomial runs over: the index of the step, or the step's noise level as
