@@ -165,8 +165,7 @@ def log_mel(
 def label_divergence(logits: Tensor, reference: Tensor) -> float:
     """Kullback-Leibler divergence of the labels that a classifier gives, reference to samples.
 
-    The mean over pairs of KL(reference || sample), in nats: how much of what the classifier hears
-    in the reference it no longer hears in the sample at its place.
+    The mean over pairs of KL(reference || sample), in nats.
 
     Args:
         logits: The classifier's scores of the samples; [samples, classes].
