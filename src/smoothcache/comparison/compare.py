@@ -114,9 +114,11 @@ def compare(
 ) -> Comparison:
     """Samples without a cache, with each variant, and with fewer steps of the same cost.
 
-    All ways of sampling take turns, generation by generation, so that other load on the machine
-    affects wall-clock ratios little. A short warm-up counts MACs. Each ratio is the median over
-    generations of the time relative to the uncached generation of the same number.
+    Generation 0 of each way runs first, and its MACs are counted. Then all ways take turns,
+    generation by generation, so that other load on the machine affects wall-clock ratios little.
+    Each ratio is the median over generations of the time relative to the uncached generation of the
+    same number. Counting takes time, so generation 0 is timed only if it is the only one, in a
+    second run.
 
     Args:
         model: A diffusers pipeline (all of its denoisers) or any module.
