@@ -8,11 +8,15 @@ from .calibration import Calibration as Calibration
 from .calibration import Curve as Curve
 from .calibration import calibrate as calibrate
 from .calibration import observe_layers as observe_layers
+from .comparison import Variant as Variant
+from .comparison import compare as compare
 from .errors import AlreadyCachedError as AlreadyCachedError
 from .errors import CalibrationError as CalibrationError
 from .errors import FileFormatError as FileFormatError
 from .errors import InvalidArgumentError as InvalidArgumentError
 from .errors import LayersNotFoundError as LayersNotFoundError
+from .errors import MissingPackageError as MissingPackageError
+from .errors import PipelineLoadError as PipelineLoadError
 from .errors import ScheduleMismatchError as ScheduleMismatchError
 from .errors import SmoothCacheError as SmoothCacheError
 from .errors import SmoothCacheWarning as SmoothCacheWarning
@@ -34,7 +38,6 @@ from .searching import SearchResult as SearchResult
 from .searching import search as search
 from .steps import PREDICTORS as PREDICTORS
 from .version import __version__ as __version__
-from .version import refuse_namesake
+from .version import refuse_namesake as _refuse_namesake
 
-refuse_namesake()
-del refuse_namesake
+_refuse_namesake()

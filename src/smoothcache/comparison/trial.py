@@ -47,7 +47,14 @@ class Way:
     asks: bool = False
 
     def call(self, i: int) -> str:
-        """The call that runs generation number i, as it stands in messages."""
+        """The call that runs a generation, as it stands in messages.
+
+        Args:
+            i: Number of the generation.
+
+        Returns:
+            Python source, such as ``sample(0)``.
+        """
         return f"sample({i}, {self.num_steps})" if self.asks else f"sample({i})"
 
     @property

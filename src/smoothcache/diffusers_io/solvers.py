@@ -21,6 +21,11 @@ def suitable_solvers(model: Any) -> Mapping[str, Any]:
 
     Returns:
         Name -> noise scheduler; empty if the model has none, or none is known to suit.
+
+    Example:
+        >>> from torch import nn
+        >>> suitable_solvers(nn.Identity())
+        {}
     """
     scheduler = noise_scheduler(model)
     return multistep_solvers(scheduler) if hasattr(scheduler, "config") else {}

@@ -130,6 +130,12 @@ class SearchOptions:
     def with_keywords(self, keywords: SearchKeywords) -> SearchOptions:
         """These options together with keywords for fields that still have their defaults.
 
+        Args:
+            keywords: Name of a field -> its value.
+
+        Returns:
+            New options.
+
         Raises:
             InvalidArgumentError: If these options already have another value for a keyword.
         """

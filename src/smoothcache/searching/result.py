@@ -36,7 +36,16 @@ class Measured(SamplingConfig):
     def of(
         cls, candidate: Candidate, error: float, converged_error: float | None = None
     ) -> Measured:
-        """A candidate with its errors."""
+        """A candidate with its errors.
+
+        Args:
+            candidate: What was measured.
+            error: Distance to the uncached run.
+            converged_error: Distance to the converged run; None if that was not measured.
+
+        Returns:
+            The record of both.
+        """
         return cls(
             candidate.name,
             candidate.compute,
