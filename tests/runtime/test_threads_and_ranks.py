@@ -577,7 +577,12 @@ def run_rank(rank: int, size: int, folder: Path) -> None:
 
 def run_ranks(folder: Path) -> list[dict[str, Any]]:
     """What two processes of one group noted."""
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # for the helpers of tests
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), "2", str(folder)],
