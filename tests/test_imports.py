@@ -29,6 +29,7 @@ ROOMS = (
     "planners",
     "learning",
     "runtime",
+    "fitting",
     "diffusers_io",
     "searching",
     "metrics",

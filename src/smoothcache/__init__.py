@@ -20,12 +20,15 @@ from .errors import PipelineLoadError as PipelineLoadError
 from .errors import ScheduleMismatchError as ScheduleMismatchError
 from .errors import SmoothCacheError as SmoothCacheError
 from .errors import SmoothCacheWarning as SmoothCacheWarning
+from .fitting import fit as fit
+from .fitting import search_trajectory as search_trajectory
 from .layers import CacheLayer as CacheLayer
 from .layers import find_layers as find_layers
 from .learning import Routers as Routers
 from .learning import learn_routers as learn_routers
 from .learning import plan_learned as plan_learned
 from .planners import plan as plan
+from .planners import plan_trajectory as plan_trajectory
 from .runtime import Run as Run
 from .runtime import Summary as Summary
 from .runtime import cached as cached

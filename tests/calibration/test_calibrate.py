@@ -207,7 +207,7 @@ def test_samples_are_what_they_are_without(toy_name: str) -> None:
     toy = build(toy_name, depth=2)
     before = {path: (type(m), dict(m.__dict__)) for path, m in toy.named_modules()}
     seen: list[list[Tensor]] = []
-    calibrated(toy, lambda i: seen.append(sample(toy, seed=i, calls=2)))
+    calibrated(toy, lambda i: seen.append(sample(toy, seed=i, calls=2)), trajectory=False)
     assert {path: (type(m), dict(m.__dict__)) for path, m in toy.named_modules()} == before
     assert same(seen, [sample(toy, seed=i, calls=2) for i in range(2)])
 
@@ -231,7 +231,7 @@ def test_nothing_is_read_while_sampling(toy: Toy, monkeypatch: pytest.MonkeyPatc
     to_cpu = Tensor.cpu
     monkeypatch.setattr(Tensor, "cpu", lambda x, *args: (copies.append(1), to_cpu(x, *args))[1])
     with Readings() as readings:
-        calibrated(toy, lambda i: sample(toy, seed=i), num_samples=3)
+        calibrated(toy, lambda i: sample(toy, seed=i), num_samples=3, trajectory=False)
     assert readings.count == 0
     assert len(copies) == 3  # once for each sample
 

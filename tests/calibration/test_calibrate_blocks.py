@@ -148,12 +148,16 @@ def test_calibration_falls_back_to_blocks_after_the_first_sample(bypassing: Toy)
         seen.append(sample(bypassing, seed=i))
         return seen[-1]
 
-    got = calibrated(bypassing, generate, num_samples=3)
+    got = calibrated(bypassing, generate, num_samples=3, trajectory=False)
     assert ran == [0, 0, 1, 2]
     assert same(seen, [sample(bypassing, seed=i) for i in ran])
     blocks = sc.find_layers(bypassing, granularity="block")
     expected = calibrated(
-        bypassing, lambda i: sample(bypassing, seed=i), num_samples=3, layers=blocks
+        bypassing,
+        lambda i: sample(bypassing, seed=i),
+        num_samples=3,
+        layers=blocks,
+        trajectory=False,
     )
     assert [layer.kind for layer in got.layers] == ["block", "block"]
     assert_equal_calibrations(got, expected)
@@ -168,7 +172,7 @@ def test_calibration_that_need_not_fall_back_runs_each_sample_once() -> None:
         ran.append(i)
         return sample(toy, seed=i)
 
-    got = calibrated(toy, generate, num_samples=3)
+    got = calibrated(toy, generate, num_samples=3, trajectory=False)
     assert ran == [0, 1, 2]
     assert got.provenance["left_out"] == "blocks.2.attn, blocks.2.mlp"
 

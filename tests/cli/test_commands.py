@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from planners.test_trajectory import recorded
 from rich.console import Console
 from support.made_up import calibration_of, layers_of
 from support.tiny_pipeline import build_audio_pipeline, build_clip_pipeline, save_pipeline
@@ -171,6 +172,19 @@ def test_samples_of_the_command_are_those_of_the_library(model: Path, calibratio
     sampler = PipelineSampler(pipeline, class_labels=(1, 2), num_steps=STEPS)
     direct = calibrate(pipeline, sampler, 2, 2, progress=False)
     np.testing.assert_allclose(direct.errors, Calibration.load(calibration).errors, rtol=1e-4)
+
+
+def test_plan_takes_a_speedup_where_there_are_trajectories(
+    calibration: Path, tmp_path: Path
+) -> None:
+    from smoothcache import plan_trajectory
+
+    recorded(steps=9).save(curves := tmp_path / "c.safetensors")
+    file = tmp_path / "s.json"
+    succeed("plan", curves, "--speedup", 2, "-o", file)
+    assert Schedule.load(file) == plan_trajectory(Calibration.load(curves), speedup=2)
+    # The noise scheduler of this pipeline clips.
+    assert "no trajectories" in refused("plan", calibration, "--speedup", 2, "-o", file)
 
 
 def test_plan_writes_what_the_library_plans(calibration: Path, schedule: Path) -> None:
@@ -372,6 +386,9 @@ def test_json_is_all_there_is_on_stdout(model: Path, monkeypatch: pytest.MonkeyP
         ("plan {calibration} --alpha nan -o {folder}/s", "must be a finite number"),
         ("plan {calibration} -o {folder}/s", "Missing option '--alpha'"),
         ("plan {calibration} --alpha 1 -o {folder}/s --max-gap 9", "only gaps up to 2"),
+        ("plan {calibration} --alpha 1 --speedup 2 -o {folder}/s", "either --alpha or --speedup"),
+        ("plan {calibration} --speedup 2 --max-gap 1 -o {folder}/s", "only --alpha goes with"),
+        ("plan {calibration} --speedup 99 -o {folder}/s", "no trajectories"),
         ("plan {calibration} --alpha 1 -o {folder}/s --predictor x", "'x' is unknown"),
         ("plan {calibration} --alpha 1 -o {folder}/s --per layer", "--per"),
         ("plan {calibration} --alpha 1 -o {folder}/s --picture {folder}/x.jpg", "must end in"),

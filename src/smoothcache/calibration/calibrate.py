@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -13,6 +14,7 @@ from ..layers.find import find_layers
 from ..layers.layer import CacheLayer, Granularity
 from ..model.denoisers import warn_of_randomness
 from .curves import Calibration
+from .recording import Keep, TrajectoryObserver
 from .session import CalibrationSession, run
 
 
@@ -25,6 +27,7 @@ def calibrate(
     granularity: Granularity = "auto",
     layers: Sequence[CacheLayer] | None = None,
     tokens: int | None = None,
+    trajectory: Keep = True,
     progress: bool = True,
 ) -> Calibration:
     """Measures the error of reusing each layer, for every gap and step, on a few samples.
@@ -44,6 +47,12 @@ def calibrate(
         layers: Measure exactly these instead.
         tokens: Compare about this many tokens of each output, evenly spaced along its last
             dimension but one; None compares all. Saves memory and time on large models.
+        trajectory: Whether to record the latents and the denoiser's outputs of every step, from
+            which ``plan_trajectory`` plans and ``fit`` fits: in half precision, twice the latents
+            of a generation for each sample and step. "gram" records inner products alone, a few
+            kilobytes, which is enough to plan; so does a recording of more than a GiB. Measuring
+            how the solver responds runs ``sample(0)`` a few more times, without the model. Where
+            that is not possible the ``no_trajectories`` entry of the provenance says why.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -86,17 +95,21 @@ def calibrate(
     check_count("max_gap", max_gap, least=1)
     if tokens is not None:
         check_count("tokens", tokens, least=1)
+    if trajectory not in (True, False, "gram"):
+        raise InvalidArgumentError(f"trajectory must be True, False or 'gram', got {trajectory!r}")
     warn_of_randomness(model)
     found = find_layers(model, granularity=granularity) if layers is None else list(layers)
     _check_layers(found)
     with tqdm(total=num_samples, desc="calibrating", unit="sample", disable=not progress) as bar:
-        session = CalibrationSession(model, found, max_gap, tokens)
+        observer = TrajectoryObserver(model, trajectory)
+        session = CalibrationSession(model, found, max_gap, tokens, observer)
         run(session, sample, range(1))
         confirmed = session.confirmed(may_take_blocks=layers is None and granularity == "auto")
         known = {(x.path, x.kind) for x in found}
         if {(x.path, x.kind) for x in confirmed} - known:  # the first sample was lost
-            session = CalibrationSession(model, confirmed, max_gap, tokens)
+            session = CalibrationSession(model, confirmed, max_gap, tokens, observer)
             run(session, sample, range(1))
+        observer.measure(partial(sample, 0))
         bar.update()
         run(session, sample, range(1, num_samples), bar.update)
     return session.result(model)

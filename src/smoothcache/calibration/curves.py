@@ -6,13 +6,15 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..checks import check_count, check_number, check_texts, listed
 from ..errors import InvalidArgumentError
 from ..files.document import Value, check_version
-from ..files.table import load_table, save_table
+from ..files.table import load_tables, save_table
 from ..layers.layer import (
     CacheLayer,
     ModelIdentity,
@@ -34,6 +36,8 @@ from ..steps.resample import (
     told,
 )
 from .statistics import FloatArray, mean_of_known, student_t_95
+from .trajectory import Trajectories
+from .trajectory_file import from_file, to_file
 
 FORMAT, VERSION = "smoothcache.calibration", 1
 TIMESTEPS, INTERPOLATED = "timesteps", "interpolated"  # in the provenance: no solver gave them
@@ -83,6 +87,7 @@ class Calibration:
         provenance: How, when and with which settings it was made.
         noise_levels: sigma / (alpha + sigma) at every step, in [0, 1], as the noise scheduler had
             it; [steps], None if it did not say.
+        trajectories: Of the samples, from which ``plan_trajectory`` plans; None if not recorded.
 
     Raises:
         InvalidArgumentError: If any of these contradicts another.
@@ -98,6 +103,7 @@ class Calibration:
     tokens: int | None = None
     provenance: dict[str, str] = field(default_factory=dict)
     noise_levels: tuple[float, ...] | None = None
+    trajectories: Trajectories | None = None
 
     def __post_init__(self) -> None:
         layers = tuple(self.layers)
@@ -116,6 +122,11 @@ class Calibration:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         _check_layers(layers, self.total_macs, self.num_steps, self.steps_run)
+        if self.trajectories is not None and self.trajectories.num_steps != self.num_steps:
+            raise InvalidArgumentError(
+                f"the trajectories have {self.trajectories.num_steps} steps, the errors "
+                f"{self.num_steps}."
+            )
 
     @property
     def num_samples(self) -> int:
@@ -243,6 +254,7 @@ class Calibration:
             timesteps=given,
             noise_levels=self.noise_levels and between(self.noise_levels, found, num_steps),
             provenance=provenance,
+            trajectories=None,
         )
 
     def _gap_within_reach(self, found: FloatArray) -> int:
@@ -296,7 +308,10 @@ class Calibration:
             "provenance": self.provenance,
             "noise_levels": self.noise_levels,
         }
-        save_table(path, "errors", self.errors, document)
+        more: dict[str, npt.NDArray[Any]] = {}
+        if self.trajectories is not None:
+            document["trajectories"], more = to_file(self.trajectories)
+        save_table(path, "errors", self.errors, document, more)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -312,17 +327,17 @@ class Calibration:
             FileNotFoundError: If there is no such file.
             FileFormatError: If it is damaged or made by a newer version; says where and why.
         """
-        errors, document = load_table(Path(path), "errors", "calibration")
+        tables, document = load_tables(Path(path), "errors", "calibration")
         check_version(document, FORMAT, VERSION)
         fields = document.fields(
             *("format", "version", "layers", "total_macs", "timesteps", "model", "solver"),
             *("peak_bytes", "tokens", "provenance"),
-            optional=("noise_levels",),
+            optional=("noise_levels", "trajectories"),
         )
         try:
             return cls(
                 layers=tuple(fields["layers"].list_of(layer_from_json)),
-                errors=errors,
+                errors=tables.pop("errors"),
                 total_macs=fields["total_macs"].integer(),
                 timesteps=tuple(fields["timesteps"].list_of(Value.number)),
                 model=fields["model"].or_none(identity_from_json),
@@ -333,6 +348,7 @@ class Calibration:
                 noise_levels=fields["noise_levels"].or_none(
                     lambda value: tuple(value.list_of(Value.number))
                 ),
+                trajectories=from_file(fields["trajectories"], tables),
             )
         except InvalidArgumentError as error:  # what only the whole can tell, as a wrong shape
             raise document.error(str(error).rstrip(".")) from error

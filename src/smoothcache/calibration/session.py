@@ -26,6 +26,7 @@ from ..version import __version__
 from .curves import Calibration
 from .observe import Watcher, blocks_of
 from .observer import LayerObserver, ObserverMemory
+from .recording import TrajectoryObserver
 
 _TINY = np.finfo(np.float64).tiny
 
@@ -58,9 +59,15 @@ class CalibrationSession:
     """The observers of one calibration and what they have seen."""
 
     def __init__(
-        self, model: Any, layers: list[CacheLayer], max_gap: int, tokens: int | None
+        self,
+        model: Any,
+        layers: list[CacheLayer],
+        max_gap: int,
+        tokens: int | None,
+        trajectories: TrajectoryObserver,
     ) -> None:
         self._model = model
+        self._trajectories = trajectories
         self._layers = layers
         self._max_gap = max_gap
         self._tokens = tokens
@@ -94,6 +101,7 @@ class CalibrationSession:
         blocks = [block for block in blocks_of(self._layers) if block.path in self._blocks]
         modules = layer_modules(self._model, [*self._layers, *blocks])
         handlers: dict[str, Handler] = {**self._observers, **self._blocks}
+        handlers = self._trajectories.around(handlers)
         attachment = Attachment(self._model, modules, handlers, self)
         self._clock = attachment.clock
         try:
@@ -132,6 +140,7 @@ class CalibrationSession:
         for watcher in self._blocks.values():
             watcher.counter = counter
         self._counter = counter
+        self._trajectories.before(denoiser, tick, branch, args, kwargs)
         return True
 
     def after(self, denoiser: str, tick: Tick) -> None:
@@ -158,6 +167,7 @@ class CalibrationSession:
     def start(self, i: int) -> None:
         """Prepares for a sample."""
         self._sample, self._generations = i, 0
+        self._trajectories.start(i)
         self._clock.forget()
         for observer in self._observers.values():
             observer.forget()
@@ -178,6 +188,7 @@ class CalibrationSession:
         self._timesteps = self._timesteps or timesteps
         self._noise_levels = levels_at(noise_scheduler(self._model), self._clock.entries)
         self._errors.append(self._read(len(timesteps)))
+        self._trajectories.complete(list(timesteps))
 
     def _read(self, num_steps: int) -> npt.NDArray[np.float64]:
         """The errors of a sample, [layers, max_gap, steps]: the host's only read of them."""
@@ -234,6 +245,11 @@ class CalibrationSession:
             provenance["input"] = self._input
         if left_out:
             provenance["left_out"] = ", ".join(left_out)
+        trajectories = self._trajectories.result()
+        if self._trajectories.reason:
+            provenance["no_trajectories" if trajectories is None else "trajectories"] = (
+                self._trajectories.reason
+            )
         return Calibration(
             layers=tuple(
                 replace(layer, macs=observer.macs, nbytes=observer.nbytes)
@@ -251,6 +267,7 @@ class CalibrationSession:
             peak_bytes=self._memory.peak,
             tokens=self._tokens,
             provenance=provenance,
+            trajectories=trajectories,
         )
 
     def _steps_of(self, path: str) -> range:

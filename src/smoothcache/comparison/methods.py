@@ -62,6 +62,7 @@ def calibrated(
         lambda i: case.training(case.model, i),
         num_samples,
         max_gap=min(MAX_GAP, case.num_steps - 1),
+        trajectory=False,
         progress=progress,
     )
 

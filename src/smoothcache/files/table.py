@@ -23,22 +23,32 @@ def save_table(
     name: str,
     table: npt.NDArray[np.float64],
     document: Mapping[str, Any],
+    more: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> None:
-    """Writes a table under a name, with its document as metadata.
+    """Writes a table under a name, and more of them, with their document as metadata.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
     """
-    write_atomically(path, save({name: table}, {_DOCUMENT: json.dumps(document)}))
+    write_atomically(path, save({name: table, **(more or {})}, {_DOCUMENT: json.dumps(document)}))
 
 
 def load_table(path: Path, name: str, what: str) -> tuple[npt.NDArray[np.float64], Value]:
-    """Reads what ``save_table`` wrote: the table and its document.
+    """Reads what ``save_table`` wrote without more: the table and its document; see below."""
+    tables, document = load_tables(path, name, what, allows_more=False)
+    return tables[name], document
+
+
+def load_tables(
+    path: Path, name: str, what: str, *, allows_more: bool = True
+) -> tuple[dict[str, npt.NDArray[Any]], Value]:
+    """Reads what ``save_table`` wrote: all tables and their document.
 
     Args:
         path: The file.
         name: Of the table.
         what: What the file should be, for the message if it is something else.
+        allows_more: Whether there may be other tables.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -51,11 +61,12 @@ def load_table(path: Path, name: str, what: str) -> tuple[npt.NDArray[np.float64
         with safe_open(path, framework="np") as tensors:
             metadata = tensors.metadata() or {}
             names = list(tensors.keys())
-            if _DOCUMENT not in metadata or names != [name]:
+            is_one = name in names if allows_more else names == [name]
+            if _DOCUMENT not in metadata or not is_one:
                 raise file.error(f"a safetensors file, but no {what}", "Check the path.")
-            table = tensors.get_tensor(name)
+            tables = {key: tensors.get_tensor(key) for key in names}
     except (SafetensorError, TypeError, AttributeError) as error:
         raise file.error(f"not a safetensors file, or cut short ({error})") from error
-    if table.dtype != np.float64:
-        raise file.error(f"{name} are stored as {table.dtype}, expected float64")
-    return table, parse_json(metadata[_DOCUMENT], f"{path}, metadata")
+    if tables[name].dtype != np.float64:
+        raise file.error(f"{name} are stored as {tables[name].dtype}, expected float64")
+    return tables, parse_json(metadata[_DOCUMENT], f"{path}, metadata")

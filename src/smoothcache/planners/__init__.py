@@ -1,8 +1,9 @@
 """Ways to fill in a schedule: one method a file.
 
 A new planner is a file with a function from a calibration to a schedule, and an entry in
-``PLANNERS``; the tests of all planners and of running a schedule then include it. The planner of
-trained routers is in ``smoothcache.learning``.
+``PLANNERS``; the tests of all planners and of the running then include it. ``plan_learned`` and
+``plan_trajectory`` have none, because they need more than error curves: what ``learn_routers``
+learned, and recorded trajectories.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from types import MappingProxyType
 from ..calibration.curves import Calibration
 from ..schedule.schedule import Schedule
 from .threshold import plan as plan
+from .trajectory import plan_trajectory as plan_trajectory
 from .uniform import plan_uniform as plan_uniform
 
 PLANNERS: Mapping[str, Callable[[Calibration], Schedule]] = MappingProxyType(

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import ScheduleMismatchError
 from ..model.outputs import are_finite, float_tensors, taken_apart, tensors_in, written_into
 from ..model.residuals import are_swapped, bases_at, bases_of, copies_of, minus, plus
 
@@ -42,6 +43,8 @@ class Slots:
         order: Degree of the predictor's polynomial; one value more is kept.
         weights: Those of what was computed at some steps, the newest last, in a reuse at another.
         residual: Whether what is kept is what the layer adds to its inputs.
+        parts: In how many parts of the batch, where weights need not sum to 1, each has its own;
+            ``weights`` gives a list for each then. None for weights that sum to 1.
 
     Attributes:
         reuses: Whether the next call reuses.
@@ -53,10 +56,12 @@ class Slots:
         example: Output,
         shapes: Sequence[torch.Size],
         order: int,
-        weights: Callable[[tuple[int, ...], int], list[float]],
+        weights: Callable[[tuple[int, ...], int], Any],
         *,
         residual: bool,
+        parts: int | None = None,
     ) -> None:
+        _refuse_other_parts(example.leaves, parts)
         self._leaves = [_buffer_for(leaf, order + 1) for leaf in example.leaves]
         self._swapped = _buffer_for(example.swapped, 1)
         self._rebuild = example.rebuild
@@ -66,6 +71,7 @@ class Slots:
         self._rows: list[int | None] = [None] * (order + 1)  # the step that each is of
         self._row = 0  # the one to be written next
         self._residual = residual
+        self._parts = parts
         self._sources = example.sources
         self._like = _first_alike(shapes, example.leaves)
         self._index: Tensor | None = None
@@ -120,7 +126,7 @@ class Slots:
             _write(self._swapped, None, swapped)
 
     def _predicted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        values = [_combined(buffer, self._weights) for buffer in self._leaves]
+        values = [_combined(buffer, self._weights, self._parts) for buffer in self._leaves]
         if self._residual or self._sources:
             swapped = None if self._swapped is None else self._swapped[0]
             bases = self._bases(values, float_tensors((args, kwargs)), swapped)
@@ -192,10 +198,20 @@ class Slots:
                     buffer.copy_(buffer[self._row].clone().expand_as(buffer))
 
     def _weights_at(self, step: int) -> list[float]:
-        """The weights of all rows but the first, which has the rest to 1."""
+        """The weights of all rows but the first, which has the rest to 1; what they sum to more.
+
+        All parts of the batch of a row come before the next row.
+        """
         known = sorted(known for known in self._rows if known is not None)
-        weights = dict(zip(known, self._weights_of(tuple(known), step), strict=True))
-        return [0.0 if known is None else weights[known] for known in self._rows[1:]]
+        given = self._weights_of(tuple(known), step)
+        tables = [given] if self._parts is None else given
+        written: list[list[float]] = []
+        for table in tables:
+            weights = dict(zip(known, table, strict=True))
+            others = [0.0 if known is None else weights[known] for known in self._rows[1:]]
+            excess = [] if self._parts is None else [sum(table) - 1]
+            written.append([*others, *excess])
+        return [x for row in zip(*written, strict=True) for x in row]
 
     def _tensor(self, numbers: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
         """Numbers as a tensor beside the buffers, the same one whenever they come again."""
@@ -209,6 +225,22 @@ class Slots:
 
     def _buffers(self) -> list[Tensor]:
         return [buffer for buffer in (*self._leaves, self._swapped) if isinstance(buffer, Tensor)]
+
+
+def _refuse_other_parts(leaves: Sequence[Any], parts: int | None) -> None:
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim:
+            refuse_indivisible(len(leaf), parts or 1)
+
+
+def refuse_indivisible(batch: int, parts: int) -> None:
+    """Refuses a batch that does not hold as many equal parts as weights were fitted for."""
+    if batch % parts:
+        raise ScheduleMismatchError(
+            f"the weights were fitted to {parts} branches of guidance in one batch, but a batch "
+            f"of {batch} cannot be divided so; sample with the guidance that they were fitted to, "
+            "or fit them anew"
+        )
 
 
 def _buffer_for(value: Any, rows: int) -> Any:
@@ -247,14 +279,27 @@ def _write(buffer: Tensor, row: Tensor | None, value: Tensor) -> None:
         buffer.index_copy_(0, row, value[None])
 
 
-def _combined(buffer: Any, weights: Tensor | None) -> Any:
+def _combined(buffer: Any, weights: Tensor | None, parts: int | None) -> Any:
     """The weighted sum of a leaf's values; whoever gets it may write into it."""
     if not isinstance(buffer, Tensor):
         return buffer
     if len(buffer) == 1 or weights is None:
         return buffer[0].clone()
-    # The weights sum to 1, so only differences need them: equal values give that value exactly.
+    # Where weights sum to 1, only differences need them: equal values give that value exactly.
+    if parts is not None:
+        return _by_part(buffer, weights, parts)
     total = buffer[0]
     for i in range(1, len(buffer)):
         total = total + weights[i - 1] * (buffer[i] - buffer[0])
     return total
+
+
+def _by_part(buffer: Tensor, weights: Tensor, parts: int) -> Tensor:
+    """The sum with weights [rows, parts] that need not sum to 1; the last row is the excess."""
+    shape = buffer.shape[1:]
+    rows = buffer.reshape(len(buffer), parts, -1)
+    factors = weights.reshape(len(buffer), parts, 1)
+    total = rows[0] + factors[len(buffer) - 1] * rows[0]
+    for i in range(1, len(buffer)):
+        total = total + factors[i - 1] * (rows[i] - rows[0])
+    return total.reshape(shape).to(buffer.dtype)

@@ -27,13 +27,16 @@ from ..model.outputs import (
     written_into,
 )
 from ..model.residuals import are_swapped, bases_at, bases_of, copies_of, kept_of, plus
-from ..steps.predictors import PREDICTORS, extrapolation_weights, last_uses
+from ..steps.predictors import PREDICTORS, extrapolation_weights, last_uses, planned_sources
 from ..tracking.branches import Place
-from .buffers import Slots
+from .buffers import Slots, refuse_indivisible
 from .host_memory import Parked
 from .summary import NOT_FINITE, OTHER_SHAPES, Tally
 
 """Branch, and use in the call."""
+
+
+_ROUNDING = 1e-9  # within which weights sum to 1
 
 
 @dataclass
@@ -98,6 +101,9 @@ class ReusedLayer:
         tally: Where to count.
         positions: Where each step lies on the predictor's axis; None for its index.
         gains: How much of a predicted change is taken at every step; None for all of it.
+        weights: Of the last computed values at every step, the newest first, in place of a
+            polynomial's; one table for all branches of guidance, or one for each.
+        batch_parts: In how many parts the batch of a call holds branches that have their own.
         residual: Reuse what the module adds to its input instead of its output.
         follow: Find out in the first call whether the layer adds to its input, and do likewise.
         check_finite: Keep no value that has a NaN or an infinity; costs a wait for each.
@@ -108,6 +114,7 @@ class ReusedLayer:
     __slots__ = (
         *("_call", "_check_finite", "_computed", "_due", "_last_uses", "_never_reused", "_order"),
         *("_older_weight", "_path", "_positions", "_gains", "_residual", "_reusable_from"),
+        *("_fitted", "_fitted_weights", "_parts"),
         *("_follow", "_sources"),
         *("_on_host", "_tally", "_weights", "following", "inner"),
         *("_kept", "_lost_in", "_not_finite", "_number", "_passes", "_spent_after", "_use"),
@@ -125,6 +132,8 @@ class ReusedLayer:
         *,
         positions: Sequence[float] | None = None,
         gains: Sequence[float] | None = None,
+        weights: Sequence[Sequence[Sequence[float]]] = (),
+        batch_parts: int = 1,
         residual: bool = False,
         follow: bool = False,
         check_finite: bool = False,
@@ -132,7 +141,9 @@ class ReusedLayer:
     ) -> None:
         self._path = path
         self._computed = computed
-        self._order = PREDICTORS[predictor].order
+        self._fitted = weights
+        self._parts = batch_parts
+        self._order = _order_of(weights[0]) if weights else PREDICTORS[predictor].order
         self._last_uses = last_uses(computed, self._order)
         steps = range(len(computed))
         self._due = [max((s for s in steps[: t + 1] if computed[s]), default=0) for t in steps]
@@ -143,6 +154,7 @@ class ReusedLayer:
         self._gains = (1.0,) * len(computed) if gains is None else gains
         self._weights = cache(self._weights_of)
         self._older_weight = cache(lambda older, newer, at: self._weights_of((older, newer), at)[0])
+        self._fitted_weights = cache(self._fitted_weights_of)
         self._residual = residual
         self._follow = follow
         self._sources: dict[int, tuple[int | None, ...]] = {}  # by the number of inputs
@@ -239,6 +251,8 @@ class ReusedLayer:
                     self._pass_over_inner()
                 oldest = history[0]
                 if newest.is_plain:
+                    if self._fitted:
+                        return self._reuse(place, history, args, kwargs)
                     if oldest is newest:
                         if newest.last_use > step:
                             return newest.leaves[0].clone()
@@ -371,7 +385,14 @@ class ReusedLayer:
         for place, history in found:
             newest = history[-1]
             shapes = [shape for shape, _ in newest.form]
-            slots = Slots(newest, shapes, self._order, self._weights, residual=self._residual)
+            slots = Slots(
+                newest,
+                shapes,
+                self._order,
+                partial(self._fitted_weights, branch) if self._fitted else self._weights,
+                residual=self._residual,
+                parts=self._parts if self._fitted else None,
+            )
             slots.fill([(kept.step, kept.leaves) for kept in history])
             self._slots[branch] = (*self._slots.get(branch, ()), slots)
             self._tally.hold(slots.nbytes)
@@ -531,6 +552,10 @@ class ReusedLayer:
         return [self._combined(values, history, consume=consume) for values in leaves]
 
     def _combined(self, values: Sequence[Any], history: list[_Kept], *, consume: bool) -> Any:
+        if self._fitted:
+            steps = tuple([kept.step for kept in history])
+            tables = self._fitted_weights(self._call.branch, steps, self._call.step)
+            return combined_by_part(values, tables, consume=consume)
         if len(values) == 1:
             return one_of(values[0], consume=consume)
         weights = self._weights(tuple([kept.step for kept in history]), self._call.step)
@@ -540,6 +565,28 @@ class ReusedLayer:
         """Weights of what was computed at some steps, the newest last, in a reuse at another."""
         known = [self._positions[step] for step in steps]
         return extrapolation_weights(known, self._positions[at], self._gains[at])
+
+    def _fitted_weights_of(
+        self, branch: int | None, steps: tuple[int, ...], at: int
+    ) -> list[list[float]]:
+        """The same by fitted weights, for each part of the batch."""
+        tables = self._fitted
+        if len(tables) == 1:
+            chosen = tables
+        else:
+            first = (branch or 0) * self._parts
+            chosen = tables[first : first + self._parts]
+        if len(chosen) < self._parts and len(tables) > 1:
+            raise ScheduleMismatchError(
+                f"the weights of {self._path or 'the model'!r} were fitted to {len(tables)} "
+                f"branches of guidance, {self._parts} in each call, and this is a call of another "
+                "one; sample with the guidance that they were fitted to, or fit them anew"
+            )
+        sources = planned_sources(self._computed, at, len(chosen[0][at]))
+        if not sources or not set(sources) <= set(steps):
+            return [self._weights_of(steps, at)] * len(chosen)
+        weight_of = [dict(zip(sources, reversed(table[at]), strict=True)) for table in chosen]
+        return [[weights.get(step, 0.0) for step in steps] for weights in weight_of]
 
     def _drop(self, is_spent: Callable[[Place, _Kept], bool]) -> None:
         for place, history in list(self._kept.items()):
@@ -551,6 +598,11 @@ class ReusedLayer:
                 self._kept[place] = [kept for kept in history if not is_spent(place, kept)]
 
 
+def _order_of(weights: Sequence[Sequence[float]]) -> int:
+    """Of a polynomial that combines as many values; at least 1, so that a lone one is weighed."""
+    return max(2, *map(len, weights)) - 1
+
+
 def _is_at(place: Place, at: Place, _: _Kept) -> bool:
     return at == place
 
@@ -558,13 +610,30 @@ def _is_at(place: Place, at: Place, _: _Kept) -> bool:
 def combined(values: Sequence[Any], weights: list[float], *, consume: bool) -> Any:
     """The weighted sum of a leaf's kept values; whoever gets it may write into it."""
     newest = values[-1]
-    if len(values) == 1 or not isinstance(newest, Tensor) or not newest.is_floating_point():
+    if not isinstance(newest, Tensor) or not newest.is_floating_point():
         return one_of(newest, consume=consume)
-    # The weights sum to 1, so only differences need them: equal values give that value exactly.
+    if len(values) == 1:
+        return one_of(newest, consume=consume) if weights[0] == 1 else newest * weights[0]
+    # Where weights sum to 1, only differences need them: equal values give that value exactly.
     total: Tensor = torch.lerp(newest, values[0], weights[0])
     for value, weight in zip(values[1:-1], weights[1:-1], strict=True):
         total.add_(value - newest, alpha=weight)
-    return total
+    excess = sum(weights) - 1
+    return total.add_(newest, alpha=excess) if abs(excess) > _ROUNDING else total
+
+
+def combined_by_part(
+    values: Sequence[Any], weights: Sequence[list[float]], *, consume: bool
+) -> Any:
+    """The same with weights of its own for each of equal parts of the batch."""
+    newest = values[-1]
+    is_whole = not isinstance(newest, Tensor) or not newest.is_floating_point() or not newest.ndim
+    if len(weights) == 1 or is_whole:
+        return combined(values, weights[0], consume=consume)
+    refuse_indivisible(len(newest), len(weights))
+    parts = zip(*[value.chunk(len(weights)) for value in values], strict=True)
+    pairs = zip(parts, weights, strict=True)
+    return torch.cat([combined(part, given, consume=False) for part, given in pairs])
 
 
 def one_of(value: Any, *, consume: bool) -> Any:

@@ -26,7 +26,7 @@ from ..model.denoisers import find_denoisers, warn_of_randomness
 from ..model.part import PartOfPipeline
 from ..schedule.schedule import Schedule
 from ..steps.noise_scheduler import noise_scheduler
-from ..steps.predictors import PREDICTORS, axis_positions
+from ..steps.predictors import axis_positions
 from ..tracking.attachment import Attachment
 from ..tracking.clock import Tick
 from .reused_layer import Call, ReusedLayer
@@ -203,15 +203,16 @@ class Run:
     def _reused(self, layer: CacheLayer, check_finite: bool) -> ReusedLayer:
         schedule = self.schedule
         row = schedule.rows[layer.path]
-        axis = PREDICTORS[row.predictor].axis
         return ReusedLayer(
             layer.path,
             row.computed,
             row.predictor,
             self._call_of[_denoiser_of(layer.path, self._call_of)],
             self._tally,
-            positions=axis_positions(axis, schedule.num_steps, schedule.noise_levels),
+            positions=axis_positions(row.axis, schedule.num_steps, schedule.noise_levels),
             gains=row.gains,
+            weights=row.weight_tables,
+            batch_parts=row.batch_parts,
             residual=is_residual(layer),
             follow=is_followed(layer),
             check_finite=check_finite,

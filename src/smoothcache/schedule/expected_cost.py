@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import Protocol
 
 from ..layers.layer import CacheLayer
-from ..steps.predictors import PREDICTORS, last_uses
+from ..steps.predictors import last_uses
 from .row import Row
 
 
@@ -16,7 +16,7 @@ class _Row(Protocol):
     def computed(self) -> tuple[bool, ...]: ...
 
     @property
-    def predictor(self) -> str: ...
+    def order(self) -> int: ...
 
 
 def peak_bytes(rows: Mapping[str, _Row], layers: Sequence[CacheLayer]) -> int | None:
@@ -39,7 +39,7 @@ def peak_bytes(rows: Mapping[str, _Row], layers: Sequence[CacheLayer]) -> int | 
             continue
         if layer.nbytes is None:
             return None
-        for step, last_use in enumerate(last_uses(row.computed, PREDICTORS[row.predictor].order)):
+        for step, last_use in enumerate(last_uses(row.computed, row.order)):
             if row.computed[step] and last_use is not None:
                 changes += [(step, number, layer.nbytes), (last_use, number, -layer.nbytes)]
     return max(accumulate(change for _, _, change in sorted(changes)), default=0)
@@ -55,7 +55,7 @@ def buffer_bytes(row: _Row, layer: CacheLayer) -> int | None:
     """
     if all(row.computed):
         return 0
-    return None if layer.nbytes is None else layer.nbytes * (PREDICTORS[row.predictor].order + 1)
+    return None if layer.nbytes is None else layer.nbytes * (row.order + 1)
 
 
 def compute_fraction(

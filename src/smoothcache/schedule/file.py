@@ -18,9 +18,10 @@ from ..layers.layer import (
     layer_from_json,
     layer_to_json,
 )
-from ..steps.predictors import PREDICTORS
+from ..steps.predictors import FITTED, PREDICTORS
 from .row import Row
 
+_OPTIONAL = ("gains", "weights", "branch_weights", "batch_parts")
 FORMAT, VERSION = "smoothcache.schedule", 1
 T = TypeVar("T")
 
@@ -116,10 +117,15 @@ def _rows_to_json(
 
 def _row_to_json(what: str, name: str, row: Row) -> dict[str, Any]:
     steps = [step for step, computed in enumerate(row.computed) if computed]
-    written = {what: name, "predictor": row.predictor, "compute_steps": steps}
+    written: dict[str, Any] = {what: name, "predictor": row.predictor, "compute_steps": steps}
     if row.gains is not None:
         pairs = zip(row.gains, row.computed, strict=True)
         written["gains"] = [gain for gain, is_computed in pairs if not is_computed]
+    if row.weights is not None:
+        written["weights"] = [weights for weights in row.weights if weights]
+    if row.branch_weights:
+        written["branch_weights"] = [[x for x in table if x] for table in row.branch_weights]
+        written["batch_parts"] = row.batch_parts
     return written
 
 
@@ -130,7 +136,7 @@ def _rows_from_json(
     found: dict[str, Row] = {}
     for item in rows.items():
         what = _what(item, ("name",) if layers is None else ("kind", "layer"))
-        fields = item.fields(what, "predictor", "compute_steps", optional=("gains",))
+        fields = item.fields(what, "predictor", "compute_steps", optional=_OPTIONAL)
         name = fields[what].text()
         if layers is None:
             covered = [name]
@@ -149,8 +155,8 @@ def _rows_from_json(
 
 def _row_from_json(item: Value, fields: dict[str, Value], num_steps: int) -> Row:
     predictor = fields["predictor"].text()
-    if predictor not in PREDICTORS:
-        known = listed(PREDICTORS, 20)
+    if predictor not in (*PREDICTORS, FITTED):
+        known = listed((*PREDICTORS, FITTED), 20)
         raise fields["predictor"].error(f"'{predictor}' is unknown; there are {known}")
     steps: set[int] = set()
     for value in fields["compute_steps"].items():
@@ -166,7 +172,15 @@ def _row_from_json(item: Value, fields: dict[str, Value], num_steps: int) -> Row
         raise item.error("step 0 must be computed: there is nothing to reuse yet")
     computed = tuple(step in steps for step in range(num_steps))
     gains = fields["gains"].or_none(lambda value: _gains_from_json(value, computed))
-    return Row(computed, predictor, gains)
+    weights = fields["weights"].or_none(lambda value: _weights_from_json(value, computed))
+    others = fields["branch_weights"].or_none(
+        lambda value: tuple(value.list_of(lambda x: _weights_from_json(x, computed)))
+    )
+    parts = fields["batch_parts"].or_none(lambda value: value.integer(least=1))
+    try:
+        return Row(computed, predictor, gains, weights, others or (), parts or 1)
+    except InvalidArgumentError as error:
+        raise item.error(str(error).rstrip(".")) from error
 
 
 def _gains_from_json(value: Value, computed: Sequence[bool]) -> tuple[float, ...]:
@@ -178,6 +192,17 @@ def _gains_from_json(value: Value, computed: Sequence[bool]) -> tuple[float, ...
         )
     rest = iter(given)
     return tuple(1.0 if is_computed else next(rest) for is_computed in computed)
+
+
+def _weights_from_json(value: Value, computed: Sequence[bool]) -> tuple[tuple[float, ...], ...]:
+    """The weights of every step, from those of the reused ones."""
+    given = value.list_of(lambda x: tuple(x.list_of(Value.number)))
+    if len(given) != computed.count(False):
+        raise value.error(
+            f"weights of {len(given)} for {computed.count(False)} reused steps; each needs its own"
+        )
+    rest = iter(given)
+    return tuple(() if is_computed else next(rest) for is_computed in computed)
 
 
 def _what(item: Value, choices: tuple[str, ...]) -> str:

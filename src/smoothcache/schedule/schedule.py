@@ -19,7 +19,7 @@ from ..layers.find import find_layers
 from ..layers.layer import CacheLayer, Granularity, ModelIdentity
 from ..layers.modules import identify
 from ..steps.noise_scheduler import check_noise_levels, levels_of_solver, noise_scheduler
-from ..steps.predictors import PREDICTORS
+from ..steps.predictors import POLYNOMIAL, PREDICTORS
 from ..steps.resample import (
     CARRIED_OVER,
     NOT_MEASURED,
@@ -260,7 +260,7 @@ class Schedule:
         rows = {
             name: Row(
                 resample_row(row.computed, begins),
-                row.predictor,
+                row.predictor if row.weights is None else POLYNOMIAL,
                 row.gains and nearest(row.gains, begins),
             )
             for name, row in self.rows.items()
@@ -390,7 +390,7 @@ def _check_quality(quality: Mapping[str, float]) -> dict[str, float]:
 
 def _refuse_without_levels(rows: Mapping[str, Row]) -> None:
     for name, row in rows.items():
-        if PREDICTORS[row.predictor].needs_noise_levels and False in row.computed:
+        if row.axis != "step" and False in row.computed:
             raise InvalidArgumentError(
                 f"the predictor {row.predictor!r} of {name!r} runs over the noise level, which is "
                 "not known here: calibrate a pipeline with a noise scheduler, give noise_levels, "

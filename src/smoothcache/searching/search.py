@@ -123,7 +123,14 @@ def search(
     cost_so_far = 0.0
     if calibration is None:
         num_samples = len(options.training_samples)
-        calibration = calibrate(model, sample, num_samples, max_gap=3, progress=options.progress)
+        calibration = calibrate(
+            model,
+            sample,
+            num_samples,
+            max_gap=3,
+            trajectory=False,
+            progress=options.progress,
+        )
         cost_so_far = float(num_samples)
     _check_calibration(calibration, model, options)
     solvers = options.solvers

@@ -75,7 +75,9 @@ class Candidate(SamplingConfig):
     @property
     def _extrapolates(self) -> bool:
         row = self.common_row
-        return row is not None and PREDICTORS[row.predictor].order > 0 and not all(row.computed)
+        if row is None or row.weights is not None:  # fitted weights need no gains
+            return False
+        return row.order > 0 and not all(row.computed)
 
     def fits(self, budget: float) -> bool:
         """Whether it costs no more than a fraction of the uncached MACs."""
@@ -84,10 +86,16 @@ class Candidate(SamplingConfig):
 
 def _effective_prediction(row: Row) -> tuple[int, str, list[float]]:
     """Order, axis and gains of a row's predictor; the computed steps may limit the order."""
-    order = min(PREDICTORS[row.predictor].order, sum(row.computed[: last_reused_step(row)]) - 1)
+    order = min(row.order, sum(row.computed[: last_reused_step(row)]) - 1)
+    if row.weights is not None:
+        return (
+            order,
+            "fitted",
+            [round(x, 6) for table in row.weight_tables for step in table for x in step],
+        )
     if order == 0:
         return 0, "step", []
-    return order, PREDICTORS[row.predictor].axis, [round(x, 6) for x in row.gains or ()]
+    return order, row.axis, [round(x, 6) for x in row.gains or ()]
 
 
 def last_reused_step(row: Row) -> int:

@@ -49,6 +49,8 @@ PREDICTORS: Mapping[str, Predictor] = MappingProxyType(
     }
 )
 """Every predictor, by the name that schedules call it."""
+FITTED, POLYNOMIAL = "fitted", "taylor2"
+"""A predictor with its own weights at every step, and what replaces it where they do not fit."""
 
 
 def axis_positions(axis: Axis, steps: int, noise_levels: Sequence[float] | None) -> list[float]:
@@ -132,3 +134,12 @@ def _last_use(computed: Sequence[bool], order: int, step: int) -> int | None:
         if not computed[later]:
             last = later
     return last
+
+
+def planned_sources(computed: Sequence[bool], step: int, count: int) -> tuple[int, ...]:
+    """The last steps to be computed before a step, the newest last.
+
+    >>> planned_sources([True, False, True, False], step=3, count=2)
+    (0, 2)
+    """
+    return tuple([at for at in range(step) if computed[at]][-count:])

@@ -9,7 +9,9 @@ from typing import Annotated
 import typer.core
 
 from ...calibration.curves import Calibration
+from ...errors import InvalidArgumentError
 from ...planners.threshold import plan as plan_threshold
+from ...planners.trajectory import plan_trajectory
 from ...steps.resample import CARRIED_OVER
 from .. import tables as tables
 from ..app import app
@@ -23,13 +25,20 @@ def plan(
         Path,
         typer.Argument(metavar="FILE", help="What calibrate wrote.", show_default=False),
     ],
-    alpha: Annotated[
-        float,
-        typer.Option(metavar="A", help="Relative L1 error that every reuse must stay below."),
-    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="Schedule to write (JSON).")
     ],
+    alpha: Annotated[
+        float | None,
+        typer.Option(metavar="A", help="Relative L1 error that every reuse must stay below."),
+    ] = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Compute one step in X, chosen from the recorded trajectories, in place of alpha.",
+        ),
+    ] = None,
     per: Annotated[
         Per, typer.Option(help="Decide for all layers of a kind together, or for each alone.")
     ] = Per.kind,
@@ -75,23 +84,34 @@ def plan(
 ) -> None:
     """Decide what to reuse: every layer for as long as its measured error stays below alpha.
 
+    With --speedup, which steps run the whole model, from the trajectories that were recorded.
     Needs the calibration alone, not the model.
 
     [bold]Example:[/bold] smoothcache plan dit.safetensors --alpha 0.18 -o dit.json
     """
+    if alpha is None and speedup is None:
+        raise InvalidArgumentError("Missing option '--alpha' or '--speedup'.")
     measured = Calibration.load(calibration)
     if steps is not None:
         measured = measured.resample(steps)
     planned = partial(
         plan_threshold,
         measured,
-        alpha=alpha,
+        alpha=0.0 if alpha is None else alpha,
         per=per.value,
         max_gap=max_gap,
         predictor=predictor,
         patterns=patterns,
     )
-    schedule = planned(max_bytes=max_bytes)
+    if alpha is None:
+        others = (max_gap, patterns, max_bytes)
+        if (per, predictor, *others) != (Per.kind, "hold", None, None, None):
+            raise InvalidArgumentError("only --alpha goes with --per, --max-gap and the like")
+        schedule = plan_trajectory(measured, speedup=speedup)
+    elif speedup is not None:
+        raise InvalidArgumentError("give either --alpha or --speedup")
+    else:
+        schedule = planned(max_bytes=max_bytes)
     check_output_file(output)
     if picture is not None:
         kind = picture_suffix(picture)
@@ -106,6 +126,7 @@ def plan(
                 "picture": None if picture is None else str(picture),
                 "steps": schedule.num_steps,
                 "alpha": alpha,
+                "speedup": speedup,
                 "compute": schedule.compute,
                 "layer_steps_reused": schedule.reused,
                 "carried_over": schedule.provenance.get(CARRIED_OVER),
@@ -121,7 +142,7 @@ def plan(
             f"note: nothing is reused, as no layer's outputs fit in {max_bytes} bytes; "
             "take a larger --max-bytes"
         )
-    elif schedule.is_all_compute:
+    elif schedule.is_all_compute and alpha is not None:
         to_stderr(
             f"note: nothing is reused, as no error is below {alpha:g}; take a larger alpha "
             f"(the smallest error measured is {tables.smallest_error(measured):.3g})"

@@ -1,0 +1,250 @@
+"""Records the trajectories of samples: their latents and outputs, as their solver sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError
+from ..model.arguments import Signature
+from ..model.denoisers import find_denoisers
+from ..tracking.clock import Tick
+from ..tracking.intercept import Handler
+from ..tracking.playback import Generation, Place, Playback, Tape
+from .solver_responses import calls_of, measure_responses
+from .trajectory import FloatArray, Guidance, SolverResponses, Trajectories
+
+Keep = bool | Literal["gram"]
+MOST_BYTES = 2**30  # of latents and outputs that a calibration holds
+
+
+class TrajectoryRecorder:
+    """Records one sample after the other, and measures the solver's responses after the first.
+
+    Args:
+        model: Pipeline or module.
+        keeps_latents: Whether latents and outputs are kept, or their inner products alone.
+        responses: Of the solver, if they have been measured before.
+        most_bytes: Of latents and outputs; what goes beyond has all of them left out.
+
+    Attributes:
+        left_out: Bytes of the latents and outputs that were left out.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        keeps_latents: bool = True,
+        responses: SolverResponses | None = None,
+        most_bytes: int | None = None,
+    ) -> None:
+        self._model = model
+        self._keeps_latents = keeps_latents
+        self._responses = responses
+        self._most_bytes = most_bytes
+        self.left_out = 0
+        self._denoisers: tuple[str, ...] = ()
+        self._grams: list[FloatArray] = []
+        self._latents: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+        self._output_bytes = 0
+
+    def record(self, generate: Callable[[], Any]) -> None:
+        """Runs a generation uncached, and adds its trajectory."""
+        tape, generation = record_generation(self._model, generate)
+        self.add(generate, tape, generation)
+
+    def add(self, generate: Callable[[], Any], tape: Tape, generation: Generation) -> None:
+        """Adds a trajectory that was recorded.
+
+        Args:
+            generate: Runs its generation again, for the first one.
+            tape: Its outputs.
+            generation: Its latents and timesteps.
+        """
+        calls = calls_of(tape)
+        denoisers = tuple(calls[step][0].denoiser for step in range(len(calls)))
+        if self._responses is None:
+            self._responses = measure_responses(self._model, generate, tape, generation)
+        if not self._denoisers:
+            self._denoisers = denoisers
+            self._output_bytes = sum(tape.main(place).nbytes for place in calls[0])
+        guidance = self._responses.guidance
+        if denoisers != self._denoisers or len(calls[0]) != len(guidance.weights):
+            raise CalibrationError(
+                "a sample calls other denoisers, or each of them another number of times, than "
+                "the samples before; every sample must be generated alike"
+            )
+        outputs = combined_outputs(tape, calls, guidance)
+        for step, output in enumerate(outputs):
+            if not bool(torch.isfinite(output).all()):
+                raise CalibrationError(
+                    f"the denoiser's output is not finite at step {step}; check the model's dtype "
+                    "and its inputs"
+                )
+        self._grams.append(gram_of(outputs))
+        if self._keeps_latents:
+            latents = torch.stack([guidance.latents(x) for x in generation.latents])
+            self._latents.append(in_half(latents.cpu()))
+            self._outputs.append(in_half(outputs.cpu()))
+            held = sum(x.nbytes for x in (*self._latents, *self._outputs))
+            if self._most_bytes is not None and held > self._most_bytes:
+                self._keeps_latents, self.left_out = False, held
+                self._latents, self._outputs = [], []
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the solver's responses are known."""
+        return self._responses is not None
+
+    def result(self) -> Trajectories:
+        """All trajectories so far."""
+        if self._responses is None:
+            raise CalibrationError("no trajectory was recorded")
+        return Trajectories(
+            self._responses,
+            np.stack(self._grams),
+            self._denoisers,
+            self._output_bytes,
+            tuple(self._latents),
+            tuple(self._outputs),
+        )
+
+
+def record_generation(model: Any, generate: Callable[[], Any]) -> tuple[Tape, Generation]:
+    """Runs a generation uncached; its outputs, and its latents and timesteps."""
+    tape = Tape()
+
+    def answer(place: Place, run: Callable[[], Any]) -> Any:
+        output = run()
+        tape.record(place, output)
+        return output
+
+    generation = Playback(model).run(generate, answer)
+    if not tape.outputs:
+        raise CalibrationError("sample(i) never ran the model")
+    return tape, generation
+
+
+def in_half(values: Tensor) -> Tensor:
+    """Numbers in half precision, if they fit."""
+    half = values.to(torch.float16)
+    return half if bool(torch.isfinite(half).all()) else values
+
+
+def combined_outputs(tape: Tape, calls: dict[int, list[Place]], guidance: Guidance) -> Tensor:
+    """The outputs of all steps as the solver sees them, [steps, *latents]."""
+    steps = [[tape.main(place) for place in calls[step]] for step in range(len(calls))]
+    return torch.stack([guidance.combined(outputs) for outputs in steps])
+
+
+def gram_of(outputs: Tensor) -> FloatArray:
+    """Inner products of the outputs of all steps, [steps, steps]."""
+    flat = outputs.flatten(1).double()
+    gram: FloatArray = (flat @ flat.T).cpu().numpy()
+    return gram
+
+
+class TrajectoryObserver:
+    """Records trajectories beside a calibration, which it never breaks off.
+
+    Args:
+        model: Pipeline or module.
+        keep: Whether to record, and inner products alone.
+
+    Attributes:
+        reason: Why there are no trajectories, or no latents in them; empty if nothing is missing.
+    """
+
+    def __init__(self, model: Any, keep: Keep) -> None:
+        self._model = model
+        self._keep = keep
+        self._signatures = {name: Signature(x) for name, x in find_denoisers(model).items()}
+        self.reason = ""
+        self._recorder: TrajectoryRecorder | None = None
+        self._start()
+
+    def start(self, i: int) -> None:
+        """A sample begins."""
+        if i == 0 and self._keep:
+            keeps = self._keep is True
+            self._recorder = TrajectoryRecorder(
+                self._model, keeps_latents=keeps, most_bytes=MOST_BYTES
+            )
+        self._start()
+
+    def _start(self) -> None:
+        self._tape, self._latents = Tape(), list[Tensor]()
+        self._dtype = torch.float32
+        self._place: Place | None = None
+        self._pending: Callable[[Callable[[], Any]], None] | None = None
+
+    def around(self, handlers: Mapping[str, Handler]) -> dict[str, Handler]:
+        """The handlers, those of the denoisers with this around them."""
+        if not self._keep:
+            return dict(handlers)
+        own = {name: self._listening(handlers.get(name)) for name in self._signatures}
+        return {**handlers, **own}
+
+    def _listening(self, handler: Handler | None) -> Handler:
+        def call(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+            output = handler(forward, args, kwargs) if handler else forward(*args, **kwargs)
+            if self._place is not None and not self.reason:
+                self._guarded(self._tape.record, self._place, output)
+            return output
+
+        return call
+
+    def before(self, denoiser: str, tick: Tick, branch: int | None, args: Any, kwargs: Any) -> None:
+        """A denoiser is called."""
+        self._place = None
+        if self.reason or not self._keep:
+            return
+        if branch is None:
+            self.reason = "the calls of a step cannot be told apart"
+            return
+        self._place = Place(tick.step, denoiser, branch)
+        if tick.call == 0:
+            latents = self._signatures[denoiser].sort(args, kwargs).latents
+            if latents is None:
+                self.reason = "the denoiser is given no latents"
+                return
+            self._latents.append(latents.detach().to(torch.float32, copy=True))
+            self._dtype = latents.dtype
+
+    def complete(self, timesteps: list[float]) -> None:
+        """A sample has been run; the first one is added when the model is free again."""
+        generation = Generation(self._latents, timesteps, None, self._dtype)
+        tape, recorder = self._tape, self._recorder
+        self._start()
+        if self.reason or recorder is None:
+            return
+        self._pending = lambda generate: recorder.add(generate, tape, generation)
+        if recorder.is_measured:
+            self.measure(lambda: None)
+
+    def measure(self, generate: Callable[[], Any]) -> None:
+        """Adds the sample that was run last; after the first one, measures the solver."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._guarded(pending, generate)
+
+    def result(self) -> Trajectories | None:
+        """What was recorded; None if nothing could be."""
+        recorder = self._recorder
+        if self.reason or recorder is None:
+            return None
+        if recorder.left_out:
+            self.reason = f"latents and outputs of {recorder.left_out / 2**20:.0f} MiB left out"
+        return recorder.result()
+
+    def _guarded(self, action: Callable[..., None], *args: Any) -> None:
+        try:
+            action(*args)
+        except Exception as error:  # of the user's sampler too, under outputs not of the model
+            self.reason = f"{error}" or type(error).__name__

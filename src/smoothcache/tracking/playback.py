@@ -1,0 +1,273 @@
+"""Runs the user's sampler while something else than the model answers the denoiser's calls.
+
+Whatever solver the sampler uses, what it makes of the denoiser's outputs shows in the latents of
+the next call. So a solver is played back by running ``sample(i)`` itself with recorded outputs:
+no model call, no knowledge of the solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import CalibrationError
+from ..model.arguments import Signature
+from ..model.denoisers import find_denoisers
+from ..model.outputs import taken_apart
+from ..steps.noise_scheduler import noise_scheduler
+from .attachment import Attachment
+from .clock import Tick
+
+
+class Place(NamedTuple):
+    """A call of a denoiser in a generation.
+
+    Attributes:
+        step: Index of the solver step.
+        denoiser: Prefix of the denoiser.
+        branch: Number of the guidance branch.
+    """
+
+    step: int
+    denoiser: str
+    branch: int
+
+
+Answer = Callable[[Place, Callable[[], Any]], Any]
+
+
+"""Gives the output of a call; the second argument runs the model."""
+
+
+class Reached(BaseException):
+    """Ends a generation when all that was wanted of it is known."""
+
+
+class Playback:
+    """Runs generations under an answering function and notes the latents of every step.
+
+    Args:
+        model: Pipeline or module.
+        timesteps: Those of the recorded generation, if one was recorded.
+    """
+
+    def __init__(self, model: Any, timesteps: Sequence[float] | None = None) -> None:
+        self._model = model
+        self._timesteps = timesteps
+        self._signatures = {name: Signature(x) for name, x in find_denoisers(model).items()}
+
+    def run(
+        self,
+        generate: Callable[[], Any],
+        answer: Answer,
+        *,
+        until: int | None = None,
+        wants_end: bool = False,
+        seen: Callable[[int, Tensor], None] | None = None,
+    ) -> Generation:
+        """One generation.
+
+        Args:
+            generate: Runs it.
+            answer: Gives the denoiser's outputs.
+            until: Ends it after the last call of this step; None lets it run to its end.
+            wants_end: Ends it with the latents after the last step, which are caught where the
+                noise scheduler returns them, before they are decoded.
+            seen: Is told the latents at the beginning of every step.
+        """
+        return _Session(self, answer, until, wants_end, seen).run(generate)
+
+
+class Generation(NamedTuple):
+    """What came of a generation.
+
+    Attributes:
+        latents: At the beginning of every step, in float32.
+        timesteps: The timestep of every step.
+        end: The latents after the last step; None if they were not asked for or are not known.
+        dtype: In which the denoiser is given the latents.
+    """
+
+    latents: list[Tensor]
+    timesteps: list[float]
+    end: Tensor | None
+    dtype: torch.dtype = torch.float32
+
+
+class _Session:
+    """A generation under way; its methods before and after are those an attachment calls."""
+
+    def __init__(
+        self,
+        playback: Playback,
+        answer: Answer,
+        until: int | None,
+        wants_end: bool,
+        seen: Callable[[int, Tensor], None] | None,
+    ) -> None:
+        self._playback = playback
+        self._answer = answer
+        self._until = until
+        self._wants_end = wants_end
+        self._seen = seen
+        self._place = Place(0, "", 0)
+        self._latents: list[Tensor] = []
+        self._end: Tensor | None = None
+        self._patched: Any = None
+        self._generations = 0
+        self._dtype = torch.float32
+
+    def run(self, generate: Callable[[], Any]) -> Generation:
+        playback = self._playback
+        known = playback._timesteps
+        handlers = dict.fromkeys(playback._signatures, self._call)
+        count = None if known is None else len(known)
+        attachment = Attachment(playback._model, {}, handlers, self, known, count)
+        try:
+            output = generate()
+            if self._wants_end and self._end is None:
+                self._end = _latents_in(output, self._latents)
+        except Reached:
+            pass
+        finally:
+            self._restore()
+            timesteps = attachment.clock.timesteps
+            attachment.remove()
+        return Generation(self._latents, timesteps, self._end, self._dtype)
+
+    def _call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        return self._answer(self._place, lambda: forward(*args, **kwargs))
+
+    # ------------------------------------------------------------- what the attachment reports
+
+    def before(
+        self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
+    ) -> bool:
+        """Notes a call and, at the first one of a step, the latents."""
+        self._generations += tick.starts
+        refuse_second_generation(self._generations)
+        if self._until is not None and tick.step > self._until:
+            raise Reached
+        if branch is None:
+            raise CalibrationError(
+                "the calls of a step cannot be told apart, so their outputs cannot be played "
+                "back; put each into a cache_context of its own name"
+            )
+        self._place = Place(tick.step, denoiser, branch)
+        if tick.call == 0:
+            latents = self._playback._signatures[denoiser].sort(args, kwargs).latents
+            if latents is None:
+                raise CalibrationError("the denoiser is given no latents that could be recorded")
+            kept = latents.detach().to(torch.float32, copy=True)
+            self._latents.append(kept)
+            self._dtype = latents.dtype
+            if self._seen is not None:
+                self._seen(tick.step, kept)
+            known = self._playback._timesteps
+            if self._wants_end and known is not None and tick.step == len(known) - 1:
+                self._catch_end()
+        return True
+
+    def after(self, denoiser: str, tick: Tick) -> None:
+        """Nothing is to be done after a call."""
+
+    def outside(self) -> None:
+        """Nothing is to be done about a call that is no part of the generation."""
+
+    def failed(self) -> None:
+        """Nothing is to be done after a call that raised."""
+
+    # ------------------------------------------------------------------------ the final latents
+
+    def _catch_end(self) -> None:
+        """Has the noise scheduler's next step end the generation."""
+        scheduler = noise_scheduler(self._playback._model)
+        step = getattr(scheduler, "step", None)
+        if scheduler is None or step is None or "step" in vars(scheduler):
+            return
+
+        def caught(*args: Any, **kwargs: Any) -> Any:
+            found = [x for x in pytree.tree_leaves(_opened(step(*args, **kwargs)))]
+            tensors = [x for x in found if isinstance(x, Tensor)]
+            self._end = tensors[0].detach().to(torch.float32, copy=True) if tensors else None
+            raise Reached
+
+        scheduler.step = caught
+        self._patched = scheduler
+
+    def _restore(self) -> None:
+        if self._patched is not None:
+            with suppress(AttributeError):
+                del self._patched.step
+            self._patched = None
+
+
+def _opened(output: Any) -> Any:
+    """What a noise scheduler's step returned, with the next latents first."""
+    return getattr(output, "prev_sample", output)
+
+
+def _latents_in(output: Any, latents: Sequence[Tensor]) -> Tensor | None:
+    """The returned tensor, if it has the form of the latents or of a part of their batch."""
+    tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+    if len(tensors) != 1 or not latents or not tensors[0].is_floating_point():
+        return None
+    shape = latents[0].shape
+    fits = tensors[0].shape[1:] == shape[1:] and shape[0] % max(1, len(tensors[0])) == 0
+    return tensors[0].detach().to(torch.float32, copy=True) if fits else None
+
+
+def refuse_second_generation(count: int) -> None:
+    if count > 1:
+        raise CalibrationError(
+            "sample(i) began a second generation; it must run exactly one from start to end"
+        )
+
+
+class Tape:
+    """The outputs of all calls of one generation.
+
+    Attributes:
+        outputs: Leaves of each call's output, and how to put others in their place.
+    """
+
+    def __init__(self) -> None:
+        self.outputs: dict[Place, tuple[list[Any], Callable[[list[Any]], Any]]] = {}
+
+    def record(self, place: Place, output: Any) -> None:
+        """Keeps copies of what a call returned."""
+        leaves, rebuild = taken_apart(output)
+        kept = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
+        self.outputs[place] = kept, rebuild
+
+    def main(self, place: Place) -> Tensor:
+        """The tensor of a call's output that the solver goes by."""
+        return main_leaf(self.outputs[place][0])
+
+    def played(self, place: Place, changed: Mapping[Place, Tensor] | None = None) -> Any:
+        """A recorded output, with another main tensor if one is given."""
+        if place not in self.outputs:
+            raise CalibrationError(
+                f"the sampler called the denoiser at step {place.step} where it did not before; "
+                "sample(i) must run the same generation whenever it is called"
+            )
+        leaves, rebuild = self.outputs[place]
+        values = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+        if changed is not None and place in changed:
+            main = main_leaf(leaves)
+            at = next(i for i, x in enumerate(leaves) if x is main)
+            values[at] = changed[place].to(main.dtype)
+        return rebuild(values)
+
+
+def main_leaf(leaves: Sequence[Any]) -> Tensor:
+    """The first tensor of floats that has more than one dimension."""
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1:
+            return leaf
+    raise CalibrationError("the denoiser returned no tensor of floats")
