@@ -8,21 +8,59 @@ from .audio import (
     signal_to_noise_ratio,
 )
 from .distribution import attribute_accuracy, class_accuracy, frechet_distance
+from .features import (
+    FeatureExtractor,
+    Features,
+    extract,
+    extract_batches,
+    image_statistics,
+)
 from .fidelity import psnr, relative_error, ssim
+from .frechet import fd_dinov2, fid, frechet_infinity, gaussian_distance, sfid
+from .images import read_images
+from .inception import InceptionFeatures
+from .inception_score import InceptionScore, inception_score
+from .kid import kid
+from .precision_recall import precision_recall
+from .result import MetricResult
+from .statistics import Gaussian, Statistics, load_reference, save_reference
 from .video import motion_error, psnr_per_frame, ssim_per_frame, temporal_consistency
+from .weights import MissingWeightsError
 
 __all__ = [
+    "FeatureExtractor",
+    "Features",
+    "Gaussian",
+    "InceptionFeatures",
+    "InceptionScore",
+    "MetricResult",
+    "MissingWeightsError",
+    "Statistics",
     "attribute_accuracy",
     "class_accuracy",
+    "extract",
+    "extract_batches",
+    "fd_dinov2",
+    "fid",
     "frechet_distance",
+    "frechet_infinity",
+    "gaussian_distance",
+    "image_statistics",
+    "inception_score",
+    "kid",
     "label_divergence",
+    "load_reference",
     "log_mel",
     "log_spectral_distance",
     "motion_error",
     "multi_resolution_stft_distance",
+    "precision_recall",
     "psnr",
     "psnr_per_frame",
+    "read_images",
     "relative_error",
+    "save_reference",
+    "sfid",
     "signal_to_noise_ratio",
     "ssim",
     "ssim_per_frame",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InvalidArgumentError
-from ..optional import optional_module
+from .frechet import gaussian_distance
+from .statistics import Statistics
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
@@ -26,8 +27,6 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
     Raises:
         InvalidArgumentError: If the features are not as described, not finite, or fewer than two.
-        MissingPackageError: If torchmetrics is not installed.
-
     Source: Heusel et al., "GANs trained by a two time-scale update rule", arXiv 1706.08500.
 
     Example:
@@ -43,15 +42,12 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
             f"features have {features.shape[1]} columns, their reference {reference.shape[1]}; "
             "both must come from the same network."
         )
-    fid = optional_module("torchmetrics.image.fid", extra="metrics")
-    identity = nn.Identity()
-    identity.num_features = features.shape[1]  # type: ignore[assignment]
-    distance = fid.FrechetInceptionDistance(feature=identity)
-    # The distance does not change with the origin; near the mean it is exact for large offsets.
-    origin = reference.detach().cpu().double().mean(dim=0)
-    distance.update(reference.detach().cpu().double() - origin, real=True)
-    distance.update(features.detach().cpu().double() - origin, real=False)
-    return max(0.0, float(distance.compute()))
+    gaussians = []
+    for values in (features, reference):
+        statistics = Statistics(features.shape[1], num_groups=1)
+        statistics.update(values)
+        gaussians.append(statistics.gaussian())
+    return gaussian_distance(*gaussians)
 
 
 def class_accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -1,0 +1,264 @@
+"""Frechet distances: FID, sFID and FD-DINOv2 from statistics, and their limit for many samples."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import check_count
+from ..errors import InvalidArgumentError, SmoothCacheWarning
+from .result import MetricResult
+from .statistics import Gaussian, Statistics
+
+UNIT = "squared units of the features"
+
+
+def gaussian_distance(samples: Gaussian, reference: Gaussian) -> float:
+    """Squared Frechet distance of two Gaussians.
+
+    ``|m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2))``. The last trace is the sum of the
+    square roots of the eigenvalues of ``C2^(1/2) C1 C2^(1/2)``, which is symmetric: no complex
+    number appears, and a singular covariance is no special case.
+
+    Raises:
+        InvalidArgumentError: If the two have other features, or come from other weights.
+
+    Source: Dowson and Landau, 1982; Heusel et al., arXiv 1706.08500.
+
+    Example:
+        >>> import torch
+        >>> narrow, wide = (Gaussian(torch.zeros(2), x * torch.eye(2)) for x in (1.0, 4.0))
+        >>> gaussian_distance(narrow, wide)
+        2.0
+    """
+    check_comparable(samples, reference)
+    return _distance(samples, reference, _root(reference.covariance.double()))
+
+
+def frechet(
+    metric: str, samples: Statistics, reference: Gaussian, *, protocol: str, weights: str | None
+) -> MetricResult:
+    """Frechet distance from streamed statistics, with its spread.
+
+    The spread is the standard error of the jackknife: each of the groups of the samples is left
+    out once. It says how far the samples' own chance moves the value; the bias of the estimate,
+    which falls with the number of samples, is not in it.
+
+    Args:
+        metric: The name in the result.
+        samples: Of the samples.
+        reference: Of real data, or of uncached samples.
+        protocol: How the features were made.
+        weights: Digest of the network.
+
+    Raises:
+        InvalidArgumentError: If the two do not belong together, or there are too few samples.
+
+    Warns:
+        SmoothCacheWarning: If there are no more samples than features.
+    """
+    whole = samples.gaussian()
+    check_comparable(whole, reference)
+    if samples.count <= samples.num_features:
+        warnings.warn(
+            f"{metric} of {samples.count} samples with {samples.num_features} features: the "
+            "covariance is singular and the value far too high. Compare it with values of as many "
+            "samples only, take more samples, or use kid or frechet_infinity.",
+            SmoothCacheWarning,
+            stacklevel=3,
+        )
+    root = _root(reference.covariance.double())
+    spread = None
+    num_groups = samples.num_groups
+    if num_groups > 1 and samples.count >= 2 * num_groups:
+        left = [
+            _distance(samples.gaussian(without=group), reference, root)
+            for group in range(num_groups)
+        ]
+        spread = jackknife_error(left)
+    return MetricResult(
+        metric,
+        _distance(whole, reference, root),
+        num_samples=samples.count,
+        unit=UNIT,
+        protocol=protocol,
+        spread=spread,
+        spread_of=spread_words(num_groups) if spread is not None else None,
+        num_references=reference.count,
+        weights=weights,
+    )
+
+
+def fid(samples: Statistics, reference: Gaussian, *, weights: str | None = None) -> MetricResult:
+    """FID: Frechet distance of Inception's 2048 pooled features.
+
+    Args:
+        samples: Of feature ``"pool"`` of ``InceptionFeatures``.
+        reference: For example ``load_reference("VIRTUAL_imagenet256_labeled.npz")``.
+        weights: Digest of the network.
+
+    Raises:
+        InvalidArgumentError: If the features are others, or too few.
+    """
+    _check_size("fid", samples, 2048, "pool")
+    protocol = "Inception v3 (TensorFlow 2015), pool_3, 2048 features"
+    return frechet("fid", samples, reference, protocol=protocol, weights=weights)
+
+
+def sfid(samples: Statistics, reference: Gaussian, *, weights: str | None = None) -> MetricResult:
+    """sFID: Frechet distance of 7 channels of Inception's spatial features.
+
+    Args:
+        samples: Of feature ``"spatial"`` of ``InceptionFeatures``.
+        reference: For example ``load_reference("VIRTUAL_imagenet256_labeled.npz", "spatial")``.
+        weights: Digest of the network.
+
+    Raises:
+        InvalidArgumentError: If the features are others, or too few.
+
+    Source: Nash et al., "Generating images with sparse representations", arXiv 2103.03841.
+    """
+    _check_size("sfid", samples, 2023, "spatial")
+    protocol = "Inception v3 (TensorFlow 2015), mixed_6/conv, first 7 channels, 17 x 17 x 7 values"
+    return frechet("sfid", samples, reference, protocol=protocol, weights=weights)
+
+
+def fd_dinov2(
+    samples: Statistics, reference: Gaussian, *, weights: str | None = None
+) -> MetricResult:
+    """FD-DINOv2: Frechet distance of DINOv2's class token.
+
+    Args:
+        samples: Of feature ``"class_token"`` of ``DinoFeatures``.
+        reference: Of the same network; there are no published statistics.
+        weights: Digest of the network.
+
+    Raises:
+        InvalidArgumentError: If the two do not belong together, or there are too few samples.
+
+    Source: Stein et al., arXiv 2306.04675.
+    """
+    protocol = "DINOv2, class token, bicubic to 224 x 224, ImageNet mean and deviation"
+    return frechet("fd_dinov2", samples, reference, protocol=protocol, weights=weights)
+
+
+def frechet_infinity(
+    features: Tensor,
+    reference: Gaussian,
+    *,
+    least: int | None = None,
+    num_points: int = 15,
+    seed: int = 0,
+    weights: str | None = None,
+) -> MetricResult:
+    """Frechet distance that infinitely many samples would have: a line over 1 / n, taken at 0.
+
+    Args:
+        features: Of the samples; [samples, features].
+        reference: Of real data, or of uncached samples.
+        least: Smallest number of samples that is measured; a tenth of all by default.
+        num_points: How many numbers of samples are measured.
+        seed: Of the random subsets.
+        weights: Digest of the network.
+
+    Raises:
+        InvalidArgumentError: If there are too few samples for so many points.
+
+    Source: Chong and Forsyth, "Effectively unbiased FID", arXiv 1911.07023. They draw quasi-random
+        noise for the samples as well; here only subsets are drawn.
+    """
+    check_count("num_points", num_points, least=3)
+    count, num_features = features.shape
+    least = max(2, count // 10) if least is None else check_count("least", least, least=2)
+    sizes = np.unique(np.linspace(least, count, num_points).astype(int))
+    if len(sizes) < num_points:
+        raise InvalidArgumentError(
+            f"{num_points} numbers of samples from {least} to {count} are not all different; "
+            "take more samples, or fewer points."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    root = _root(reference.covariance.double())
+    values = []
+    for size in sizes:
+        chosen = torch.randperm(count, generator=generator)[: int(size)]
+        statistics = Statistics(num_features, num_groups=1, extractor=reference.extractor)
+        statistics.update(features[chosen])
+        gaussian = statistics.gaussian()
+        check_comparable(gaussian, reference)
+        values.append(_distance(gaussian, reference, root))
+    design = np.stack([np.ones(num_points), 1 / sizes], axis=1)
+    solution, residuals, _, _ = np.linalg.lstsq(design, np.array(values), rcond=None)
+    variance = float(residuals[0]) / (num_points - 2) if len(residuals) else 0.0
+    error = np.sqrt(variance * np.linalg.inv(design.T @ design)[0, 0])
+    return MetricResult(
+        "frechet_infinity",
+        float(solution[0]),
+        num_samples=count,
+        unit=UNIT,
+        protocol=f"line over 1/n through {num_points} points, n = {least} to {count}, at 1/n = 0",
+        spread=float(error),
+        spread_of="standard error of the line's intercept",
+        num_references=reference.count,
+        weights=weights,
+    )
+
+
+def jackknife_error(left_out: list[float]) -> float:
+    """Standard error of a value from the values with one group left out at a time.
+
+    >>> jackknife_error([1.0, 3.0])  # of the mean of 3 and 1: half of their difference
+    1.0
+    """
+    values = torch.tensor(left_out, dtype=torch.float64)
+    count = len(values)
+    return float(((count - 1) / count * (values - values.mean()).square().sum()).sqrt())
+
+
+def spread_words(num_groups: int) -> str:
+    return f"standard error, jackknife over {num_groups} groups of samples"
+
+
+def check_comparable(samples: Gaussian, reference: Gaussian) -> None:
+    """Refuse statistics of other features, or of other weights where both are known.
+
+    Raises:
+        InvalidArgumentError: If they are.
+    """
+    if samples.num_features != reference.num_features:
+        raise InvalidArgumentError(
+            f"the samples have {samples.num_features} features, the reference statistics "
+            f"{reference.num_features}; both must come from the same layer of the same network."
+        )
+    known = samples.extractor and reference.extractor
+    if known and samples.extractor != reference.extractor:
+        raise InvalidArgumentError(
+            f"the samples' features come from {samples.extractor}, the reference statistics from "
+            f"{reference.extractor}. Extract both with the same weights."
+        )
+
+
+def _distance(samples: Gaussian, reference: Gaussian, root: Tensor) -> float:
+    apart = samples.mean.double() - reference.mean.double()
+    covariance = samples.covariance.double()
+    product = root @ covariance @ root
+    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
+    crossed = eigenvalues.clamp(min=0).sqrt().sum()
+    value = apart @ apart + covariance.trace() + reference.covariance.double().trace() - 2 * crossed
+    return max(0.0, float(value))
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root
+
+
+def _check_size(metric: str, samples: Statistics, size: int, feature: str) -> None:
+    if samples.num_features != size:
+        raise InvalidArgumentError(
+            f"{metric} is measured on {size} features, got {samples.num_features}: give statistics "
+            f"of the feature '{feature}' of InceptionFeatures."
+        )

@@ -1,0 +1,86 @@
+"""What every metric of this family of files returns: a value that can be checked and compared."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import InvalidArgumentError
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """One measured value with all that is needed to compare it with another.
+
+    Args:
+        metric: For example ``"fid"``.
+        value: The measured value; finite.
+        spread: How far it would move if it were measured again; None if that is unknown.
+        spread_of: What the spread is, for example ``"standard error of the mean"``.
+        num_samples: From how many samples.
+        num_references: Against how many references; None if there are none, or if a file of
+            statistics does not say.
+        weights: Digest of the network's weights; None if no network was used.
+        unit: For example ``"nats"``; empty if the value has none.
+        protocol: How it was measured, in words.
+
+    Raises:
+        InvalidArgumentError: If the value or the spread is not finite.
+    """
+
+    metric: str
+    value: float
+    num_samples: int
+    unit: str
+    protocol: str
+    spread: float | None = None
+    spread_of: str | None = None
+    num_references: int | None = None
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("value", "spread"):
+            number = getattr(self, name)
+            if number is not None and not math.isfinite(number):
+                raise InvalidArgumentError(f"the {name} of {self.metric} is {number}, not finite.")
+
+    def __str__(self) -> str:
+        spread = "" if self.spread is None else f" ± {self.spread:.2g}"
+        unit = self.unit and f" {self.unit}"
+        return f"{self.metric} {self.value:.6g}{spread}{unit} (n = {self.num_samples})"
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name, as JSON has them."""
+        return asdict(self)
+
+
+def mean_result(
+    metric: str, values: Tensor, *, unit: str, protocol: str, weights: str | None = None
+) -> MetricResult:
+    """The mean over samples, with its standard error.
+
+    Raises:
+        InvalidArgumentError: If there is no value, or one is not finite.
+    """
+    values = values.detach().cpu().double()
+    if values.ndim != 1 or not len(values):
+        raise InvalidArgumentError(
+            f"{metric} needs one value a sample and at least 1 sample, got {list(values.shape)}."
+        )
+    if not values.isfinite().all():
+        sample = int((~values.isfinite()).nonzero()[0])
+        raise InvalidArgumentError(f"{metric} of sample {sample} is {values[sample].item()}.")
+    several = len(values) > 1
+    return MetricResult(
+        metric,
+        float(values.mean()),
+        num_samples=len(values),
+        unit=unit,
+        protocol=protocol,
+        spread=float(values.std() / math.sqrt(len(values))) if several else None,
+        spread_of="standard error of the mean over samples" if several else None,
+        weights=weights,
+    )
