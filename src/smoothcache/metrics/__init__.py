@@ -21,6 +21,8 @@ from .images import read_images
 from .inception import InceptionFeatures
 from .inception_score import InceptionScore, inception_score
 from .kid import kid
+from .lpips import Lpips, lpips
+from .perceptual import EfficientNetFeatures, perceptual_distance
 from .precision_recall import precision_recall
 from .result import MetricResult
 from .statistics import Gaussian, Statistics, load_reference, save_reference
@@ -28,11 +30,13 @@ from .video import motion_error, psnr_per_frame, ssim_per_frame, temporal_consis
 from .weights import MissingWeightsError
 
 __all__ = [
+    "EfficientNetFeatures",
     "FeatureExtractor",
     "Features",
     "Gaussian",
     "InceptionFeatures",
     "InceptionScore",
+    "Lpips",
     "MetricResult",
     "MissingWeightsError",
     "Statistics",
@@ -52,8 +56,10 @@ __all__ = [
     "load_reference",
     "log_mel",
     "log_spectral_distance",
+    "lpips",
     "motion_error",
     "multi_resolution_stft_distance",
+    "perceptual_distance",
     "precision_recall",
     "psnr",
     "psnr_per_frame",
