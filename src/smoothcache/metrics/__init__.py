@@ -7,6 +7,8 @@ from .audio import (
     multi_resolution_stft_distance,
     signal_to_noise_ratio,
 )
+from .clip import ClipEncoder, clip_score, cmmd, pick_score
+from .dinov2 import DinoFeatures
 from .distribution import attribute_accuracy, class_accuracy, frechet_distance
 from .features import (
     FeatureExtractor,
@@ -30,6 +32,8 @@ from .video import motion_error, psnr_per_frame, ssim_per_frame, temporal_consis
 from .weights import MissingWeightsError
 
 __all__ = [
+    "ClipEncoder",
+    "DinoFeatures",
     "EfficientNetFeatures",
     "FeatureExtractor",
     "Features",
@@ -42,6 +46,8 @@ __all__ = [
     "Statistics",
     "attribute_accuracy",
     "class_accuracy",
+    "clip_score",
+    "cmmd",
     "extract",
     "extract_batches",
     "fd_dinov2",
@@ -60,6 +66,7 @@ __all__ = [
     "motion_error",
     "multi_resolution_stft_distance",
     "perceptual_distance",
+    "pick_score",
     "precision_recall",
     "psnr",
     "psnr_per_frame",

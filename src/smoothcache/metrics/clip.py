@@ -1,0 +1,224 @@
+"""Metrics by CLIP: how well images show their prompts, and CMMD between sets of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from .._optional import optional_module
+from ..errors import InvalidArgumentError
+from .features import check_images
+from .kid import gaussian_mmd, mmd_spread_words
+from .result import MetricResult, mean_result
+from .weights import pretrained, weights_digest
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ClipEncoder:
+    """A CLIP model of transformers.
+
+    As a ``FeatureExtractor`` it has one feature, ``embedding``: that of images resized to a square
+    without a crop, scaled to length 1, as CMMD takes them.
+
+    Args:
+        model: A ``CLIPModel``.
+        tokenizer: Its tokenizer; None if no texts are encoded.
+        name: What to call it in results.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, *, name: str = "CLIP") -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.digest = weights_digest(model)
+
+    @classmethod
+    def load(
+        cls,
+        source: str = "openai/clip-vit-large-patch14",
+        *,
+        device: torch.device | str = "cpu",
+        local_files_only: bool = False,
+    ) -> ClipEncoder:
+        """Load a model and its tokenizer.
+
+        Args:
+            source: A folder, or a name on the Hugging Face hub. CMMD is defined with
+                ``openai/clip-vit-large-patch14-336``.
+            device: Where it runs.
+            local_files_only: Never ask the network.
+
+        Raises:
+            MissingPackageError: If transformers is not installed.
+            MissingWeightsError: If the weights are neither there nor to be downloaded.
+        """
+        transformers = optional_module("transformers", extra="evaluate")
+        model, tokenizer = (
+            pretrained(kind.from_pretrained, source, what="CLIP", local_files_only=local_files_only)
+            for kind in (transformers.CLIPModel, transformers.AutoTokenizer)
+        )
+        return cls(model.to(device), tokenizer, name=source)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"embedding": int(self.model.config.projection_dim)}
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Embeddings [images, size] of uint8 images [images, 3, height, width], uncropped."""
+        return {"embedding": self.images(images, crop=False)}
+
+    @torch.no_grad()
+    def images(self, images: Tensor, *, crop: bool = True) -> Tensor:
+        """Embeddings of length 1.
+
+        Args:
+            images: uint8, [images, 3, height, width].
+            crop: Whether to crop the middle square after resizing the shorter side, as CLIP's own
+                preparation does; otherwise the image is squeezed to a square.
+        """
+        check_images(images)
+        size = int(self.model.config.vision_config.image_size)
+        pixels = images.to(self.model.device).float()
+        height, width = pixels.shape[2:]
+        target = (size, size)
+        if crop:
+            short = min(height, width)
+            target = (height * size // short, width * size // short)
+        pixels = interpolate(pixels, target, mode="bicubic", antialias=True).round().clamp(0, 255)
+        top, left = (target[0] - size) // 2, (target[1] - size) // 2
+        pixels = pixels[:, :, top : top + size, left : left + size] / 255
+        mean, deviation = (
+            torch.tensor(x, device=pixels.device)[:, None, None] for x in (MEAN, DEVIATION)
+        )
+        pooled = self.model.vision_model((pixels - mean) / deviation).pooler_output
+        return _unit(self.model.visual_projection(pooled))
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings of length 1; [texts, size]. Texts longer than CLIP reads are cut."""
+        if self.tokenizer is None:
+            raise InvalidArgumentError("this CLIP encoder has no tokenizer, so it takes no texts.")
+        limit = int(self.model.config.text_config.max_position_embeddings)
+        tokens = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
+        ).to(self.model.device)
+        pooled = self.model.text_model(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+        ).pooler_output
+        return _unit(self.model.text_projection(pooled))
+
+
+def clip_score(
+    images: Tensor, prompts: Sequence[str], encoder: ClipEncoder, *, batch_size: int = 64
+) -> MetricResult:
+    """CLIP score: 100 times the cosine between image and prompt, no less than 0.
+
+    Args:
+        images: uint8, [images, 3, height, width].
+        prompts: One for each image.
+        encoder: The model. Scores of different models do not compare.
+        batch_size: How many images at a time.
+
+    Raises:
+        InvalidArgumentError: If there are not as many prompts as images.
+
+    Source: Hessel et al., "CLIPScore", arXiv 2104.08718, whose factor is 2.5; 100 is usual for
+        generated images.
+    """
+    cosines = _cosines(images, prompts, encoder, batch_size)
+    return mean_result(
+        "clip_score",
+        100 * cosines.clamp(min=0),
+        unit="",
+        protocol=f"{encoder.name}, shorter side resized (bicubic), middle crop",
+        weights=encoder.digest,
+    )
+
+
+def pick_score(
+    images: Tensor, prompts: Sequence[str], encoder: ClipEncoder, *, batch_size: int = 64
+) -> MetricResult:
+    """PickScore: the score, before the softmax, by which its model predicts what people prefer.
+
+    Args:
+        images: uint8, [images, 3, height, width].
+        prompts: One for each image.
+        encoder: ``ClipEncoder.load("yuvalkirstain/PickScore_v1")``.
+        batch_size: How many images at a time.
+
+    Raises:
+        InvalidArgumentError: If there are not as many prompts as images.
+
+    Source: Kirstain et al., "Pick-a-Pic", arXiv 2305.01569.
+    """
+    scale = encoder.model.logit_scale.exp().item()
+    return mean_result(
+        "pick_score",
+        scale * _cosines(images, prompts, encoder, batch_size),
+        unit="",
+        protocol=f"{encoder.name}, shorter side resized (bicubic), middle crop",
+        weights=encoder.digest,
+    )
+
+
+def cmmd(embeddings: Tensor, reference: Tensor, *, weights: str | None = None) -> MetricResult:
+    """CMMD: maximum mean discrepancy of CLIP embeddings, times 1000.
+
+    It assumes no Gaussian, and needs fewer samples than FID.
+
+    Args:
+        embeddings: Feature ``embedding`` of the samples by ``ClipEncoder``; [samples, size].
+        reference: Of real images, or of uncached samples; [references, size].
+        weights: Digest of the encoder.
+
+    Raises:
+        InvalidArgumentError: If the embeddings do not fit, or are not of length 1.
+
+    Source: Jayasumana et al., "Rethinking FID", arXiv 2401.09603: Gaussian kernel of width 10.
+    """
+    for name, values in (("embeddings", embeddings), ("reference", reference)):
+        if values.ndim == 2 and not torch.allclose(
+            values.double().norm(dim=1), values.new_ones(len(values)).double(), atol=1e-3
+        ):
+            raise InvalidArgumentError(f"{name} must have length 1, as ClipEncoder gives them.")
+    value, spread = gaussian_mmd(embeddings, reference, sigma=10)
+    return MetricResult(
+        "cmmd",
+        1000 * value,
+        num_samples=len(embeddings),
+        unit="",
+        protocol="Gaussian kernel of width 10, biased estimate, times 1000; images squeezed square",
+        spread=None if spread is None else 1000 * spread,
+        spread_of=None if spread is None else mmd_spread_words(len(embeddings)),
+        num_references=len(reference),
+        weights=weights,
+    )
+
+
+def _cosines(
+    images: Tensor, prompts: Sequence[str], encoder: ClipEncoder, batch_size: int
+) -> Tensor:
+    if len(images) != len(prompts):
+        raise InvalidArgumentError(
+            f"there are {len(images)} images and {len(prompts)} prompts; each image needs one."
+        )
+    return torch.cat(
+        [
+            (
+                encoder.images(images[start : start + batch_size])
+                * encoder.texts(prompts[start : start + batch_size])
+            ).sum(dim=1)
+            for start in range(0, len(images), batch_size)
+        ]
+    )
+
+
+def _unit(embeddings: Tensor) -> Tensor:
+    unit: Tensor = embeddings.float() / embeddings.float().norm(dim=1, keepdim=True)
+    return unit
