@@ -7,6 +7,7 @@ from .audio import (
     multi_resolution_stft_distance,
     signal_to_noise_ratio,
 )
+from .clap import ClapEncoder, clap_score
 from .clip import ClipEncoder, clip_score, cmmd, pick_score
 from .dinov2 import DinoFeatures
 from .distribution import attribute_accuracy, class_accuracy, frechet_distance
@@ -24,6 +25,8 @@ from .inception import InceptionFeatures
 from .inception_score import InceptionScore, inception_score
 from .kid import kid
 from .lpips import Lpips, lpips
+from .openl3 import OpenL3Embeddings, fd_openl3, openl3_statistics
+from .passt import PasstLabels, kl_passt
 from .perceptual import EfficientNetFeatures, perceptual_distance
 from .precision_recall import precision_recall
 from .result import MetricResult
@@ -32,6 +35,7 @@ from .video import motion_error, psnr_per_frame, ssim_per_frame, temporal_consis
 from .weights import MissingWeightsError
 
 __all__ = [
+    "ClapEncoder",
     "ClipEncoder",
     "DinoFeatures",
     "EfficientNetFeatures",
@@ -43,14 +47,18 @@ __all__ = [
     "Lpips",
     "MetricResult",
     "MissingWeightsError",
+    "OpenL3Embeddings",
+    "PasstLabels",
     "Statistics",
     "attribute_accuracy",
+    "clap_score",
     "class_accuracy",
     "clip_score",
     "cmmd",
     "extract",
     "extract_batches",
     "fd_dinov2",
+    "fd_openl3",
     "fid",
     "frechet_distance",
     "frechet_infinity",
@@ -58,6 +66,7 @@ __all__ = [
     "image_statistics",
     "inception_score",
     "kid",
+    "kl_passt",
     "label_divergence",
     "load_reference",
     "log_mel",
@@ -65,6 +74,7 @@ __all__ = [
     "lpips",
     "motion_error",
     "multi_resolution_stft_distance",
+    "openl3_statistics",
     "perceptual_distance",
     "pick_score",
     "precision_recall",

@@ -1,0 +1,127 @@
+"""KL-PaSST: do sounds carry the labels of their references?"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Sequence
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+
+from .._optional import optional_module
+from ..errors import InvalidArgumentError
+from .result import MetricResult, mean_result
+from .sound import check_as_many, mono
+from .weights import MissingWeightsError, weights_digest
+
+RATE = 32000
+WINDOW = 10 * RATE
+HOP = 5 * RATE
+URL = "https://github.com/kkoutini/PaSST/releases/download/v0.0.1-audioset/passt-s-f128-p16-s10-ap.476-swa.pt"
+
+
+class PasstLabels:
+    """PaSST: scores of AudioSet's 527 classes, of sounds of any length.
+
+    Args:
+        network: From waveforms [windows, 320000] at 32 kHz to scores [windows, classes].
+        digest: Of the weights; taken from the network if it is a module.
+        name: What to call it in results.
+        device: Where the network is.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[Tensor], Tensor],
+        *,
+        digest: str | None = None,
+        name: str = "PaSST",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.device = device
+        self.network = network
+        self.digest = weights_digest(network) if isinstance(network, nn.Module) else digest
+        self.name = name
+
+    @classmethod
+    def load(cls, *, device: torch.device | str = "cpu") -> PasstLabels:
+        """Load the network of hear21passt, with the weights that it downloads once.
+
+        Raises:
+            MissingPackageError: If hear21passt, or a package that it needs, is not installed.
+            MissingWeightsError: If the weights are neither there nor to be downloaded.
+        """
+        base = optional_module("hear21passt.base", extra="passt")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                network = base.get_basic_model(mode="logits")
+        except (URLError, OSError) as error:
+            folder = f"{torch.hub.get_dir()}/checkpoints"
+            raise MissingWeightsError(
+                f"the weights of PaSST could not be downloaded ({error}). Download {URL} on a "
+                f"machine with a network, and put it into '{folder}'."
+            ) from error
+        name = "PaSST passt_s_swa_p16_128_ap476"
+        return cls(network.to(device).eval(), name=name, device=device)
+
+    @torch.no_grad()
+    def __call__(self, waveform: Tensor, sampling_rate: int) -> Tensor:
+        """Scores [classes] of a sound [channels, samples]: the mean over windows of 10 s.
+
+        Windows begin every 5 s; the last one is filled with silence.
+        """
+        sound = mono(waveform, sampling_rate, rate=RATE)
+        starts = range(0, max(HOP, len(sound) - HOP), HOP)
+        windows = torch.zeros(len(starts), WINDOW)
+        for row, start in enumerate(starts):
+            part = sound[start : start + WINDOW]
+            windows[row, : len(part)] = part
+        # One at a time: 47 s of sound would be 9 windows of 320,000 values.
+        scores = [self.network(window[None].to(self.device))[0] for window in windows]
+        return torch.stack(scores).float().mean(dim=0).cpu()
+
+
+def kl_passt(
+    sounds: Sequence[Tensor],
+    references: Sequence[Tensor],
+    sampling_rate: int,
+    labels: PasstLabels,
+    *,
+    reference_rate: int | None = None,
+) -> MetricResult:
+    """Kullback-Leibler divergence of the labels of sounds from those of their references.
+
+    As in stable-audio-metrics: KL(sound || reference) of the softmax over classes, with 1e-6 added
+    to the reference.
+
+    Args:
+        sounds: [channels, samples] each; they may differ in length.
+        references: The real sound, or the uncached one, of each.
+        sampling_rate: Of the sounds, in Hz.
+        labels: The classifier.
+        reference_rate: Of the references; the same by default.
+
+    Raises:
+        InvalidArgumentError: If there are not as many references as sounds, or a sound is invalid.
+
+    Source: Koutini et al., arXiv 2110.05069; Evans et al., "Stable Audio Open", arXiv 2407.14358.
+    """
+    check_as_many("references", sounds, references)
+    divergences = []
+    for sound, reference in zip(sounds, references, strict=True):
+        ours = labels(sound, sampling_rate).double().log_softmax(dim=0)
+        theirs = labels(reference, reference_rate or sampling_rate).double().softmax(dim=0)
+        if ours.shape != theirs.shape:
+            raise InvalidArgumentError(
+                f"the labels differ in number: {len(ours)} and {len(theirs)} classes."
+            )
+        divergences.append((ours.exp() * (ours - (theirs + 1e-6).log())).sum())
+    return mean_result(
+        "kl_passt",
+        torch.stack(divergences),
+        unit="nats",
+        protocol=f"{labels.name}, windows of 10 s every 5 s, KL(sound || reference + 1e-6)",
+        weights=labels.digest,
+    )
