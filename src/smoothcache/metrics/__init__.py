@@ -11,6 +11,13 @@ from .clap import ClapEncoder, clap_score
 from .clip import ClipEncoder, clip_score, cmmd, pick_score
 from .dinov2 import DinoFeatures
 from .distribution import attribute_accuracy, class_accuracy, frechet_distance
+from .external import (
+    ExternalToolError,
+    preference_score,
+    vbench,
+    vbench_name,
+    vbench_total,
+)
 from .features import (
     FeatureExtractor,
     Features,
@@ -29,7 +36,7 @@ from .openl3 import OpenL3Embeddings, fd_openl3, openl3_statistics
 from .passt import PasstLabels, kl_passt
 from .perceptual import EfficientNetFeatures, perceptual_distance
 from .precision_recall import precision_recall
-from .result import MetricResult
+from .result import MetricResult, over_runs
 from .statistics import Gaussian, Statistics, load_reference, save_reference
 from .video import motion_error, psnr_per_frame, ssim_per_frame, temporal_consistency
 from .weights import MissingWeightsError
@@ -39,6 +46,7 @@ __all__ = [
     "ClipEncoder",
     "DinoFeatures",
     "EfficientNetFeatures",
+    "ExternalToolError",
     "FeatureExtractor",
     "Features",
     "Gaussian",
@@ -75,9 +83,11 @@ __all__ = [
     "motion_error",
     "multi_resolution_stft_distance",
     "openl3_statistics",
+    "over_runs",
     "perceptual_distance",
     "pick_score",
     "precision_recall",
+    "preference_score",
     "psnr",
     "psnr_per_frame",
     "read_images",
@@ -88,4 +98,7 @@ __all__ = [
     "ssim",
     "ssim_per_frame",
     "temporal_consistency",
+    "vbench",
+    "vbench_name",
+    "vbench_total",
 ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .._checks import listed
 from ..errors import InvalidArgumentError
 
 
@@ -83,4 +86,31 @@ def mean_result(
         spread=float(values.std() / math.sqrt(len(values))) if several else None,
         spread_of="standard error of the mean over samples" if several else None,
         weights=weights,
+    )
+
+
+def over_runs(results: Sequence[MetricResult]) -> MetricResult:
+    """One result of several runs of other seeds: the mean, and the standard deviation over runs.
+
+    Args:
+        results: Of the same metric, measured the same way.
+
+    Raises:
+        InvalidArgumentError: If there are fewer than two, or they are of other kinds.
+    """
+    if len(results) < 2:
+        raise InvalidArgumentError(f"a spread over runs needs at least 2 runs, got {len(results)}.")
+    for name in ("metric", "unit", "num_samples", "num_references", "weights"):
+        kinds = {getattr(result, name) for result in results}
+        if len(kinds) > 1:
+            raise InvalidArgumentError(
+                f"the runs differ in {name} ({listed(sorted(map(str, kinds)))}); their mean would "
+                "mean nothing."
+            )
+    values = torch.tensor([result.value for result in results], dtype=torch.float64)
+    return replace(
+        results[0],
+        value=float(values.mean()),
+        spread=float(values.std()),
+        spread_of=f"standard deviation over {len(results)} runs",
     )

@@ -1,0 +1,268 @@
+"""Metrics whose packages cannot live beside ours: run in an environment that the user names.
+
+VBench, ImageReward, HPS and VQAScore pin old libraries. Each gets an environment of its own; we
+hand over a folder, and read the JSON that comes back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from .._checks import check_count, listed
+from .._files import Value, parse_json
+from ..errors import FileFormatError, InvalidArgumentError, SmoothCacheError
+from .result import MetricResult, mean_result
+
+SCORERS = {
+    "image_reward": ("image-reward", "ImageReward-v1.0"),
+    "hps_v2": ("hpsv2", "HPS v2.1"),
+    "hps_v3": ("hpsv3", "HPSv3"),
+    "vqa_score": ("t2v-metrics", "clip-flant5-xxl"),
+}
+# Lowest and highest value that VBench's authors scale each dimension by, and its weight.
+QUALITY = {
+    "subject_consistency": (0.1462, 1.0, 1.0),
+    "background_consistency": (0.2615, 1.0, 1.0),
+    "temporal_flickering": (0.6293, 1.0, 1.0),
+    "motion_smoothness": (0.706, 0.9975, 1.0),
+    "aesthetic_quality": (0.0, 1.0, 1.0),
+    "imaging_quality": (0.0, 1.0, 1.0),
+    "dynamic_degree": (0.0, 1.0, 0.5),
+}
+SEMANTIC = {
+    "object_class": (0.0, 1.0, 1.0),
+    "multiple_objects": (0.0, 1.0, 1.0),
+    "human_action": (0.0, 1.0, 1.0),
+    "color": (0.0, 1.0, 1.0),
+    "spatial_relationship": (0.0, 1.0, 1.0),
+    "scene": (0.0, 0.8222, 1.0),
+    "appearance_style": (0.0009, 0.2855, 1.0),
+    "temporal_style": (0.0, 0.364, 1.0),
+    "overall_consistency": (0.0, 0.364, 1.0),
+}
+DIMENSIONS = (*QUALITY, *SEMANTIC)
+
+
+class ExternalToolError(SmoothCacheError, RuntimeError):
+    """A program in another environment failed, or wrote something else than it should."""
+
+
+def vbench_name(prompt: str, index: int, suffix: str = ".mp4") -> str:
+    """Name of a video in the folder that VBench reads: 5 videos of each prompt, 0 to 4.
+
+    Raises:
+        InvalidArgumentError: If the prompt cannot be part of a file's name.
+
+    >>> vbench_name("a cat", 0)
+    'a cat-0.mp4'
+    """
+    check_count("index", index, least=0)
+    if "/" in prompt or "\0" in prompt or not prompt:
+        raise InvalidArgumentError(
+            f"VBench names videos by their prompts, and {prompt!r} is no file name."
+        )
+    return f"{prompt}-{index}{suffix}"
+
+
+def vbench(
+    folder: str | os.PathLike[str],
+    *,
+    command: Sequence[str],
+    output: str | os.PathLike[str],
+    dimensions: Sequence[str] = DIMENSIONS,
+    timeout: float | None = None,
+) -> dict[str, MetricResult]:
+    """Run VBench on a folder of videos, one dimension after the other.
+
+    A dimension whose result is already in the output folder is not measured again.
+
+    Args:
+        folder: Videos, named as ``vbench_name`` does.
+        command: What runs VBench in its environment, for example
+            ``["/envs/vbench/bin/vbench", "evaluate"]``, with more options if they are needed.
+            ``--videos_path``, ``--dimension`` and ``--output_path`` are added.
+        output: Folder for VBench's results; made if it does not exist. Use one for each set of
+            videos.
+        dimensions: Which to measure.
+        timeout: Of each dimension, in seconds.
+
+    Returns:
+        Dimension -> score, between 0 and 1. The spread is the standard error over videos, where
+        the score is the mean over videos.
+
+    Raises:
+        InvalidArgumentError: If the folder holds nothing, or a dimension is unknown.
+        ExternalToolError: If VBench cannot be started, fails, or writes no result.
+        FileFormatError: If its result is not as expected.
+
+    Source: Huang et al., "VBench", arXiv 2311.17982.
+    """
+    videos = Path(folder)
+    if not videos.is_dir() or not any(videos.iterdir()):
+        raise InvalidArgumentError(f"'{folder}' is not a folder with videos.")
+    unknown = [x for x in dimensions if x not in DIMENSIONS]
+    if unknown:
+        raise InvalidArgumentError(
+            f"VBench has no dimension {listed(unknown)}; it has {listed(DIMENSIONS, 20)}."
+        )
+    results = {}
+    for dimension in dimensions:
+        target = Path(output) / dimension
+        target.mkdir(parents=True, exist_ok=True)
+        if not list(target.glob("*_eval_results.json")):
+            options = ["--videos_path", str(videos.resolve()), "--dimension", dimension]
+            options += ["--output_path", str(target.resolve())]
+            _run([*command, *options], what="VBench", timeout=timeout)
+        found = sorted(target.glob("*_eval_results.json"))
+        if not found:
+            raise ExternalToolError(
+                f"VBench ended without an error, but wrote no *_eval_results.json to '{target}'."
+            )
+        results[dimension] = _vbench_result(found[-1], dimension)
+    return results
+
+
+def vbench_total(results: Mapping[str, MetricResult]) -> MetricResult:
+    """VBench's total score in per cent, from all its 16 dimensions.
+
+    Each dimension is scaled by the bounds of VBench's authors. The quality score weighs 4, the
+    semantic score 1.
+
+    Raises:
+        InvalidArgumentError: If a dimension is missing.
+    """
+    missing = [x for x in DIMENSIONS if x not in results]
+    if missing:
+        raise InvalidArgumentError(
+            f"the total score needs all {len(DIMENSIONS)} dimensions; there is no "
+            f"{listed(missing, 20)}."
+        )
+
+    def part(bounds: Mapping[str, tuple[float, float, float]]) -> float:
+        scaled = [
+            weight * (results[name].value - low) / (high - low)
+            for name, (low, high, weight) in bounds.items()
+        ]
+        return sum(scaled) / sum(weight for _, _, weight in bounds.values())
+
+    quality, semantic = part(QUALITY), part(SEMANTIC)
+    return MetricResult(
+        "vbench_total",
+        100 * (4 * quality + semantic) / 5,
+        num_samples=max(x.num_samples for x in results.values()),
+        unit="%",
+        protocol=f"quality {100 * quality:.2f} %, semantic {100 * semantic:.2f} %, weights 4 and 1",
+    )
+
+
+def preference_score(
+    images: Sequence[str | os.PathLike[str]],
+    prompts: Sequence[str],
+    *,
+    scorer: str,
+    python: str | os.PathLike[str],
+    timeout: float | None = None,
+) -> MetricResult:
+    """Score of images by a network that knows what people prefer.
+
+    Args:
+        images: Files of pictures.
+        prompts: One for each.
+        scorer: ``"image_reward"``, ``"hps_v2"``, ``"hps_v3"`` or ``"vqa_score"``.
+        python: The interpreter of an environment in which the scorer's package is installed:
+            image-reward, hpsv2, hpsv3 or t2v-metrics.
+        timeout: In seconds.
+
+    Raises:
+        InvalidArgumentError: If the scorer is unknown, a file is missing, or there are not as many
+            prompts as images.
+        ExternalToolError: If the interpreter cannot be started, or the scorer fails.
+        FileFormatError: If its result is not as expected.
+    """
+    if scorer not in SCORERS:
+        raise InvalidArgumentError(f"there is no scorer {scorer!r}; there are {listed(SCORERS)}.")
+    if len(images) != len(prompts) or not images:
+        raise InvalidArgumentError(
+            f"there are {len(images)} images and {len(prompts)} prompts; each image needs one."
+        )
+    missing = [str(x) for x in images if not Path(x).is_file()]
+    if missing:
+        raise InvalidArgumentError(f"there is no picture {listed(missing)}.")
+    package, version = SCORERS[scorer]
+    with tempfile.TemporaryDirectory() as folder:
+        request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+        asked = {"images": [str(Path(x).resolve()) for x in images], "prompts": list(prompts)}
+        request.write_text(json.dumps(asked), encoding="utf-8")
+        script = Path(__file__).with_name("scorer.py")
+        command = [str(python), str(script), scorer, str(request), str(answer)]
+        _run(command, what=f"{scorer} (package {package})", timeout=timeout)
+        if not answer.is_file():
+            raise ExternalToolError(f"{scorer} ended without an error, but wrote no scores.")
+        fields = parse_json(answer.read_bytes(), str(answer)).fields("scores", "version")
+    scores = fields["scores"].list_of(Value.number)
+    if len(scores) != len(images):
+        raise FileFormatError(f"{scorer} gave {len(scores)} scores of {len(images)} images.")
+    return mean_result(
+        scorer,
+        torch.tensor(scores, dtype=torch.float64),
+        unit="",
+        protocol=f"{version}, {package} {fields['version'].text()}",
+    )
+
+
+def _vbench_result(path: Path, dimension: str) -> MetricResult:
+    entries = parse_json(path.read_bytes(), str(path)).entries()
+    if dimension not in entries:
+        raise FileFormatError(
+            f"{path}: no result of '{dimension}'; there is {listed(entries)}. Delete the file to "
+            "measure again."
+        )
+    parts = entries[dimension].items()
+    if len(parts) != 2:
+        raise entries[dimension].error("expected a score and a list of videos")
+    score = parts[0].number()
+    videos = [video.entries().get("video_results") for video in parts[1].items()]
+    single = [
+        float(x.raw)
+        for x in videos
+        if x is not None and isinstance(x.raw, int | float)  # bool as well: dynamic or not
+    ]
+    spread = None
+    if len(single) == len(videos) > 1:
+        measured = mean_result(dimension, torch.tensor(single), unit="", protocol="")
+        # Some dimensions are no mean over videos, or another unit: their spread is unknown.
+        if abs(measured.value - score) <= 1e-3 * abs(score):
+            spread = measured.spread
+    return MetricResult(
+        f"vbench_{dimension}",
+        score,
+        num_samples=len(videos),
+        unit="",
+        protocol="VBench",
+        spread=spread,
+        spread_of=None if spread is None else "standard error of the mean over videos",
+    )
+
+
+def _run(command: Sequence[str], *, what: str, timeout: float | None) -> None:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, errors="replace", check=False
+        )
+    except OSError as error:
+        raise ExternalToolError(
+            f"{what} could not be started: {error}. Name a program in the environment in which it "
+            f"is installed; this was {command[0]!r}."
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise ExternalToolError(f"{what} took longer than {timeout} s and was ended.") from error
+    if done.returncode:
+        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+        raise ExternalToolError(f"{what} failed with exit status {done.returncode}:\n{tail}")
