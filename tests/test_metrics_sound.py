@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smoothcache._optional import MissingPackageError
-from smoothcache.errors import InvalidArgumentError
+from smoothcache.errors import FileFormatError, InvalidArgumentError
 from smoothcache.metrics import (
     ClapEncoder,
     MissingWeightsError,
@@ -124,6 +125,19 @@ def test_openl3_windows_and_channels() -> None:
     assert len(embeddings(sound[:, :2000], 48000)) == 1
 
 
+@pytest.mark.filterwarnings("ignore")  # of its own
+def test_openl3_loads_torchopenl3s_network(tmp_path: Path) -> None:
+    reason = "torchopenl3 is not installed: its network is not loaded"
+    models = pytest.importorskip("torchopenl3.models", reason=reason)
+    network = models.PytorchOpenl3(content_type="env", input_repr="mel256", embedding_size=512)
+    torch.save(network.state_dict(), tmp_path / "random.pth")
+    embeddings = OpenL3Embeddings.load("env", tmp_path / "random.pth")
+    assert embeddings(noise(1, 44100, seed=0, channels=2), 44100).shape == (2, 1024)
+    with pytest.raises(FileFormatError, match="not the weights of OpenL3"):
+        torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+        OpenL3Embeddings.load("env", tmp_path / "other.pth")
+
+
 @pytest.mark.filterwarnings("ignore::smoothcache.errors.SmoothCacheWarning")
 def test_fd_openl3_tells_sounds_apart() -> None:
     embeddings = OpenL3Embeddings(Bands(512), content="env")
@@ -159,6 +173,21 @@ def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingWeightsError, match="hf download none/such"):
         pytest.importorskip("transformers")
         ClapEncoder.load("none/such", local_files_only=True)
+
+
+def test_passt_beside_a_torchvision_of_another_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hear21passt").mkdir()
+    (tmp_path / "hear21passt" / "__init__.py").touch()
+    source = "raise RuntimeError('operator torchvision::nms does not exist')"
+    (tmp_path / "hear21passt" / "base.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("hear21passt", "hear21passt.base"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(MissingPackageError, match=r"nms does not exist.*belong to torch"):
+        PasstLabels.load()
+    monkeypatch.delitem(sys.modules, "hear21passt", raising=False)
 
 
 def test_passt_without_a_network_says_where_to_put_the_weights(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..errors import InvalidArgumentError
+from .features import check_pair
 from .frechet import gaussian_distance
 from .statistics import Statistics
 
@@ -35,13 +36,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
         >>> round(frechet_distance(features + 3, features), 6)
         18.0
     """
-    _check_features("features", features)
-    _check_features("reference", reference)
-    if features.shape[1] != reference.shape[1]:
-        raise InvalidArgumentError(
-            f"features have {features.shape[1]} columns, their reference {reference.shape[1]}; "
-            "both must come from the same network."
-        )
+    check_pair(features, reference)
     gaussians = []
     for values in (features, reference):
         statistics = Statistics(features.shape[1], num_groups=1)
@@ -114,13 +109,3 @@ def attribute_accuracy(
             f"{', '.join(labels)}."
         )
     return {name: class_accuracy(scores, labels[name]) for name, scores in logits.items()}
-
-
-def _check_features(name: str, features: Tensor) -> None:
-    if features.ndim != 2 or features.shape[0] < 2 or features.shape[1] < 1:
-        raise InvalidArgumentError(
-            f"{name} must be [samples, features] with at least 2 samples, "
-            f"got {list(features.shape)}."
-        )
-    if not features.is_floating_point() or not features.isfinite().all():
-        raise InvalidArgumentError(f"{name} must be finite numbers of floating point.")

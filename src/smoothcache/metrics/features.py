@@ -189,6 +189,21 @@ def check_images(images: Tensor) -> None:
         )
 
 
+def check_pair(features: Tensor, reference: Tensor) -> None:
+    """Refuse sets of features that do not fit each other.
+
+    Raises:
+        InvalidArgumentError: If they do not.
+    """
+    _check_features("features", features)
+    _check_features("reference", reference)
+    if features.shape[1] != reference.shape[1]:
+        raise InvalidArgumentError(
+            f"features have {features.shape[1]} columns, their reference {reference.shape[1]}; "
+            "both must come from the same network."
+        )
+
+
 def _sizes(features: Features) -> str:
     return ", ".join(f"{name} of {x.shape[1]}" for name, x in sorted(features.values.items()))
 
@@ -212,3 +227,13 @@ def _load(path: str | os.PathLike[str]) -> Features:
             )
     values = {name.removeprefix("value."): x for name, x in tensors.items()}
     return Features(values, indices, metadata["extractor"])
+
+
+def _check_features(name: str, features: Tensor) -> None:
+    if features.ndim != 2 or features.shape[0] < 2 or features.shape[1] < 1:
+        raise InvalidArgumentError(
+            f"{name} must be [samples, features] with at least 2 samples, "
+            f"got {list(features.shape)}."
+        )
+    if not features.is_floating_point() or not features.isfinite().all():
+        raise InvalidArgumentError(f"{name} must be finite numbers of floating point.")

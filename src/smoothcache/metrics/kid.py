@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._checks import check_count
 from ..errors import InvalidArgumentError
-from .distribution import _check_features
+from .features import check_pair
 from .frechet import jackknife_error, spread_words
 from .result import MetricResult
 
@@ -135,21 +135,6 @@ def gaussian_mmd(
 
 def mmd_spread_words(num_samples: int, num_groups: int = 10) -> str:
     return spread_words(min(num_groups, num_samples))
-
-
-def check_pair(features: Tensor, reference: Tensor) -> None:
-    """Refuse sets of features that do not fit each other.
-
-    Raises:
-        InvalidArgumentError: If they do not.
-    """
-    _check_features("features", features)
-    _check_features("reference", reference)
-    if features.shape[1] != reference.shape[1]:
-        raise InvalidArgumentError(
-            f"features have {features.shape[1]} columns, their reference {reference.shape[1]}; "
-            "both must come from the same network."
-        )
 
 
 def _unbiased(x: Tensor, y: Tensor) -> float:

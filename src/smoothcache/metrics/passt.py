@@ -10,7 +10,7 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
-from .._optional import optional_module
+from .._optional import MissingPackageError, optional_module
 from ..errors import InvalidArgumentError
 from .result import MetricResult, mean_result
 from .sound import check_as_many, mono
@@ -53,7 +53,13 @@ class PasstLabels:
             MissingPackageError: If hear21passt, or a package that it needs, is not installed.
             MissingWeightsError: If the weights are neither there nor to be downloaded.
         """
-        base = optional_module("hear21passt.base", extra="passt")
+        try:
+            base = optional_module("hear21passt.base", extra="passt")
+        except (RuntimeError, OSError, AttributeError) as error:
+            raise MissingPackageError(
+                f"hear21passt is installed, but does not load ({error}). Install the torchvision "
+                f"and the torchaudio that belong to torch {torch.__version__}."
+            ) from error
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 network = base.get_basic_model(mode="logits")

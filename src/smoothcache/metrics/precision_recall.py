@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._checks import check_count
 from ..errors import InvalidArgumentError
-from .distribution import _check_features
+from .features import check_pair
 from .result import MetricResult
 
 BLOCK = 2048  # rows and columns of distances that are held at a time
@@ -48,18 +48,13 @@ def precision_recall(
         [0.625, 0.625]
     """
     neighbours = check_count("neighbours", neighbours, least=1)
+    check_pair(features, reference)
     for name, values in (("features", features), ("reference", reference)):
-        _check_features(name, values)
         if len(values) <= neighbours:
             raise InvalidArgumentError(
                 f"{neighbours} neighbours need more than {neighbours} samples on both sides; "
                 f"{name} has {len(values)}."
             )
-    if features.shape[1] != reference.shape[1]:
-        raise InvalidArgumentError(
-            f"features have {features.shape[1]} columns, their reference {reference.shape[1]}; "
-            "both must come from the same network."
-        )
     origin = reference.double().mean(dim=0)  # distances are exact near the origin
     samples, references = features.double() - origin, reference.double() - origin
     inside_reference = _inside(samples, references, _radii(references, neighbours))
