@@ -63,6 +63,16 @@ def test_vbench_is_run_and_read(tmp_path: Path, videos: Path) -> None:
     assert (tmp_path / "program.log").read_text().split() == asked  # not measured again
 
 
+def test_vbench_results_of_other_videos_are_refused(tmp_path: Path, videos: Path) -> None:
+    command = program(tmp_path, STAND_IN)
+    vbench(videos, command=command, output=tmp_path / "out", dimensions=["scene"])
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / vbench_name("a dog", 0)).touch()
+    with pytest.raises(FileFormatError, match=r"other videos.*'a cat-0\.mp4'"):
+        output = tmp_path / "out"
+        vbench(tmp_path / "others", command=command, output=output, dimensions=["scene"])
+
+
 def test_vbench_total_weighs_its_dimensions() -> None:
     def results(**changed: float) -> dict[str, MetricResult]:
         top = {"motion_smoothness": 0.9975, "scene": 0.8222, "appearance_style": 0.2855}

@@ -19,10 +19,13 @@ from smoothcache.metrics import (
     Features,
     InceptionFeatures,
     MissingWeightsError,
+    adm_evaluation,
     extract,
     fid,
+    frechet_distance,
     image_statistics,
     inception_score,
+    precision_recall,
     read_images,
     sfid,
 )
@@ -233,6 +236,7 @@ def test_spatial_features_are_seven_channels_in_the_order_of_tensorflow(
     torch.testing.assert_close(features["logits"], features["pool"] @ weight.T)
 
 
+@pytest.mark.filterwarnings("ignore::smoothcache.errors.SmoothCacheWarning")
 def test_adm_metrics_from_images_to_results(inception: InceptionFeatures) -> None:
     ours, theirs = (
         image_statistics(pictures(6, 16, seed).split(3), inception, ["spatial"], num_groups=1)
@@ -245,6 +249,56 @@ def test_adm_metrics_from_images_to_results(inception: InceptionFeatures) -> Non
         fid(ours["spatial"], theirs["spatial"].gaussian())
     logits = inception(pictures(4, size=16))["logits"]
     assert 1 <= inception_score(logits, split_size=4).value <= 4
+
+
+class Small:
+    """An extractor with the names of Inception's features, and small ones."""
+
+    name = "small"
+    digest = "sha256:5"
+    sizes: Mapping[str, int] = {"pool": 4, "spatial": 3, "logits": 5}
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        values = images.float().flatten(1)[:, :5] / 64
+        return {"pool": values[:, :4], "spatial": values[:, :3], "logits": values}
+
+
+def test_adm_evaluation_is_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smoothcache.metrics.frechet._check_size", lambda *_: None)
+    samples, real = pictures(40), pictures(30, seed=1)
+    made = image_statistics([real], Small(), ["pool", "spatial"])
+    gaussians = {name: x.gaussian() for name, x in made.items()}
+    arrays = {"mu": gaussians["pool"].mean, "sigma": gaussians["pool"].covariance}
+    arrays |= {"mu_s": gaussians["spatial"].mean, "sigma_s": gaussians["spatial"].covariance}
+    write_npz(tmp_path / "ref.npz", real, **{k: v.numpy() for k, v in arrays.items()})
+    batches = samples.split(9)
+    results = adm_evaluation(batches, tmp_path / "ref.npz", Small(), split_size=20)
+    assert list(results) == ["fid", "sfid", "inception_score", "precision", "recall"]
+    assert {x.weights for x in results.values()} == {"sha256:5"}
+    features = Small()(samples)
+    for metric, name in (("fid", "pool"), ("sfid", "spatial")):
+        expected = frechet_distance(features[name], Small()(real)[name])
+        assert results[metric].value == pytest.approx(expected, rel=1e-6)
+        assert results[metric].spread is not None
+    expected = inception_score(features["logits"], split_size=20).value
+    assert results["inception_score"].value == pytest.approx(expected)
+    both = precision_recall(features["pool"], Small()(real)["pool"])
+    assert [results[x.metric].value for x in both] == [x.value for x in both]
+    one = adm_evaluation(batches, tmp_path / "ref.npz", Small(), metrics=["sfid"])
+    assert one == {"sfid": results["sfid"]}
+
+
+def test_adm_evaluation_refuses_before_it_runs(tmp_path: Path) -> None:
+    write_npz(tmp_path / "images.npz", pictures(3))
+    untouched = iter([pictures(3)])
+    with pytest.raises(FileFormatError, match="no array mu and sigma"):
+        adm_evaluation(untouched, tmp_path / "images.npz", Small())
+    with pytest.raises(InvalidArgumentError, match="no 'kid'"):
+        adm_evaluation(untouched, tmp_path / "images.npz", Small(), metrics=["kid"])
+    assert len(list(untouched)) == 1
+    for metrics in (["precision"], ["inception_score"]):
+        with pytest.raises(InvalidArgumentError):
+            adm_evaluation([], tmp_path / "images.npz", Small(), metrics=metrics)
 
 
 def test_inception_weights_that_are_no_weights(tmp_path: Path) -> None:

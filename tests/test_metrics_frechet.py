@@ -22,7 +22,7 @@ from smoothcache.metrics import (
     save_reference,
     sfid,
 )
-from smoothcache.metrics.frechet import frechet
+from smoothcache.metrics.frechet import frechet_from_statistics
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -149,11 +149,24 @@ def test_spread_is_that_of_repeated_runs() -> None:
     results = []
     for seed in range(30):
         statistics = collected(normal(400, 4, seed=seed) * 1.5 + 0.5, num_groups=10)
-        results.append(frechet("fd", statistics, reference, protocol="", weights=None))
+        results.append(
+            frechet_from_statistics("fd", statistics, reference, protocol="", weights=None)
+        )
     repeated = torch.tensor([x.value for x in results]).std()
     mean_spread = torch.tensor([x.spread for x in results]).mean()
     assert 0.7 < mean_spread / repeated < 1.4
     assert "jackknife over 10" in str(results[0].spread_of)
+
+
+def test_results_carry_the_weights_of_their_statistics() -> None:
+    statistics = Statistics(3, extractor="net (sha256:0a)")
+    statistics.update(normal(30, 3))
+    result = frechet_from_statistics("fd", statistics, gaussian(normal(30, 3)), protocol="")
+    assert result.weights == "sha256:0a"
+    unknown = collected(normal(30, 3))
+    assert (
+        frechet_from_statistics("fd", unknown, statistics.gaussian(), protocol="").weights is None
+    )
 
 
 def test_infinity_is_below_the_biased_value_and_near_the_truth() -> None:
@@ -180,10 +193,14 @@ def test_fid_names_sizes_and_warns_of_few_samples() -> None:
         sfid(collected(normal(9, 5)), gaussian(normal(9, 5)))
     few = collected(normal(9, 12), num_groups=1)
     with pytest.warns(SmoothCacheWarning, match="singular"):
-        result = frechet("fd", few, gaussian(normal(30, 12)), protocol="", weights="sha256:0")
+        result = frechet_from_statistics(
+            "fd", few, gaussian(normal(30, 12)), protocol="", weights="sha256:0"
+        )
     assert result.to_json()["num_samples"] == 9 and result.spread is None
     with pytest.raises(InvalidArgumentError, match="at least 2 samples"):
-        frechet("fd", collected(normal(1, 3)), gaussian(normal(9, 3)), protocol="", weights=None)
+        frechet_from_statistics(
+            "fd", collected(normal(1, 3)), gaussian(normal(9, 3)), protocol="", weights=None
+        )
 
 
 def test_other_features_or_weights_are_refused() -> None:

@@ -1,5 +1,6 @@
 """How good samples are: beside the uncached ones, and as a set. One family a file."""
 
+from .adm import adm_evaluation
 from .audio import (
     label_divergence,
     log_mel,
@@ -26,7 +27,14 @@ from .features import (
     image_statistics,
 )
 from .fidelity import psnr, relative_error, ssim
-from .frechet import fd_dinov2, fid, frechet_infinity, gaussian_distance, sfid
+from .frechet import (
+    fd_dinov2,
+    fid,
+    frechet_from_statistics,
+    frechet_infinity,
+    gaussian_distance,
+    sfid,
+)
 from .images import read_images
 from .inception import InceptionFeatures
 from .inception_score import InceptionScore, inception_score
@@ -58,6 +66,7 @@ __all__ = [
     "OpenL3Embeddings",
     "PasstLabels",
     "Statistics",
+    "adm_evaluation",
     "attribute_accuracy",
     "clap_score",
     "class_accuracy",
@@ -69,6 +78,7 @@ __all__ = [
     "fd_openl3",
     "fid",
     "frechet_distance",
+    "frechet_from_statistics",
     "frechet_infinity",
     "gaussian_distance",
     "image_statistics",

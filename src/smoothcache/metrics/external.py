@@ -125,7 +125,7 @@ def vbench(
             raise ExternalToolError(
                 f"VBench ended without an error, but wrote no *_eval_results.json to '{target}'."
             )
-        results[dimension] = _vbench_result(found[-1], dimension)
+        results[dimension] = _vbench_result(found[-1], dimension, videos)
     return results
 
 
@@ -217,7 +217,7 @@ def preference_score(
     )
 
 
-def _vbench_result(path: Path, dimension: str) -> MetricResult:
+def _vbench_result(path: Path, dimension: str, folder: Path) -> MetricResult:
     entries = parse_json(path.read_bytes(), str(path)).entries()
     if dimension not in entries:
         raise FileFormatError(
@@ -228,7 +228,15 @@ def _vbench_result(path: Path, dimension: str) -> MetricResult:
     if len(parts) != 2:
         raise entries[dimension].error("expected a score and a list of videos")
     score = parts[0].number()
-    videos = [video.entries().get("video_results") for video in parts[1].items()]
+    measured_on = [video.entries() for video in parts[1].items()]
+    paths = [x["video_path"].text() for x in measured_on if "video_path" in x]
+    others = sorted({Path(x).name for x in paths} - {x.name for x in folder.iterdir()})
+    if others:
+        raise FileFormatError(
+            f"{path}: the result is of other videos, which '{folder}' does not hold: "
+            f"{listed(others)}. Use one output folder for each set of videos."
+        )
+    videos = [x.get("video_results") for x in measured_on]
     single = [
         float(x.raw)
         for x in videos

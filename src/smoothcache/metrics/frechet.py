@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import numpy as np
@@ -38,8 +39,13 @@ def gaussian_distance(samples: Gaussian, reference: Gaussian) -> float:
     return _distance(samples, reference, _root(reference.covariance.double()))
 
 
-def frechet(
-    metric: str, samples: Statistics, reference: Gaussian, *, protocol: str, weights: str | None
+def frechet_from_statistics(
+    metric: str,
+    samples: Statistics,
+    reference: Gaussian,
+    *,
+    protocol: str,
+    weights: str | None = None,
 ) -> MetricResult:
     """Frechet distance from streamed statistics, with its spread.
 
@@ -52,7 +58,7 @@ def frechet(
         samples: Of the samples.
         reference: Of real data, or of uncached samples.
         protocol: How the features were made.
-        weights: Digest of the network.
+        weights: Digest of the network; by default that which the statistics carry.
 
     Raises:
         InvalidArgumentError: If the two do not belong together, or there are too few samples.
@@ -88,7 +94,7 @@ def frechet(
         spread=spread,
         spread_of=spread_words(num_groups) if spread is not None else None,
         num_references=reference.count,
-        weights=weights,
+        weights=weights or _digest(samples.extractor),
     )
 
 
@@ -105,7 +111,7 @@ def fid(samples: Statistics, reference: Gaussian, *, weights: str | None = None)
     """
     _check_size("fid", samples, 2048, "pool")
     protocol = "Inception v3 (TensorFlow 2015), pool_3, 2048 features"
-    return frechet("fid", samples, reference, protocol=protocol, weights=weights)
+    return frechet_from_statistics("fid", samples, reference, protocol=protocol, weights=weights)
 
 
 def sfid(samples: Statistics, reference: Gaussian, *, weights: str | None = None) -> MetricResult:
@@ -123,7 +129,7 @@ def sfid(samples: Statistics, reference: Gaussian, *, weights: str | None = None
     """
     _check_size("sfid", samples, 2023, "spatial")
     protocol = "Inception v3 (TensorFlow 2015), mixed_6/conv, first 7 channels, 17 x 17 x 7 values"
-    return frechet("sfid", samples, reference, protocol=protocol, weights=weights)
+    return frechet_from_statistics("sfid", samples, reference, protocol=protocol, weights=weights)
 
 
 def fd_dinov2(
@@ -142,7 +148,9 @@ def fd_dinov2(
     Source: Stein et al., arXiv 2306.04675.
     """
     protocol = "DINOv2, class token, bicubic to 224 x 224, ImageNet mean and deviation"
-    return frechet("fd_dinov2", samples, reference, protocol=protocol, weights=weights)
+    return frechet_from_statistics(
+        "fd_dinov2", samples, reference, protocol=protocol, weights=weights
+    )
 
 
 def frechet_infinity(
@@ -254,6 +262,16 @@ def _root(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return root
+
+
+def _digest(extractor: str | None) -> str | None:
+    """The digest in the description of an extractor.
+
+    >>> _digest("net (sha256:12)")
+    'sha256:12'
+    """
+    found = re.search(r"\((sha256:\w+)\)$", extractor or "")
+    return found and found[1]
 
 
 def _check_size(metric: str, samples: Statistics, size: int, feature: str) -> None:

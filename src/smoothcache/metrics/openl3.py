@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from .._optional import MissingPackageError
 from ..errors import InvalidArgumentError
-from .frechet import frechet
+from .frechet import frechet_from_statistics
 from .result import MetricResult
 from .sound import at_peak, checked, resampled
 from .statistics import Gaussian, Statistics
@@ -162,4 +162,6 @@ def fd_openl3(
         "OpenL3 mel256, 512 features a channel, left and right joined, windows of 1 s every 0.5 s, "
         "peak at -1 dB, bandwidth of 44.1 kHz"
     )
-    return frechet("fd_openl3", samples, reference, protocol=protocol, weights=weights)
+    return frechet_from_statistics(
+        "fd_openl3", samples, reference, protocol=protocol, weights=weights
+    )
