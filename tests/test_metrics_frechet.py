@@ -169,6 +169,21 @@ def test_results_carry_the_weights_of_their_statistics() -> None:
     )
 
 
+def test_empty_groups_do_not_shrink_the_spread() -> None:
+    features, reference = normal(60, 3), gaussian(normal(90, 3, seed=1))
+    spreads = []
+    for num_groups in (3, 10):
+        statistics = Statistics(3, num_groups=num_groups)
+        statistics.update(features, torch.arange(60) % 3)  # windows of three sounds
+        result = frechet_from_statistics("fd", statistics, reference, protocol="")
+        assert "over 3 groups" in str(result.spread_of)
+        spreads.append(result.spread)
+    assert spreads[0] == pytest.approx(spreads[1])
+    alone = Statistics(3)
+    alone.update(features, torch.zeros(60, dtype=torch.long))
+    assert frechet_from_statistics("fd", alone, reference, protocol="").spread is None
+
+
 def test_infinity_is_below_the_biased_value_and_near_the_truth() -> None:
     reference = Gaussian(torch.zeros(10).double(), torch.eye(10).double())
     features = normal(2000, 10) + 0.1  # truth: 10 * 0.01

@@ -78,12 +78,10 @@ def frechet_from_statistics(
         )
     root = _root(reference.covariance.double())
     spread = None
-    num_groups = samples.num_groups
-    if num_groups > 1 and samples.count >= 2 * num_groups:
-        left = [
-            _distance(samples.gaussian(without=group), reference, root)
-            for group in range(num_groups)
-        ]
+    counts = samples.group_counts
+    groups = [group for group, count in enumerate(counts) if count]
+    if len(groups) > 1 and samples.count - max(counts) >= 2:
+        left = [_distance(samples.gaussian(without=group), reference, root) for group in groups]
         spread = jackknife_error(left)
     return MetricResult(
         metric,
@@ -92,7 +90,7 @@ def frechet_from_statistics(
         unit=UNIT,
         protocol=protocol,
         spread=spread,
-        spread_of=spread_words(num_groups) if spread is not None else None,
+        spread_of=spread_words(len(groups)) if spread is not None else None,
         num_references=reference.count,
         weights=weights or _digest(samples.extractor),
     )

@@ -99,6 +99,12 @@ class Statistics:
         """How many samples came so far."""
         return sum(self._counts) + sum(len(features) for features, _ in self._pending)
 
+    @property
+    def group_counts(self) -> tuple[int, ...]:
+        """How many samples each group has."""
+        self._flush()
+        return tuple(self._counts)
+
     def update(self, features: Tensor, indices: Tensor | None = None) -> None:
         """Take in a batch.
 
