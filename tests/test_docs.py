@@ -33,7 +33,15 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 def test_all_pages_are_seen() -> None:
     assert [page.stem for page in PAGES] == [
         *("README", "audio", "command-line", "concepts", "errors", "extending", "file-formats"),
-        *("living-with-other-tools", "models", "quick-start", "speed", "video", "which-method"),
+        *(
+            "living-with-other-tools",
+            "metrics",
+            "models",
+            "quick-start",
+            "speed",
+            "video",
+            "which-method",
+        ),
         "your-own-model",
     ]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .._checks import listed
+from ..checks import listed
 from ..errors import InvalidArgumentError
 from .features import FeatureExtractor, describe, extract, extract_batches
 from .frechet import fid, sfid

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._optional import optional_module
+from ..optional import optional_module
 from .result import MetricResult, mean_result
 from .sound import check_as_many, mono
 from .weights import pretrained, weights_digest

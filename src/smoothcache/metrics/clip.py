@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .._optional import optional_module
 from ..errors import InvalidArgumentError
+from ..optional import optional_module
 from .features import check_images
 from .kid import gaussian_mmd, mmd_spread_words
 from .result import MetricResult, mean_result

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .._optional import optional_module
+from ..optional import optional_module
 from .features import check_images
 from .weights import pretrained, weights_digest
 

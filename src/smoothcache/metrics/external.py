@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from .._checks import check_count, listed
-from .._files import Value, parse_json
+from ..checks import check_count, listed
 from ..errors import FileFormatError, InvalidArgumentError, SmoothCacheError
+from ..files.document import Value, parse_json
 from .result import MetricResult, mean_result
 
 SCORERS = {

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .._checks import listed
-from .._files import write_atomically
+from ..checks import listed
 from ..errors import FileFormatError, InvalidArgumentError
+from ..files.document import write_atomically
 from .statistics import Statistics
 
 FORMAT = "smoothcache-features-1"

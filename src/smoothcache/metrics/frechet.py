@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_count
+from ..checks import check_count
 from ..errors import InvalidArgumentError, SmoothCacheWarning
 from .result import MetricResult
 from .statistics import Gaussian, Statistics

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_count
-from .._optional import optional_module
+from ..checks import check_count
 from ..errors import FileFormatError, InvalidArgumentError
+from ..optional import optional_module
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

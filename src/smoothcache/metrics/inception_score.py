@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import check_count, listed
+from ..checks import check_count, listed
 from ..errors import InvalidArgumentError
 from .result import MetricResult
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_count
+from ..checks import check_count
 from ..errors import InvalidArgumentError
 from .features import check_pair
 from .frechet import jackknife_error, spread_words

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .._optional import MissingPackageError
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, MissingPackageError
+from ..version import how_to_install
 from .fidelity import _check_pair
 from .result import MetricResult, mean_result
 from .weights import fill, load_weights, weights_digest, weights_file
@@ -164,7 +164,7 @@ def _packaged_heads(network: Network) -> Path:
             if path.is_file():
                 return path
     raise MissingPackageError(
-        "This needs torchmetrics, which is not installed: pip install 'smoothcache[metrics]'"
+        f"This needs torchmetrics, which is not installed: {how_to_install('metrics')}"
     )
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .._optional import MissingPackageError
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, MissingPackageError
 from .frechet import frechet_from_statistics
 from .result import MetricResult
 from .sound import at_peak, checked, resampled

@@ -10,8 +10,8 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
-from .._optional import MissingPackageError, optional_module
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, MissingPackageError
+from ..optional import optional_module
 from .result import MetricResult, mean_result
 from .sound import check_as_many, mono
 from .weights import MissingWeightsError, weights_digest

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
-from .._optional import optional_module
 from ..errors import InvalidArgumentError
+from ..optional import optional_module
 from .fidelity import _check_pair
 from .weights import fill, load_weights, weights_digest
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import check_count
+from ..checks import check_count
 from ..errors import InvalidArgumentError
 from .features import check_pair
 from .result import MetricResult

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import listed
+from ..checks import listed
 from ..errors import InvalidArgumentError
 
 

@@ -8,9 +8,9 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from .._checks import check_count
-from .._optional import optional_module
+from ..checks import check_count
 from ..errors import InvalidArgumentError
+from ..optional import optional_module
 
 PEAK = 10 ** (-1 / 20)  # -1 dB of full scale, as stable-audio-metrics scales all sounds
 

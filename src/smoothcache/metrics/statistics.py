@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .._checks import check_count
-from .._files import write_atomically
+from ..checks import check_count
 from ..errors import FileFormatError, InvalidArgumentError
+from ..files.document import write_atomically
 
 FORMAT = "smoothcache-statistics-1"
 

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .._files import write_atomically
 from ..errors import FileFormatError, SmoothCacheError
+from ..files.document import write_atomically
 
 T = TypeVar("T")
 

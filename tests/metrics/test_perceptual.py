@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d, max_pool2d
 
-from smoothcache._optional import MissingPackageError
-from smoothcache.errors import FileFormatError, InvalidArgumentError
+from smoothcache.errors import FileFormatError, InvalidArgumentError, MissingPackageError
 from smoothcache.metrics import (
     EfficientNetFeatures,
     Lpips,

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smoothcache._optional import MissingPackageError
-from smoothcache.errors import FileFormatError, InvalidArgumentError
+from smoothcache.errors import FileFormatError, InvalidArgumentError, MissingPackageError
 from smoothcache.metrics import (
     ClipEncoder,
     DinoFeatures,
