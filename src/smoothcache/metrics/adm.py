@@ -50,6 +50,25 @@ def adm_evaluation(
         InvalidArgumentError: If a metric is unknown, or there are too few images for one.
 
     Source: Dhariwal and Nichol, "Diffusion models beat GANs on image synthesis", arXiv 2105.05233.
+
+    Example:
+        Made-up features take the place of Inception's, whose weights are published.
+
+        >>> import tempfile
+        >>> import numpy as np
+        >>> import torch
+        >>> class Colours:
+        ...     name, digest, sizes = "mean colour", "", {"pool": 3, "spatial": 3, "logits": 3}
+        ...
+        ...     def __call__(self, images):
+        ...         return dict.fromkeys(self.sizes, images.float().mean(dim=(2, 3)))
+        >>> images = torch.randint(256, (8, 3, 4, 4)).to(torch.uint8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     reference = f"{folder}/reference.npz"
+        ...     np.savez(reference, arr_0=images.permute(0, 2, 3, 1).numpy())
+        ...     results = adm_evaluation([images], reference, Colours(), metrics=["precision"])
+        >>> print(results["precision"])
+        precision 1 ± 0 (n = 8)
     """
     unknown = [x for x in metrics if x not in METRICS]
     if unknown or not metrics:

@@ -51,6 +51,9 @@ class ClapEncoder:
             device: Where it runs.
             local_files_only: Never ask the network.
 
+        Returns:
+            The encoder.
+
         Raises:
             MissingPackageError: If transformers is not installed.
             MissingWeightsError: If the weights are neither there nor to be downloaded.
@@ -72,6 +75,13 @@ class ClapEncoder:
 
         Of a sound longer than the model's 10 s, it takes parts at random; they are the same in
         every call.
+
+        Args:
+            waveform: [channels, samples] or [samples].
+            sampling_rate: In Hz.
+
+        Returns:
+            [size], of length 1.
         """
         rate = int(self.feature_extractor.sampling_rate)
         sound = mono(waveform, sampling_rate, rate=rate)
@@ -85,7 +95,14 @@ class ClapEncoder:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings [texts, size] of length 1."""
+        """Embeddings [texts, size] of length 1.
+
+        Args:
+            texts: For example prompts; what is longer than CLAP reads is cut.
+
+        Returns:
+            [texts, size].
+        """
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=77, return_tensors="pt"
         ).to(self.model.device)
@@ -106,11 +123,28 @@ def clap_score(
         prompts: One for each sound.
         encoder: The model. Scores of different checkpoints do not compare.
 
+    Returns:
+        The mean cosine, with its standard error over sounds.
+
     Raises:
         InvalidArgumentError: If there are not as many prompts as sounds, or a sound is not valid.
 
     Source: Wu et al., arXiv 2211.06687; prepared as in stable-audio-metrics: mono, 48 kHz, peak at
         -1 dB, 16 bits.
+
+    Example:
+        A made-up encoder takes the place of CLAP, whose weights are published.
+
+        >>> from types import SimpleNamespace
+        >>> import torch
+        >>> encoder = SimpleNamespace(
+        ...     sound=lambda waveform, sampling_rate: torch.tensor([1.0, 0.0]),
+        ...     texts=lambda texts: torch.tensor([[0.6, 0.8]]),
+        ...     name="made up",
+        ...     digest=None,
+        ... )
+        >>> print(clap_score([torch.zeros(1, 48000)], 48000, ["rain"], encoder))
+        clap_score 0.6 (n = 1)
     """
     check_as_many("prompts", sounds, prompts)
     cosines = [

@@ -54,6 +54,9 @@ class ClipEncoder:
             device: Where it runs.
             local_files_only: Never ask the network.
 
+        Returns:
+            The encoder.
+
         Raises:
             MissingPackageError: If transformers is not installed.
             MissingWeightsError: If the weights are neither there nor to be downloaded.
@@ -67,6 +70,7 @@ class ClipEncoder:
 
     @property
     def sizes(self) -> dict[str, int]:
+        """Name of the feature -> length of its vector."""
         return {"embedding": int(self.model.config.projection_dim)}
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
@@ -81,6 +85,12 @@ class ClipEncoder:
             images: uint8, [images, 3, height, width].
             crop: Whether to crop the middle square after resizing the shorter side, as CLIP's own
                 preparation does; otherwise the image is squeezed to a square.
+
+        Returns:
+            [images, size].
+
+        Raises:
+            InvalidArgumentError: If the images are not as described.
         """
         check_images(images)
         size = int(self.model.config.vision_config.image_size)
@@ -101,7 +111,17 @@ class ClipEncoder:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings of length 1; [texts, size]. Texts longer than CLIP reads are cut."""
+        """Embeddings of length 1; [texts, size]. Texts longer than CLIP reads are cut.
+
+        Args:
+            texts: For example prompts.
+
+        Returns:
+            [texts, size].
+
+        Raises:
+            InvalidArgumentError: If the encoder has no tokenizer.
+        """
         if self.tokenizer is None:
             raise InvalidArgumentError("this CLIP encoder has no tokenizer, so it takes no texts.")
         limit = int(self.model.config.text_config.max_position_embeddings)
@@ -125,11 +145,29 @@ def clip_score(
         encoder: The model. Scores of different models do not compare.
         batch_size: How many images at a time.
 
+    Returns:
+        The mean score, with its standard error over images.
+
     Raises:
         InvalidArgumentError: If there are not as many prompts as images.
 
     Source: Hessel et al., "CLIPScore", arXiv 2104.08718, whose factor is 2.5; 100 is usual for
         generated images.
+
+    Example:
+        A made-up encoder takes the place of CLIP, whose weights are published.
+
+        >>> from types import SimpleNamespace
+        >>> import torch
+        >>> encoder = SimpleNamespace(
+        ...     images=lambda images: torch.tensor([[1.0, 0.0]]),
+        ...     texts=lambda texts: torch.tensor([[0.6, 0.8]]),
+        ...     name="made up",
+        ...     digest=None,
+        ... )
+        >>> images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+        >>> print(clip_score(images, ["a cat"], encoder))
+        clip_score 60 (n = 1)
     """
     cosines = _cosines(images, prompts, encoder, batch_size)
     return mean_result(
@@ -152,10 +190,29 @@ def pick_score(
         encoder: ``ClipEncoder.load("yuvalkirstain/PickScore_v1")``.
         batch_size: How many images at a time.
 
+    Returns:
+        The mean score, with its standard error over images.
+
     Raises:
         InvalidArgumentError: If there are not as many prompts as images.
 
     Source: Kirstain et al., "Pick-a-Pic", arXiv 2305.01569.
+
+    Example:
+        A made-up encoder takes the place of PickScore's model, whose weights are published.
+
+        >>> from types import SimpleNamespace
+        >>> import torch
+        >>> encoder = SimpleNamespace(
+        ...     images=lambda images: torch.tensor([[1.0, 0.0]]),
+        ...     texts=lambda texts: torch.tensor([[0.6, 0.8]]),
+        ...     model=SimpleNamespace(logit_scale=torch.tensor(100.0).log()),
+        ...     name="made up",
+        ...     digest=None,
+        ... )
+        >>> images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+        >>> print(pick_score(images, ["a cat"], encoder))
+        pick_score 60 (n = 1)
     """
     scale = encoder.model.logit_scale.exp().item()
     return mean_result(
@@ -177,10 +234,19 @@ def cmmd(embeddings: Tensor, reference: Tensor, *, weights: str | None = None) -
         reference: Of real images, or of uncached samples; [references, size].
         weights: Digest of the encoder.
 
+    Returns:
+        The distance, with the standard error of the jackknife over groups of samples.
+
     Raises:
         InvalidArgumentError: If the embeddings do not fit, or are not of length 1.
 
     Source: Jayasumana et al., "Rethinking FID", arXiv 2401.09603: Gaussian kernel of width 10.
+
+    Example:
+        >>> import torch
+        >>> across, up = torch.eye(2)
+        >>> print(cmmd(across.repeat(20, 1), up.repeat(20, 1)))
+        cmmd 19.9003 ± 0 (n = 20)
     """
     for name, values in (("embeddings", embeddings), ("reference", reference)):
         if values.ndim == 2 and not torch.allclose(

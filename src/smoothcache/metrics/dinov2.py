@@ -47,6 +47,9 @@ class DinoFeatures:
             device: Where it runs.
             local_files_only: Never ask the network.
 
+        Returns:
+            The extractor.
+
         Raises:
             MissingPackageError: If transformers is not installed.
             MissingWeightsError: If the weights are neither there nor to be downloaded.
@@ -62,6 +65,7 @@ class DinoFeatures:
 
     @property
     def sizes(self) -> dict[str, int]:
+        """Name of the feature -> length of its vector."""
         return {"class_token": int(self.model.config.hidden_size)}
 
     @torch.no_grad()

@@ -57,11 +57,20 @@ class ExternalToolError(SmoothCacheError, RuntimeError):
 def vbench_name(prompt: str, index: int, suffix: str = ".mp4") -> str:
     """Name of a video in the folder that VBench reads: 5 videos of each prompt, 0 to 4.
 
+    Args:
+        prompt: As in VBench's list of prompts.
+        index: The number of the video among those of the prompt.
+        suffix: Of the file.
+
+    Returns:
+        The name, without a folder.
+
     Raises:
         InvalidArgumentError: If the prompt cannot be part of a file's name.
 
-    >>> vbench_name("a cat", 0)
-    'a cat-0.mp4'
+    Example:
+        >>> vbench_name("a cat", 0)
+        'a cat-0.mp4'
     """
     check_count("index", index, least=0)
     if "/" in prompt or "\0" in prompt or not prompt:
@@ -103,6 +112,13 @@ def vbench(
         FileFormatError: If its result is not as expected.
 
     Source: Huang et al., "VBench", arXiv 2311.17982.
+
+    Example:
+        VBench downloads published weights, so this example is not run as a test.
+
+        >>> results = vbench(  # doctest: +SKIP
+        ...     "videos", command=["/envs/vbench/bin/vbench", "evaluate"], output="vbench-results"
+        ... )
     """
     videos = Path(folder)
     if not videos.is_dir() or not any(videos.iterdir()):
@@ -135,8 +151,22 @@ def vbench_total(results: Mapping[str, MetricResult]) -> MetricResult:
     Each dimension is scaled by the bounds of VBench's authors. The quality score weighs 4, the
     semantic score 1.
 
+    Args:
+        results: Of ``vbench``; dimension -> score.
+
+    Returns:
+        The total score. The quality and the semantic score are in its protocol.
+
     Raises:
         InvalidArgumentError: If a dimension is missing.
+
+    Example:
+        >>> best = {
+        ...     name: MetricResult(name, high, num_samples=5, unit="", protocol="VBench")
+        ...     for name, (_, high, _) in {**QUALITY, **SEMANTIC}.items()
+        ... }
+        >>> print(vbench_total(best))
+        vbench_total 100 % (n = 5)
     """
     missing = [x for x in DIMENSIONS if x not in results]
     if missing:
@@ -180,11 +210,21 @@ def preference_score(
             image-reward, hpsv2, hpsv3 or t2v-metrics.
         timeout: In seconds.
 
+    Returns:
+        The mean score, with its standard error over images.
+
     Raises:
         InvalidArgumentError: If the scorer is unknown, a file is missing, or there are not as many
             prompts as images.
         ExternalToolError: If the interpreter cannot be started, or the scorer fails.
         FileFormatError: If its result is not as expected.
+
+    Example:
+        Scorers download published weights, so this example is not run as a test.
+
+        >>> result = preference_score(  # doctest: +SKIP
+        ...     ["cat.png"], ["a cat"], scorer="hps_v2", python="/envs/hps/bin/python"
+        ... )
     """
     if scorer not in SCORERS:
         raise InvalidArgumentError(f"there is no scorer {scorer!r}; there are {listed(SCORERS)}.")

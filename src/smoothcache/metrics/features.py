@@ -54,7 +54,11 @@ class Features:
     extractor: str
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write them to a .safetensors file."""
+        """Write them to a .safetensors file.
+
+        Args:
+            path: The file.
+        """
         tensors = {f"value.{name}": x.contiguous() for name, x in self.values.items()}
         metadata = {"format": FORMAT, "extractor": self.extractor}
         write_atomically(path, save({**tensors, "indices": self.indices}, metadata))
@@ -63,7 +67,14 @@ class Features:
     def load(cls, *paths: str | os.PathLike[str]) -> Features:
         """Read files of features and join them, ordered by sample.
 
+        Args:
+            paths: The files, for example one of each process.
+
+        Returns:
+            The features of all samples.
+
         Raises:
+            InvalidArgumentError: If no file is given.
             FileFormatError: If a file is damaged, comes from another network or has other features
                 than the first, or a sample comes twice.
         """
@@ -105,8 +116,22 @@ def extract(
         extractor: The network.
         indices: The number of each image among all samples; by default 0, 1, ...
 
+    Returns:
+        The features, on the CPU.
+
     Raises:
         InvalidArgumentError: If there is no image, or the indices are not as many and rising.
+
+    Example:
+        >>> import torch
+        >>> class Colours:  # a made-up extractor
+        ...     name, digest, sizes = "mean colour", "", {"colour": 3}
+        ...
+        ...     def __call__(self, images):
+        ...         return {"colour": images.float().mean(dim=(2, 3))}
+        >>> black = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+        >>> extract([black, black], Colours()).values["colour"].shape
+        torch.Size([4, 3])
     """
     parts = list(extract_batches(batches, extractor))
     if not parts:
@@ -124,8 +149,26 @@ def extract_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Features on the CPU, batch by batch.
 
+    Args:
+        batches: uint8 images [images, 3, height, width], for example from ``read_images``.
+        extractor: The network.
+
+    Yields:
+        Features [images, size] of a batch, by name.
+
     Raises:
         InvalidArgumentError: If the images are not as described, or a feature is not finite.
+
+    Example:
+        >>> import torch
+        >>> class Colours:  # a made-up extractor
+        ...     name, digest, sizes = "mean colour", "", {"colour": 3}
+        ...
+        ...     def __call__(self, images):
+        ...         return {"colour": images.float().mean(dim=(2, 3))}
+        >>> black = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+        >>> [len(features["colour"]) for features in extract_batches([black, black], Colours())]
+        [2, 2]
     """
     done = 0
     for images in batches:
@@ -156,8 +199,23 @@ def image_statistics(
         names: Which of its features.
         num_groups: As of ``Statistics``; 1 if no spread is wanted.
 
+    Returns:
+        Feature -> statistics.
+
     Raises:
         InvalidArgumentError: If a feature is unknown, or the images are not as described.
+
+    Example:
+        >>> import torch
+        >>> class Colours:  # a made-up extractor
+        ...     name, digest, sizes = "mean colour", "", {"colour": 3}
+        ...
+        ...     def __call__(self, images):
+        ...         return {"colour": images.float().mean(dim=(2, 3))}
+        >>> black = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+        >>> statistics = image_statistics([black, black + 2], Colours(), ["colour"], num_groups=1)
+        >>> statistics["colour"].gaussian().mean.tolist()
+        [1.0, 1.0, 1.0]
     """
     unknown = [name for name in names if name not in extractor.sizes]
     if unknown:

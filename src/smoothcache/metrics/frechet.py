@@ -24,6 +24,13 @@ def gaussian_distance(samples: Gaussian, reference: Gaussian) -> float:
     square roots of the eigenvalues of ``C2^(1/2) C1 C2^(1/2)``, which is symmetric: no complex
     number appears, and a singular covariance is no special case.
 
+    Args:
+        samples: Of the samples.
+        reference: Of real data, or of uncached samples.
+
+    Returns:
+        The distance; at least 0.
+
     Raises:
         InvalidArgumentError: If the two have other features, or come from other weights.
 
@@ -60,11 +67,25 @@ def frechet_from_statistics(
         protocol: How the features were made.
         weights: Digest of the network; by default that which the statistics carry.
 
+    Returns:
+        The distance and its spread. The spread is None if there is one group.
+
     Raises:
         InvalidArgumentError: If the two do not belong together, or there are too few samples.
 
     Warns:
         SmoothCacheWarning: If there are no more samples than features.
+
+    Example:
+        >>> import torch
+        >>> samples = Statistics(2)
+        >>> samples.update(torch.randn(100, 2))
+        >>> mean, covariance = samples.gaussian().mean, samples.gaussian().covariance
+        >>> result = frechet_from_statistics(
+        ...     "colour", samples, Gaussian(mean + 2, covariance), protocol="mean colours"
+        ... )
+        >>> round(result.value, 6)  # (2 - 0)^2 for each of 2 features
+        8.0
     """
     whole = samples.gaussian()
     check_comparable(whole, reference)
@@ -104,8 +125,26 @@ def fid(samples: Statistics, reference: Gaussian, *, weights: str | None = None)
         reference: For example ``load_reference("VIRTUAL_imagenet256_labeled.npz")``.
         weights: Digest of the network.
 
+    Returns:
+        The distance, with the standard error of the jackknife over groups of samples.
+
     Raises:
         InvalidArgumentError: If the features are others, or too few.
+
+    Example:
+        It needs Inception's published weights, so this example is not run as a test.
+
+        >>> from smoothcache.metrics import (
+        ...     InceptionFeatures,
+        ...     image_statistics,
+        ...     load_reference,
+        ...     read_images,
+        ... )
+        >>> made = image_statistics(  # doctest: +SKIP
+        ...     read_images("samples"), InceptionFeatures(), ["pool"]
+        ... )
+        >>> reference = load_reference("VIRTUAL_imagenet256_labeled.npz")  # doctest: +SKIP
+        >>> result = fid(made["pool"], reference)  # doctest: +SKIP
     """
     _check_size("fid", samples, 2048, "pool")
     protocol = "Inception v3 (TensorFlow 2015), pool_3, 2048 features"
@@ -120,10 +159,29 @@ def sfid(samples: Statistics, reference: Gaussian, *, weights: str | None = None
         reference: For example ``load_reference("VIRTUAL_imagenet256_labeled.npz", "spatial")``.
         weights: Digest of the network.
 
+    Returns:
+        The distance, with the standard error of the jackknife over groups of samples.
+
     Raises:
         InvalidArgumentError: If the features are others, or too few.
 
     Source: Nash et al., "Generating images with sparse representations", arXiv 2103.03841.
+
+    Example:
+        It needs Inception's published weights, so this example is not run as a test.
+
+        >>> from smoothcache.metrics import (
+        ...     InceptionFeatures,
+        ...     image_statistics,
+        ...     load_reference,
+        ...     read_images,
+        ... )
+        >>> made = image_statistics(  # doctest: +SKIP
+        ...     read_images("samples"), InceptionFeatures(), ["spatial"]
+        ... )
+        >>> file = "VIRTUAL_imagenet256_labeled.npz"
+        >>> reference = load_reference(file, "spatial")  # doctest: +SKIP
+        >>> result = sfid(made["spatial"], reference)  # doctest: +SKIP
     """
     _check_size("sfid", samples, 2023, "spatial")
     protocol = "Inception v3 (TensorFlow 2015), mixed_6/conv, first 7 channels, 17 x 17 x 7 values"
@@ -140,10 +198,24 @@ def fd_dinov2(
         reference: Of the same network; there are no published statistics.
         weights: Digest of the network.
 
+    Returns:
+        The distance, with the standard error of the jackknife over groups of samples.
+
     Raises:
         InvalidArgumentError: If the two do not belong together, or there are too few samples.
 
     Source: Stein et al., arXiv 2306.04675.
+
+    Example:
+        Random features take the place of DINOv2's, whose weights are published.
+
+        >>> import torch
+        >>> samples = Statistics(2)
+        >>> samples.update(torch.randn(100, 2))
+        >>> mean, covariance = samples.gaussian().mean, samples.gaussian().covariance
+        >>> result = fd_dinov2(samples, Gaussian(mean + 2, covariance))
+        >>> round(result.value, 6)  # (2 - 0)^2 for each of 2 features
+        8.0
     """
     protocol = "DINOv2, class token, bicubic to 224 x 224, ImageNet mean and deviation"
     return frechet_from_statistics(
@@ -170,11 +242,22 @@ def frechet_infinity(
         seed: Of the random subsets.
         weights: Digest of the network.
 
+    Returns:
+        The distance at 1 / n = 0, with the standard error of the line's intercept. It can be
+        negative.
+
     Raises:
         InvalidArgumentError: If there are too few samples for so many points.
 
     Source: Chong and Forsyth, "Effectively unbiased FID", arXiv 1911.07023. They draw quasi-random
         noise for the samples as well; here only subsets are drawn.
+
+    Example:
+        >>> import torch
+        >>> features = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)) + 3
+        >>> reference = Gaussian(torch.zeros(2).double(), torch.eye(2).double())
+        >>> round(frechet_infinity(features, reference).value)  # 3^2 for each of 2 features
+        18
     """
     check_count("num_points", num_points, least=3)
     count, num_features = features.shape

@@ -33,6 +33,14 @@ def read_images(path: str | os.PathLike[str], *, batch_size: int = 64) -> Iterat
     Raises:
         FileFormatError: If there are no images, or a file is damaged or of another kind.
         InvalidArgumentError: If the path does not exist.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(f"{folder}/samples.npz", arr_0=np.zeros((5, 8, 8, 3), dtype=np.uint8))
+        ...     [len(images) for images in read_images(folder, batch_size=2)]
+        [2, 2, 1]
     """
     check_count("batch_size", batch_size, least=1)
     source = Path(path)

@@ -51,6 +51,7 @@ class InceptionFeatures:
 
     @property
     def sizes(self) -> dict[str, int]:
+        """Name of a feature -> length of its vector."""
         return {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS, "logits": 1008}
 
     @torch.no_grad()

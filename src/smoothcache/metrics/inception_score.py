@@ -68,6 +68,9 @@ class InceptionScore:
     def merge(self, other: InceptionScore) -> None:
         """Take in what another process collected from other samples.
 
+        Args:
+            other: Of the same classes and splits.
+
         Raises:
             InvalidArgumentError: If the other has other classes or splits.
         """
@@ -83,6 +86,12 @@ class InceptionScore:
 
     def result(self, *, weights: str | None = None) -> MetricResult:
         """The mean over splits, and their standard deviation.
+
+        Args:
+            weights: Digest of the network.
+
+        Returns:
+            The score; its spread is the standard deviation of the splits.
 
         Raises:
             InvalidArgumentError: If there is no full split, or one is not full.
@@ -121,6 +130,14 @@ def inception_score(
     logits: Tensor, *, split_size: int = 5000, weights: str | None = None
 ) -> MetricResult:
     """Inception Score of class scores [samples, classes]; see ``InceptionScore``.
+
+    Args:
+        logits: Scores of classes, before the softmax; [samples, classes].
+        split_size: How many samples a split has.
+        weights: Digest of the network.
+
+    Returns:
+        The mean over splits, and their standard deviation.
 
     Raises:
         InvalidArgumentError: If there are too few samples, or the logits are not as described.

@@ -43,6 +43,13 @@ def kid(
         InvalidArgumentError: If features do not fit, or a set is smaller than a subset.
 
     Source: Binkowski et al., "Demystifying MMD GANs", arXiv 1801.01401.
+
+    Example:
+        >>> import torch
+        >>> reference = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+        >>> result = kid(reference + 1, reference, num_subsets=10, subset_size=50)
+        >>> result.value > 2 * result.spread
+        True
     """
     check_count("num_subsets", num_subsets, least=1)
     check_count("subset_size", subset_size, least=2)

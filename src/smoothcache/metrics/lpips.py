@@ -85,7 +85,15 @@ class Lpips(nn.Module):
         self.digest = weights_digest(self)
 
     def forward(self, images: Tensor, reference: Tensor) -> Tensor:
-        """One value an image, of images in [0, 1]; [batch]."""
+        """One value an image, of images in [0, 1]; [batch].
+
+        Args:
+            images: Values in [0, 1]; [batch, 3, height, width].
+            reference: The same shape.
+
+        Returns:
+            [batch].
+        """
         total = torch.zeros(len(images), device=images.device)
         taps = zip(self._taps(images), self._taps(reference), self.heads, strict=True)
         for ours, theirs, head in taps:
@@ -113,8 +121,18 @@ def lpips(images: Tensor, reference: Tensor, network: Lpips) -> MetricResult:
         reference: The same shape.
         network: The network.
 
+    Returns:
+        The mean distance, with its standard error over images.
+
     Raises:
         InvalidArgumentError: If the images are not as described.
+
+    Example:
+        The network's published weights are downloaded, so this example is not run as a test.
+
+        >>> import torch
+        >>> images = torch.rand(2, 3, 64, 64)
+        >>> result = lpips(0.9 * images, images, Lpips("alex"))  # doctest: +SKIP
     """
     images, reference = _check_pair(images, reference)
     if images.shape[1] != 3 or min(images.shape[2:]) < 32:

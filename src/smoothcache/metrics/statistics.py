@@ -56,6 +56,7 @@ class Gaussian:
 
     @property
     def num_features(self) -> int:
+        """Length of a feature vector."""
         return len(self.mean)
 
 
@@ -137,6 +138,9 @@ class Statistics:
     def merge(self, other: Statistics) -> None:
         """Take in what another process collected from other samples.
 
+        Args:
+            other: Of the same features, groups and weights.
+
         Raises:
             InvalidArgumentError: If the other has other features, groups or weights.
         """
@@ -153,6 +157,12 @@ class Statistics:
 
     def gaussian(self, *, without: int | None = None) -> Gaussian:
         """Mean and unbiased covariance of all samples, or of all but one group.
+
+        Args:
+            without: The group to leave out; None for all samples.
+
+        Returns:
+            The Gaussian, in double precision.
 
         Raises:
             InvalidArgumentError: If fewer than two samples are left.
@@ -173,7 +183,11 @@ class Statistics:
         return Gaussian(mean, (covariance + covariance.T) / 2, count, self.extractor)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write them to a .safetensors file, so that another process can merge them."""
+        """Write them to a .safetensors file, so that another process can merge them.
+
+        Args:
+            path: The file.
+        """
         self._flush()
         tensors = {
             "counts": torch.tensor(self._counts),
@@ -186,6 +200,12 @@ class Statistics:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
         """Read what ``save`` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The statistics. They take in further batches as well.
 
         Raises:
             FileFormatError: If the file is damaged, or of another kind.
@@ -241,6 +261,17 @@ def save_reference(path: str | os.PathLike[str], **gaussians: Gaussian) -> None:
         path: The file.
         gaussians: ``pool`` is written as ``mu`` and ``sigma``, ``spatial`` as ``mu_s`` and
             ``sigma_s``; any other name as ``mu_NAME`` and ``sigma_NAME``.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> import torch
+        >>> gaussian = Gaussian(torch.ones(2).double(), torch.eye(2).double(), count=100)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_reference(f"{folder}/real.npz", pool=gaussian)
+        ...     with np.load(f"{folder}/real.npz") as file:
+        ...         sorted(file.files)
+        ['count', 'mu', 'sigma']
     """
     arrays: dict[str, np.ndarray] = {}
     for name, gaussian in gaussians.items():
@@ -267,8 +298,20 @@ def load_reference(path: str | os.PathLike[str], name: str = "pool") -> Gaussian
         name: ``"pool"`` for FID (``mu``, ``sigma``), ``"spatial"`` for sFID (``mu_s``,
             ``sigma_s``), or the name that ``save_reference`` was given.
 
+    Returns:
+        The statistics, with count and extractor where the file has them.
+
     Raises:
         FileFormatError: If the file is damaged, lacks the arrays, or they do not fit.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> gaussian = Gaussian(torch.ones(2).double(), torch.eye(2).double(), count=100)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_reference(f"{folder}/real.npz", colour=gaussian)
+        ...     load_reference(f"{folder}/real.npz", "colour").count
+        100
     """
     suffix = SUFFIXES.get(name, f"_{name}")
     mean, covariance = f"mu{suffix}", f"sigma{suffix}"
