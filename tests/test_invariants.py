@@ -13,7 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.reference import STEPS, ByHand, Liveness, levels, same, sample, times, watched_layers
+from support.reference import (
+    STEPS,
+    ByHand,
+    Liveness,
+    levels,
+    remembered,
+    same,
+    sample,
+    times,
+    watched_layers,
+)
 from support.toys import TOYS, Toy, build
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -444,7 +454,7 @@ def test_5_the_bytes_reported_are_the_tensors_alive(
     gaps: list[int] = []
 
     def compare(step: int) -> None:
-        owned = {id(x) for x in mine}
+        owned = {id(x) for x in mine} | remembered(run)
         new = [x for i, x in tensors().items() if i not in before and i not in owned]
         gaps.append(sum(x.nbytes for x in new) - run.summary().held_bytes)
 

@@ -134,6 +134,5 @@ def test_other_dropout_is_said_too(what: str) -> None:
 
 
 def test_the_warning_names_the_line_of_the_caller() -> None:
-    assert {one.filename for one in warnings_of(with_dropout(0.1).train())} == {
-        unusual_models.__file__
-    }
+    said = warnings_of(with_dropout(0.1).train())
+    assert {one.filename for one in said} == {__file__, unusual_models.__file__}

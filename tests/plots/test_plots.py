@@ -19,6 +19,7 @@ from smoothcache.calibration.curves import Calibration
 from smoothcache.errors import InvalidArgumentError
 from smoothcache.layers.layer import CacheLayer, ModelIdentity
 from smoothcache.plots.schedule import COMPUTED
+from smoothcache.plots.style import kind_colour
 from smoothcache.schedule.row import Row
 from smoothcache.schedule.schedule import Schedule
 
@@ -91,7 +92,7 @@ def test_kinds_of_refiners_have_names_and_colours(kind: str) -> None:
     plain = kind.removeprefix("refiner_")
     figure = plots.plot_error_curves(calibration(plain, kind))
     assert "refiner " in texts(figure) and kind not in texts(figure)
-    colours = {x: plots._kind_colour(x) for x in (plain, kind, f"temporal_{plain}")}
+    colours = {x: kind_colour(x) for x in (plain, kind, f"temporal_{plain}")}
     assert len(set(colours.values())) == 3 and plots.PINK not in colours.values()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.block_models import coarse, every_toy, predictors, run_reference, uniform
-from support.reference import STEPS, Liveness, same, sample, times, watched_layers
+from support.reference import STEPS, Liveness, remembered, same, sample, times, watched_layers
 from support.toys import WIDTH, Toy, build
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -269,7 +269,7 @@ def test_5_the_bytes_reported_are_the_tensors_alive(
             for time in times():
                 x, t, y = torch.zeros(1, 6, WIDTH), torch.tensor([time]), torch.tensor([0])
                 mine.extend((x, t, y, toy.denoise(x, t, y)))
-                others = {id(x) for x in mine} | before
+                others = {id(x) for x in mine} | before | remembered(run)
                 kept = sum(x.nbytes for i, x in alive().items() if i not in others)
                 gaps.append(kept - run.summary().held_bytes)
     finally:

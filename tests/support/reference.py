@@ -7,6 +7,7 @@ by replacing forwards and keeping every output; ``Liveness`` says what has to be
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from support.toys import CLASSES, TOKENS, WIDTH, Toy
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from smoothcache import PREDICTORS, Schedule
+from smoothcache import PREDICTORS, Run, Schedule
 
 STEPS = 8
 
@@ -208,3 +209,24 @@ class Liveness:
             if not events[j][2]:
                 death = j
         return death
+
+
+def remembered(run: Run) -> set[int]:
+    """Identities of the tensors that tell generations and windows apart: short sketches of latents.
+
+    They are no kept values, and their number does not grow.
+    """
+    attachment = run._attachment
+    assert attachment is not None
+    todo: list[Any] = [attachment.clock, attachment.turn, *attachment.branches.values()]
+    seen: dict[int, Any] = {}
+    while todo:
+        one = todo.pop()
+        ours = type(one).__module__.startswith(("smoothcache.tracking", "weakref"))
+        if id(one) in seen or not (ours or isinstance(one, Tensor | dict | list | tuple)):
+            continue
+        seen[id(one)] = one
+        todo += [] if isinstance(one, Tensor) else gc.get_referents(one)
+    tensors = {key: one for key, one in seen.items() if type(one) is Tensor}
+    assert len(tensors) < 20
+    return set(tensors)

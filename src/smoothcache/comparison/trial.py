@@ -102,14 +102,15 @@ class Trial:
 
         Args:
             i: Number of the generation.
-            weigh: Whether to weigh all tensors that live on between two calls of a denoiser, too.
+            weigh: Whether to weigh all tensors that live on between two calls of a denoiser. Then
+                steps are not counted, because what counts them keeps tensors of its own.
 
         Raises:
             InvalidArgumentError: If it did not run the model, or its result cannot be compared.
         """
         with (
             self._scheduled() as run,
-            self._followed() as steps,
+            nullcontext() if weigh else self._followed() as steps,
             _metered(self.way.denoisers, weigh=weigh) as meter,
         ):
             samples = self.way.sample(i)

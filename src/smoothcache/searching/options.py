@@ -59,9 +59,6 @@ class SearchOptions:
             above the budget are skipped. The cost of making them is not counted.
         progress: Whether to show a progress bar.
 
-    Returns:
-        A frozen object with these values as attributes.
-
     Raises:
         InvalidArgumentError: If a value is not as described.
 
