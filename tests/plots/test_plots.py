@@ -19,7 +19,7 @@ from smoothcache.calibration.curves import Calibration
 from smoothcache.errors import InvalidArgumentError
 from smoothcache.layers.layer import CacheLayer, ModelIdentity
 from smoothcache.plots.schedule import COMPUTED
-from smoothcache.plots.style import kind_colour
+from smoothcache.plots.style import PINK, kind_colour
 from smoothcache.schedule.row import Row
 from smoothcache.schedule.schedule import Schedule
 
@@ -93,7 +93,7 @@ def test_kinds_of_refiners_have_names_and_colours(kind: str) -> None:
     figure = plots.plot_error_curves(calibration(plain, kind))
     assert "refiner " in texts(figure) and kind not in texts(figure)
     colours = {x: kind_colour(x) for x in (plain, kind, f"temporal_{plain}")}
-    assert len(set(colours.values())) == 3 and plots.PINK not in colours.values()
+    assert len(set(colours.values())) == 3 and PINK not in colours.values()
 
 
 def test_a_gap_that_was_not_measured_is_refused() -> None:

@@ -12,9 +12,11 @@ import pytest
 import torch
 from support.reference import STEPS, sample, times
 from support.toys import WIDTH, build
+from torch import Tensor, nn
 
 import smoothcache as sc
 from smoothcache.layers.modules import identify
+from smoothcache.tracking.intercept import intercept, release
 
 
 @pytest.fixture(autouse=True)
@@ -122,3 +124,21 @@ def test_weights_loaded_in_mid_generation_are_not_answered_with_older_values() -
     assert run.summary().held_bytes == 0
     run.reset()
     run.disable()
+
+
+def test_a_property_with_the_name_of_an_adapter_s_method_stays_a_property() -> None:
+    """As PEFT's layers have it: ``disable_adapters`` says whether they are off."""
+
+    class Adapted(nn.Module):
+        @property
+        def disable_adapters(self) -> bool:
+            return False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x if self.disable_adapters else 2 * x
+
+    module = Adapted()
+    intercept(module, lambda forward, args, kwargs: forward(*args, **kwargs))
+    assert module.disable_adapters is False
+    assert torch.equal(module(torch.ones(2)), 2 * torch.ones(2))
+    release(module)

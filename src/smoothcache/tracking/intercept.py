@@ -12,6 +12,7 @@ modules of the original class.
 from __future__ import annotations
 
 import copyreg
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -339,5 +340,7 @@ def _generate(base: type) -> type:
         names["cache_context"] = cache_context
     if hasattr(base, "enable_cache"):
         names["enable_cache"] = enable_cache
-    names |= {name: _altering(base, name) for name in _ALTERING if hasattr(base, name)}
+    # An adapter's layer has a property of one of these names, which must stay one.
+    methods = [name for name in _ALTERING if inspect.isfunction(getattr(base, name, None))]
+    names |= {name: _altering(base, name) for name in methods}
     return type(base.__name__, (base,), names)
