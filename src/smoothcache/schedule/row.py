@@ -83,8 +83,8 @@ class Row:
         """The same with other computed steps; the gains go along, gap by gap.
 
         >>> row = Row((True, False, True, False), "taylor", (1, 0.5, 1, 2))
-        >>> row.moved((True, True, False, False))
-        Row(computed=(True, True, False, False), predictor='taylor', gains=(1.0, 1.0, 2.0, 2.0))
+        >>> row.moved((True, True, False, False)).gains
+        (1.0, 1.0, 2.0, 2.0)
 
         Args:
             computed: True where the layer is computed; [steps], as many as before.
