@@ -106,7 +106,9 @@ def test_a_sampler_of_no_library() -> None:
             x = x - model(x, torch.tensor([float(t)])) / STEPS
         return x
 
-    calibration = sc.calibrate(model, sample, 3, max_gap=2, granularity="model", progress=False)
+    calibration = sc.calibrate(
+        model, sample, 3, max_gap=2, granularity="model", trajectory=True, progress=False
+    )
     planned = plan_trajectory(calibration, speedup=2)
     fitted = fit(model, sample, planned, calibration, progress=False)
     with sc.cached(model, fitted) as run:
@@ -205,7 +207,9 @@ def test_too_few_numbers_for_the_weights_are_refused() -> None:
             x = x - 0.2 * model(x, torch.tensor([t]))
         return x
 
-    calibration = sc.calibrate(model, sample, 2, max_gap=2, granularity="model", progress=False)
+    calibration = sc.calibrate(
+        model, sample, 2, max_gap=2, granularity="model", trajectory=True, progress=False
+    )
     planned = plan_trajectory(calibration, steps_computed=2)
     with pytest.raises(sc.InvalidArgumentError, match="too few"):
         fit(model, sample, planned, calibration, progress=False)
@@ -277,7 +281,9 @@ def test_samplers_in_inference_mode() -> None:
     def sample(i: int) -> Tensor:
         return pipe.sample(i)
 
-    calibration = sc.calibrate(pipe, sample, 3, max_gap=2, granularity="model", progress=False)
+    calibration = sc.calibrate(
+        pipe, sample, 3, max_gap=2, granularity="model", trajectory=True, progress=False
+    )
     assert calibration.trajectories is not None, calibration.provenance
     planned = plan_trajectory(calibration, steps_computed=4)
     fitted = fit(pipe, sample, planned, calibration, progress=False)

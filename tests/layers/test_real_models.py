@@ -360,7 +360,6 @@ def test_calibrating_leaves_the_samples_alone_and_counts_every_layer(name: str) 
         lambda i: samples.append(generate(name, model, seed=i)),
         num_samples=2,
         max_gap=2,
-        trajectory=False,  # which would run the sampler more often
         progress=False,
     )
     for i, seen in enumerate(samples):

@@ -13,6 +13,7 @@ from ..errors import InvalidArgumentError
 from ..layers.find import find_layers
 from ..layers.layer import CacheLayer, Granularity
 from ..model.denoisers import warn_of_randomness
+from ..steps.noise_scheduler import noise_scheduler
 from .curves import Calibration
 from .recording import Keep, TrajectoryObserver
 from .session import CalibrationSession, run
@@ -27,7 +28,7 @@ def calibrate(
     granularity: Granularity = "auto",
     layers: Sequence[CacheLayer] | None = None,
     tokens: int | None = None,
-    trajectory: Keep = True,
+    trajectory: Keep | None = None,
     progress: bool = True,
 ) -> Calibration:
     """Measures the error of reusing each layer, for every gap and step, on a few samples.
@@ -52,7 +53,9 @@ def calibrate(
             of a generation for each sample and step. "gram" records inner products alone, a few
             kilobytes, which is enough to plan; so does a recording of more than a GiB. Measuring
             how the solver responds runs ``sample(0)`` a few more times, without the model. Where
-            that is not possible the ``no_trajectories`` entry of the provenance says why.
+            that is not possible the ``no_trajectories`` entry of the provenance says why. None, the
+            default, records them for a pipeline, whose runs without the model end at the last step.
+            For a bare module pass True: there ``sample(0)`` runs to its end, on made-up outputs.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -95,6 +98,8 @@ def calibrate(
     check_count("max_gap", max_gap, least=1)
     if tokens is not None:
         check_count("tokens", tokens, least=1)
+    if trajectory is None:
+        trajectory = noise_scheduler(model) is not None
     if trajectory not in (True, False, "gram"):
         raise InvalidArgumentError(f"trajectory must be True, False or 'gram', got {trajectory!r}")
     warn_of_randomness(model)

@@ -111,7 +111,7 @@ def fit(
         ...     for t in range(8, 0, -1):
         ...         x = x - 0.1 * model(x, torch.tensor([t]), torch.tensor([1])).sample[:, :4]
         ...     return x
-        >>> calibration = calibrate(model, sample, 3, granularity="model", progress=False)
+        >>> calibration = calibrate(model, sample, 3, trajectory=True, progress=False)
         >>> plan = plan_trajectory(calibration, speedup=2)
         >>> fit(model, sample, plan, calibration, progress=False).rows[""].predictor
         'fitted'

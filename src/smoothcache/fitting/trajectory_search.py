@@ -93,7 +93,7 @@ def search_trajectory(
         ...     for t in range(8, 0, -1):
         ...         x = x - 0.1 * model(x, torch.tensor([t]), torch.tensor([1])).sample[:, :4]
         ...     return x
-        >>> calibration = calibrate(model, sample, 3, granularity="model", progress=False)
+        >>> calibration = calibrate(model, sample, 3, trajectory=True, progress=False)
         >>> search_trajectory(
         ...     model, sample, calibration, speedup=2, max_cost=4, progress=False
         ... ).compute

@@ -92,7 +92,7 @@ def plan_trajectory(
         ...     for t in range(8, 0, -1):
         ...         x = x - 0.1 * model(x, torch.tensor([t]), torch.tensor([1])).sample[:, :4]
         ...     return x
-        >>> calibration = calibrate(model, sample, 3, granularity="model", progress=False)
+        >>> calibration = calibrate(model, sample, 3, trajectory=True, progress=False)
         >>> plan_trajectory(calibration, speedup=2).compute
         0.5
     """
