@@ -33,9 +33,6 @@ ACCURACY = "_accuracy"
 SCORES = ("class_accuracy", "label_divergence", "frechet_distance")
 
 
-"""What the verdict quotes of two rows, and a factor for the unit."""
-
-
 @dataclass(frozen=True)
 class Variant(SamplingConfig):
     """One way of sampling, to be compared with the uncached one.

@@ -25,6 +25,7 @@ QUOTED = {
     "class_accuracy": ("class accuracy {:.1f} against {:.1f} %", 100),
     "frechet_distance": ("Frechet distance {:.4g} against {:.4g}", 1),
 }
+"""What the verdict quotes of two rows, and a factor for the unit."""
 
 
 @dataclass(frozen=True)

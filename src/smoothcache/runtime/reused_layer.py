@@ -33,9 +33,6 @@ from .buffers import Slots, refuse_indivisible
 from .host_memory import Parked
 from .summary import NOT_FINITE, OTHER_SHAPES, Tally
 
-"""Branch, and use in the call."""
-
-
 _ROUNDING = 1e-9  # within which weights sum to 1
 
 

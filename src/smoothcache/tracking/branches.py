@@ -27,6 +27,8 @@ from ..model.arguments import MOVING_NAME
 from ..model.digests import are_equal, correlation, digest, sketch, version
 
 Place = tuple[int | None, int]
+"""The guidance branch of a call, and how often the layer was used in the call before."""
+
 # What may change at every step without being another prompt.
 _NO_PROMPT = re.compile(
     r"control|residual|ref|mask|ids|noise|scale|guidance|step|image|video|audio"
