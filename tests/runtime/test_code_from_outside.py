@@ -303,11 +303,16 @@ class Embedded(nn.Module):
         return output
 
 
-def test_an_embedding_is_not_taken_for_a_time() -> None:
+@pytest.mark.parametrize(
+    "given",
+    [torch.randn(1, 16), torch.rand(1, 16), torch.rand(16), torch.linspace(1000, 0, 6)[None]],
+    ids=["embedding", "positive embedding", "embedding of one dimension", "a time for each frame"],
+)
+def test_many_values_are_not_taken_for_one_time(given: Tensor) -> None:
     model = Embedded()
     schedule = sc.Schedule.uniform(model, num_steps=STEPS, interval=2)
     with pytest.raises(sc.SmoothCacheError, match="time"), sc.cached(model, schedule):
-        model(noise(), torch.randn(1, 16))
+        model(noise(), given)
 
 
 def test_a_forward_whose_first_parameter_has_another_name() -> None:

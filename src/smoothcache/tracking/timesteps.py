@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..errors import ScheduleMismatchError
 
+MOST_TIMES = 4  # of the modalities in one call; more values are an embedding, or a time a frame
+
 
 @dataclass(frozen=True)
 class TimestepUnit:
@@ -124,7 +126,8 @@ def timestep_value(timestep: Any, batch: int | None = None) -> float:
         batch: How many samples there are; None if it is not known.
 
     Raises:
-        ScheduleMismatchError: If the samples of a batch are at different timesteps.
+        ScheduleMismatchError: If the samples of a batch, or many frames or tokens of a sample, are
+            at different timesteps, or it is an embedding of a time.
     """
     if isinstance(timestep, Real):
         return float(timestep)
@@ -140,14 +143,16 @@ def timestep_value(timestep: Any, batch: int | None = None) -> float:
         )
     values = timestep.detach().to("cpu", torch.float64).numpy()
     distinct = len(np.unique(values))
-    if distinct > 1 and (values < 0).any():
+    is_embedded = distinct > 1 and bool((values < 0).any())
+    is_per_sample = values.ndim == 1 and (batch is None or len(values) == batch)
+    if is_embedded or (distinct > MOST_TIMES and not is_per_sample):
         raise ScheduleMismatchError(
             f"the denoiser's timestep is a tensor of shape {tuple(timestep.shape)} with "
-            f"{distinct} values, some of them negative: an embedding of a time, not a time, so "
-            "the step cannot be told; pass the module that embeds the time itself, or wrap the "
-            "denoiser in a module whose forward is also given `timestep`"
+            f"{distinct} values{', some of them negative' * is_embedded}, so the step cannot be "
+            "told. If it is an embedding of a time, pass the module that embeds the time itself, "
+            "or wrap the denoiser in a module whose forward is also given `timestep`. If frames or "
+            "tokens are at different timesteps, one schedule cannot serve them together"
         )
-    is_per_sample = values.ndim == 1 and (batch is None or len(values) == batch)
     if is_per_sample and (values != values[0]).any():
         raise ScheduleMismatchError(
             "the samples of one batch are at different timesteps "
