@@ -4,12 +4,12 @@ Finds the layers whose output hardly changes between denoising steps, measures o
 what reusing them costs, plans a static schedule, and runs the user's own pipeline with it.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .calibration import Calibration as Calibration
 from .calibration import Curve as Curve
 from .calibration import calibrate as calibrate
 from .calibration import observe_layers as observe_layers
-from .comparison import Variant as Variant
-from .comparison import compare as compare
 from .errors import AlreadyCachedError as AlreadyCachedError
 from .errors import CalibrationError as CalibrationError
 from .errors import FileFormatError as FileFormatError
@@ -43,4 +43,17 @@ from .steps import PREDICTORS as PREDICTORS
 from .version import __version__ as __version__
 from .version import refuse_namesake as _refuse_namesake
 
+if TYPE_CHECKING:
+    from .comparison import Variant as Variant
+    from .comparison import compare as compare
+
 _refuse_namesake()
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the comparison, and the metrics with it, when it is first asked for."""
+    if name in ("Variant", "compare"):
+        from . import comparison
+
+        return getattr(comparison, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
