@@ -22,7 +22,9 @@ from torch import Tensor, nn
 import smoothcache as sc
 from smoothcache.layers import identify
 from smoothcache.learning.routed_layer import RoutedLayer
-from smoothcache.runtime.reused_layer import Call, ReusedLayer
+from smoothcache.runtime.call import Call
+from smoothcache.runtime.reused_layer import ReusedLayer
+from smoothcache.runtime.row_plan import RowPlan
 from smoothcache.runtime.summary import Tally
 
 LAYERED = sorted(set(TOYS) - {"parallel-block"})  # its layers are whole blocks
@@ -210,7 +212,7 @@ def test_the_benchmark_finds_an_interval_that_leaves_a_choice(budget: float, int
 )
 def test_shares_of_0_and_1_are_what_a_schedule_does(later: list[bool], predictor: str) -> None:
     row = (True, *later)
-    reused = ReusedLayer("layer", row, predictor, call := Call(), Tally())
+    reused = ReusedLayer(RowPlan("layer", row, predictor), call := Call(), Tally())
     routed = RoutedLayer(predictor)
     values = torch.randn(len(row), 2, 3, generator=torch.Generator().manual_seed(0))
     for step, is_computed in enumerate(row):

@@ -343,7 +343,7 @@ def test_slots_stay_where_they_are_and_go_when_disabled() -> None:
     toy = build("single", depth=1)
     handle = sc.enable(toy, uniform(toy, 2, "taylor"))
     toy.compile(backend="eager", fullgraph=True)
-    layer = handle._layers["blocks.0.mlp"]
+    layer = handle._layers.by_path["blocks.0.mlp"].compiled
 
     def addresses() -> list[int]:
         return [x.data_ptr() for uses in layer._slots.values() for s in uses for x in s._buffers()]

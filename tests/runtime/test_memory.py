@@ -21,8 +21,10 @@ import smoothcache as sc
 from smoothcache.errors import InvalidArgumentError, SmoothCacheError
 from smoothcache.planners._within_memory import within_bytes
 from smoothcache.planners.uniform import plan_uniform
+from smoothcache.runtime.call import Call
 from smoothcache.runtime.host_memory import Parked
-from smoothcache.runtime.reused_layer import Call, ReusedLayer
+from smoothcache.runtime.reused_layer import ReusedLayer
+from smoothcache.runtime.row_plan import RowPlan
 from smoothcache.runtime.summary import Tally
 from smoothcache.schedule.expected_cost import buffer_bytes, peak_bytes
 from smoothcache.schedule.row import Row
@@ -108,7 +110,9 @@ def test_a_residual_is_kept_in_the_dtype_of_the_output() -> None:
     """Also where the input is wider, as that of a first block under autocast may be."""
     wide, narrow = torch.randn(1, 3, 4), torch.randn(1, 3, 4, dtype=torch.bfloat16)
     row = (True, False, False)
-    layer = ReusedLayer("block", row, "taylor", call := Call(), tally := Tally(), residual=True)
+    layer = ReusedLayer(
+        RowPlan("block", row, "taylor"), call := Call(), tally := Tally(), residual=True
+    )
     for step in range(3):
         call.begin(step, 0)
         out = layer(lambda x: narrow, (wide,), {})

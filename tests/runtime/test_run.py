@@ -16,7 +16,9 @@ from support.toys import TOYS, WIDTH, Attention, Block, Mlp, SharedLayerToy, Toy
 from torch import Tensor, nn
 
 import smoothcache as sc
-from smoothcache.runtime.reused_layer import Call, ReusedLayer
+from smoothcache.runtime.call import Call
+from smoothcache.runtime.reused_layer import ReusedLayer
+from smoothcache.runtime.row_plan import RowPlan
 from smoothcache.runtime.summary import Tally
 
 every_toy = pytest.mark.parametrize("toy_name", TOYS)
@@ -40,7 +42,7 @@ def uniform(model: Any, interval: int = 2, predictor: str = "hold") -> sc.Schedu
 
 def answers(predictor: str, computed: list[bool], value: Callable[[int], Any]) -> list[Any]:
     """What a layer under a schedule returns at each step."""
-    layer = ReusedLayer("layer", computed, predictor, call := Call(), Tally())
+    layer = ReusedLayer(RowPlan("layer", computed, predictor), call := Call(), Tally())
     got = []
     for step in range(len(computed)):
         layer.expire(step)
@@ -94,7 +96,7 @@ def test_outputs_of_any_structure(predictor: str) -> None:
 @every_predictor
 def test_what_a_reuse_gives_may_be_written_into(predictor: str) -> None:
     row = [True, True, False, False, False]
-    layer = ReusedLayer("layer", row, predictor, call := Call(), Tally())
+    layer = ReusedLayer(RowPlan("layer", row, predictor), call := Call(), Tally())
     got = []
     for step in range(5):
         call.begin(step, 0)
@@ -574,8 +576,8 @@ def test_a_denoiser_that_calls_another() -> None:
     with sc.cached(pipe, sc.Schedule.uniform(pipe, 6, 2)) as run:
         outer.generate(6)
     assert not run.summary().never_ran
-    last = run._layers["transformer.blocks.1.mlp"]
+    last = run._layers.by_path["transformer.blocks.1.mlp"]
     assert last.ran
     assert run.summary().computed + run.summary().reused + sum(
         run.summary().recomputed.values()
-    ) == 6 * len(run._layers)
+    ) == 6 * len(run._layers.by_path)

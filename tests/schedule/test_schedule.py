@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from support.made_up import MODEL, layers_of, schedules
+from torch import nn
 
 from smoothcache.errors import FileFormatError, InvalidArgumentError, ScheduleMismatchError
 from smoothcache.layers.layer import CacheLayer, ModelIdentity
@@ -161,7 +162,9 @@ def test_uniform_covers_all_layers_of_the_model(monkeypatch: pytest.MonkeyPatch)
         "smoothcache.schedule.schedule.find_layers", lambda model, **_: list(LAYERS)
     )
     monkeypatch.setattr("smoothcache.schedule.schedule.identify", lambda model: MODEL)
-    schedule = Schedule.uniform(object(), num_steps=4, interval=3, predictor="taylor", last=False)
+    schedule = Schedule.uniform(
+        nn.Identity(), num_steps=4, interval=3, predictor="taylor", last=False
+    )
     assert schedule == Schedule(
         num_steps=4,
         rows={layer.path: Row((True, False, False, True), "taylor") for layer in LAYERS},
@@ -169,11 +172,11 @@ def test_uniform_covers_all_layers_of_the_model(monkeypatch: pytest.MonkeyPatch)
         model=MODEL,
         provenance={"planner": "uniform", "interval": "3", "predictor": "taylor", "last": "False"},
     )
-    assert Schedule.uniform(object(), 4, 1).is_all_compute
-    assert Schedule.uniform(object(), 4, 9).table().sum() == len(LAYERS)
-    assert Schedule.uniform(object(), 4, 9, last=True).table().sum() == 2 * len(LAYERS)
+    assert Schedule.uniform(nn.Identity(), 4, 1).is_all_compute
+    assert Schedule.uniform(nn.Identity(), 4, 9).table().sum() == len(LAYERS)
+    assert Schedule.uniform(nn.Identity(), 4, 9, last=True).table().sum() == 2 * len(LAYERS)
     with pytest.raises(InvalidArgumentError, match="'magic'"):
-        Schedule.uniform(object(), 4, 2, predictor="magic")
+        Schedule.uniform(nn.Identity(), 4, 2, predictor="magic")
 
 
 def test_bind_keeps_the_schedule_and_takes_order_and_costs() -> None:

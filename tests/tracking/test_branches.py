@@ -115,7 +115,7 @@ def test_calls_with_the_same_latents_cannot_be_told_if_conditioned_alike(
 
     def number(step: int, conditioning: Any = c) -> tuple[int | None, int | None]:
         branch = branches.number(step, conditioning, named, x.clone() if made_anew else x)
-        return branch, branches.mistaken
+        return branch, branches.confused
 
     assert [number(0), number(1)] == [(0, None), (0, None)]
     assert [number(1), number(1), number(2)] == [(None, 0), (None, None), (None, None)]
@@ -204,7 +204,7 @@ def test_calls_that_differ_in_a_changing_control_alone_are_never_mixed() -> None
     for step, calls in enumerate(steps):
         for control in calls:
             number = branches.number(step, {"control": [control]}, None, torch.randn(1, 2))
-            seen.append((number, branches.mistaken))
+            seen.append((number, branches.confused))
     assert seen[:2] == [(0, None), (1, None)]
     assert all(number is None for number, _ in seen[2:])
 

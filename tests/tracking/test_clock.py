@@ -72,20 +72,20 @@ def test_what_is_forgotten_starts_anew() -> None:
 
 
 def test_the_first_call_of_a_generation_vouches_for_nothing() -> None:
-    assert [clock_of().tick(9, None).vouched] == [False]
+    assert [clock_of().tick(9, None).same_generation] == [False]
 
 
-def test_two_calls_with_the_same_latents_are_vouched_for() -> None:
+def test_two_calls_with_the_same_latents_belong_to_one_generation() -> None:
     clock, x = clock_of(), torch.zeros(1, 2)
     ticks = [clock.tick(t, x) for t in (9, 9, 6, 6)]
-    assert [tick.vouched for tick in ticks] == [False, True, True, True]
+    assert [tick.same_generation for tick in ticks] == [False, True, True, True]
 
 
 def test_two_first_calls_with_other_latents_may_be_two_generations() -> None:
     clock = clock_of()
     ticks = [clock.tick(t, torch.zeros(1, 2)) for t in (9, 9, 6, 6, 3, 3)]
     assert [tick.step for tick in ticks] == [0, 0, 1, 1, 2, 2]
-    assert [tick.vouched for tick in ticks[2:]] == [False, False, True, True]
+    assert [tick.same_generation for tick in ticks[2:]] == [False, False, True, True]
 
 
 def test_two_first_calls_with_latents_changed_between_them() -> None:
@@ -93,8 +93,8 @@ def test_two_first_calls_with_latents_changed_between_them() -> None:
     clock.tick(9, x)
     x.add_(1)
     clock.tick(9, x)
-    assert not clock.tick(6, x).vouched
-    assert clock.tick(3, x).vouched
+    assert not clock.tick(6, x).same_generation
+    assert clock.tick(3, x).same_generation
 
 
 def test_latents_of_inference_mode_have_no_version() -> None:
@@ -102,7 +102,7 @@ def test_latents_of_inference_mode_have_no_version() -> None:
     with torch.inference_mode():
         x = torch.zeros(1, 2)
         ticks = [clock.tick(t, x) for t in (9, 9, 6)]
-    assert ticks[-1].vouched
+    assert ticks[-1].same_generation
 
 
 def test_the_clock_keeps_no_latents_alive() -> None:
@@ -115,17 +115,17 @@ def test_the_clock_keeps_no_latents_alive() -> None:
     assert ref() is None
 
 
-def test_leaving_the_expected_timesteps_is_not_vouched_for() -> None:
+def test_leaving_the_expected_timesteps_does_not_prove_the_same_generation() -> None:
     clock = clock_of([9, 6, 3])
-    assert [clock.tick(t, None).vouched for t in (9, 6.001, 3)] == [False, True, True]
+    assert [clock.tick(t, None).same_generation for t in (9, 6.001, 3)] == [False, True, True]
     clock.forget()
     # Broken off after 9, and begun again in the middle of another list.
-    assert [clock.tick(t, None).vouched for t in (9, 4, 2)] == [False, False, True]
+    assert [clock.tick(t, None).same_generation for t in (9, 4, 2)] == [False, False, True]
 
 
 def test_other_timesteps_than_expected_from_the_start() -> None:
     clock = clock_of([9, 6, 3])
-    assert [clock.tick(t, None).vouched for t in (8, 5, 2)] == [False, True, True]
+    assert [clock.tick(t, None).same_generation for t in (8, 5, 2)] == [False, True, True]
 
 
 def test_a_lone_call_before_the_planned_start() -> None:
@@ -153,7 +153,7 @@ def test_a_new_list_is_a_new_generation() -> None:
 def test_a_list_does_not_tell_two_first_calls_from_two_generations() -> None:
     scheduler = Announcer([9, 6, 3])
     ticks = [scheduler.clock.tick(t, torch.zeros(1, 2)) for t in (9, 9, 6, 6, 3)]
-    assert [tick.vouched for tick in ticks] == [False, True, False, False, True]
+    assert [tick.same_generation for tick in ticks] == [False, True, False, False, True]
 
 
 def test_starting_in_the_middle_of_the_list() -> None:

@@ -13,7 +13,7 @@ from ..errors import InvalidArgumentError
 from ..layers.find import find_layers
 from ..layers.layer import CacheLayer, Granularity
 from ..model.denoisers import warn_of_randomness
-from ..steps.noise_scheduler import noise_scheduler
+from ..model.target import Target
 from .curves import Calibration
 from .recording import Keep, TrajectoryObserver
 from .session import CalibrationSession, run
@@ -98,26 +98,27 @@ def calibrate(
     check_count("max_gap", max_gap, least=1)
     if tokens is not None:
         check_count("tokens", tokens, least=1)
+    target = Target.of(model)
     if trajectory is None:
-        trajectory = noise_scheduler(model) is not None
+        trajectory = target.noise_scheduler is not None
     if trajectory not in (True, False, "gram"):
         raise InvalidArgumentError(f"trajectory must be True, False or 'gram', got {trajectory!r}")
-    warn_of_randomness(model)
-    found = find_layers(model, granularity=granularity) if layers is None else list(layers)
+    warn_of_randomness(target.denoisers)
+    found = find_layers(target, granularity=granularity) if layers is None else list(layers)
     _check_layers(found)
     with tqdm(total=num_samples, desc="calibrating", unit="sample", disable=not progress) as bar:
-        observer = TrajectoryObserver(model, trajectory)
-        session = CalibrationSession(model, found, max_gap, tokens, observer)
+        observer = TrajectoryObserver(target, trajectory)
+        session = CalibrationSession(target, found, max_gap, tokens, observer)
         run(session, sample, range(1))
         confirmed = session.confirmed(may_take_blocks=layers is None and granularity == "auto")
         known = {(x.path, x.kind) for x in found}
         if {(x.path, x.kind) for x in confirmed} - known:  # the first sample was lost
-            session = CalibrationSession(model, confirmed, max_gap, tokens, observer)
+            session = CalibrationSession(target, confirmed, max_gap, tokens, observer)
             run(session, sample, range(1))
         observer.measure(partial(sample, 0))
         bar.update()
         run(session, sample, range(1, num_samples), bar.update)
-    return session.result(model)
+    return session.result()
 
 
 def _check_layers(layers: Sequence[CacheLayer]) -> None:

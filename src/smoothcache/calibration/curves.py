@@ -58,6 +58,7 @@ class Curve:
     high: FloatArray
 
 
+# Longer than most classes, because half of it documents public methods.
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """Error curves and costs of every layer: enough to plan for any threshold without the model.

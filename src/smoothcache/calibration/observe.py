@@ -14,8 +14,9 @@ from ..layers.modules import layer_modules
 from ..model.costs import MacCounter
 from ..model.outputs import bytes_of
 from ..model.residual_stream import followed
+from ..model.target import Target
 from ..tracking.attachment import Attachment
-from ..tracking.clock import Tick
+from ..tracking.listener import CallListener, CallMode, DenoiserCall
 
 
 def observe_layers(
@@ -57,11 +58,12 @@ def observe_layers(
         ...     [(layer.path, layer.macs) for layer in observe_layers(model, sample)]
         [('transformer_blocks.0.attn1', 24576), ('transformer_blocks.0.ff', 32768)]
     """
-    layers = find_layers(model, granularity=granularity, select=select)
-    modules = layer_modules(model, [*layers, *blocks_of(layers)])
+    target = Target.of(model)
+    layers = find_layers(target, granularity=granularity, select=select)
+    modules = layer_modules(target, [*layers, *blocks_of(layers)])
     may_follow = {layer.path for layer in layers if is_followed(layer)}
     watchers = {path: Watcher(follow=path in may_follow) for path in modules}
-    attachment = Attachment(model, modules, watchers, _FirstStep(list(watchers.values())))
+    attachment = Attachment(target, modules, watchers, _FirstStep(list(watchers.values())))
     try:
         sample(0)
     finally:
@@ -74,7 +76,7 @@ def observe_layers(
     )
     if not seen:
         raise LayersNotFoundError(
-            f"sample(0) ran none of the {len(layers)} layers of {type(model).__name__}; it must "
+            f"sample(0) ran none of the {len(layers)} layers of {target.name}; it must "
             "run the very object that was passed, before it is compiled"
         )
     return [replace(layer, nbytes=watchers[layer.path].nbytes) for layer in seen]
@@ -123,7 +125,7 @@ class Watcher:
         return output
 
 
-class _FirstStep:
+class _FirstStep(CallListener):
     """Listener that has the watchers count in the first step of each denoiser."""
 
     def __init__(self, watchers: list[Watcher]) -> None:
@@ -132,23 +134,18 @@ class _FirstStep:
         self._counted_at: dict[str, int] = {}
         self._over: set[str] = set()
 
-    def before(
-        self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
-    ) -> bool:
-        first = self._counted_at.setdefault(denoiser, tick.step)
-        if tick.step != first and not tick.starts:
-            self._over.add(denoiser)
-        is_over = denoiser in self._over
+    def before(self, call: DenoiserCall) -> CallMode:
+        step = call.tick.step
+        if step != self._counted_at.setdefault(call.denoiser, step) and not call.tick.starts:
+            self._over.add(call.denoiser)
+        is_over = call.denoiser in self._over
         counter = None if is_over else self._counting.enter_context(MacCounter())
         for watcher in self._watchers:
             watcher.counter = counter
-        return True
+        return CallMode.UNCOMPILED
 
-    def after(self, denoiser: str, tick: Tick) -> None:
+    def after(self, call: DenoiserCall) -> None:
         self._counting.close()
-
-    def outside(self) -> None:
-        pass
 
     def failed(self) -> None:
         self._counting.close()

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from ..model.arguments import Signature
-from ..model.denoisers import find_denoisers
-from ..tracking.clock import Tick
+from ..model.target import Target
 from ..tracking.intercept import Handler
+from ..tracking.listener import DenoiserCall
 from ..tracking.playback import Generation, Place, Playback, Tape
 from .solver_responses import calls_of, measure_responses
 from .trajectory import FloatArray, Guidance, SolverResponses, Trajectories
@@ -164,7 +164,7 @@ class TrajectoryObserver:
     def __init__(self, model: Any, keep: Keep) -> None:
         self._model = model
         self._keep = keep
-        self._signatures = {name: Signature(x) for name, x in find_denoisers(model).items()}
+        self._signatures = {name: Signature(x) for name, x in Target.of(model).denoisers.items()}
         self.reason = ""
         self._recorder: TrajectoryRecorder | None = None
         self._start()
@@ -200,8 +200,9 @@ class TrajectoryObserver:
 
         return call
 
-    def before(self, denoiser: str, tick: Tick, branch: int | None, args: Any, kwargs: Any) -> None:
+    def before(self, call: DenoiserCall) -> None:
         """A denoiser is called."""
+        denoiser, tick, branch = call.denoiser, call.tick, call.branch
         self._place = None
         if self.reason or not self._keep:
             return
@@ -210,7 +211,7 @@ class TrajectoryObserver:
             return
         self._place = Place(tick.step, denoiser, branch)
         if tick.call == 0:
-            latents = self._signatures[denoiser].sort(args, kwargs).latents
+            latents = self._signatures[denoiser].sort(call.args, call.kwargs).latents
             if latents is None:
                 self.reason = "the denoiser is given no latents"
                 return

@@ -18,10 +18,11 @@ from ..layers.find import confirmed
 from ..layers.layer import CacheLayer, is_followed
 from ..layers.modules import identify, layer_modules
 from ..model.costs import MacCounter
-from ..steps.noise_scheduler import levels_at, noise_scheduler
+from ..model.target import Target
+from ..steps.noise_scheduler import levels_at
 from ..tracking.attachment import Attachment
-from ..tracking.clock import Tick
 from ..tracking.intercept import Handler
+from ..tracking.listener import CallListener, CallMode, DenoiserCall
 from ..version import __version__
 from .curves import Calibration
 from .observe import Watcher, blocks_of
@@ -55,18 +56,19 @@ def run(
             done()
 
 
-class CalibrationSession:
+# Longer than most classes: what it measures at a call ends in one result.
+class CalibrationSession(CallListener):
     """The observers of one calibration and what they have seen."""
 
     def __init__(
         self,
-        model: Any,
+        target: Target,
         layers: list[CacheLayer],
         max_gap: int,
         tokens: int | None,
         trajectories: TrajectoryObserver,
     ) -> None:
-        self._model = model
+        self._target = target
         self._trajectories = trajectories
         self._layers = layers
         self._max_gap = max_gap
@@ -99,10 +101,10 @@ class CalibrationSession:
     def attached(self) -> Iterator[None]:
         """While the observers stand in the model."""
         blocks = [block for block in blocks_of(self._layers) if block.path in self._blocks]
-        modules = layer_modules(self._model, [*self._layers, *blocks])
+        modules = layer_modules(self._target, [*self._layers, *blocks])
         handlers: dict[str, Handler] = {**self._observers, **self._blocks}
         handlers = self._trajectories.around(handlers)
-        attachment = Attachment(self._model, modules, handlers, self)
+        attachment = Attachment(self._target, modules, handlers, self)
         self._clock = attachment.clock
         try:
             yield
@@ -118,12 +120,11 @@ class CalibrationSession:
             self._layers, {**macs, **ran}, mixed=mixed, may_take_blocks=may_take_blocks
         )
 
-    # ------------------------------------------------------------- what the attachment reports
+    # --------------------------------------------------------------------------- calls
 
-    def before(
-        self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
-    ) -> bool:
+    def before(self, call: DenoiserCall) -> CallMode:
         """Prepares the observers for a call of a denoiser, and counts MACs in its first step."""
+        denoiser, tick = call.denoiser, call.tick
         self._generations += tick.starts
         if self._generations > 1:
             raise CalibrationError(
@@ -131,26 +132,23 @@ class CalibrationSession:
                 "start to end (a model that runs back and forth in time cannot be calibrated)"
             )
         self._denoisers_at.setdefault(tick.step, set()).add(denoiser)
-        self._input = self._input or _input_shape(args, kwargs)
+        self._input = self._input or _input_shape(call.args, call.kwargs)
         counter = None
         if self._sample == 0 and tick.step == self._counted_at.setdefault(denoiser, tick.step):
             counter = self._counting.enter_context(MacCounter())
         for observer in self._observers.values():
-            observer.begin(tick.step, tick.call if branch is None else branch, counter)
+            observer.begin(tick.step, tick.call if call.branch is None else call.branch, counter)
         for watcher in self._blocks.values():
             watcher.counter = counter
         self._counter = counter
-        self._trajectories.before(denoiser, tick, branch, args, kwargs)
-        return True
+        self._trajectories.before(call)
+        return CallMode.UNCOMPILED
 
-    def after(self, denoiser: str, tick: Tick) -> None:
+    def after(self, call: DenoiserCall) -> None:
         """Ends a call of a denoiser."""
         if self._counter is not None:
-            self._macs[denoiser] = self._macs.get(denoiser, 0) + self._counter.total
+            self._macs[call.denoiser] = self._macs.get(call.denoiser, 0) + self._counter.total
         self._end_call()
-
-    def outside(self) -> None:
-        """Lets a call that is no part of a generation pass."""
 
     def failed(self) -> None:
         """Ends a call that raised."""
@@ -186,7 +184,7 @@ class CalibrationSession:
                 f"{len(self._timesteps)}; every sample must run the same number of steps"
             )
         self._timesteps = self._timesteps or timesteps
-        self._noise_levels = levels_at(noise_scheduler(self._model), self._clock.entries)
+        self._noise_levels = levels_at(self._target.noise_scheduler, self._clock.entries)
         self._errors.append(self._read(len(timesteps)))
         self._trajectories.complete(list(timesteps))
 
@@ -214,7 +212,7 @@ class CalibrationSession:
 
     # ---------------------------------------------------------------------------------- result
 
-    def result(self, model: Any) -> Calibration:
+    def result(self) -> Calibration:
         """Everything that was measured."""
         steps = len(self._timesteps)
         runs = [self._steps_of(path) for path in self._observers]
@@ -235,7 +233,6 @@ class CalibrationSession:
                 outside = [t not in run[gap:] for t in range(steps)]
                 errors[:, index, gap - 1, outside] = np.nan
         left_out = [x.path for x, did in zip(self._layers, ran, strict=True) if not did]
-        solver = noise_scheduler(model)
         provenance = {
             "smoothcache": __version__,
             "torch": str(torch.__version__),
@@ -262,8 +259,8 @@ class CalibrationSession:
             total_macs=self._mean_macs(),
             timesteps=self._timesteps,
             noise_levels=self._noise_levels,
-            model=identify(model),
-            solver=None if solver is None else type(solver).__name__,
+            model=identify(self._target),
+            solver=self._target.solver,
             peak_bytes=self._memory.peak,
             tokens=self._tokens,
             provenance=provenance,

@@ -23,7 +23,7 @@ from ..checks import check_count, listed
 from ..errors import InvalidArgumentError
 from ..metrics.fidelity import SSIM_WINDOW, psnr, relative_error, ssim
 from ..metrics.report import Report, ReportRow
-from ..model.denoisers import find_denoisers
+from ..model.target import Target
 from ..optional import optional_module
 from ..schedule.schedule import Schedule
 from ..searching.references import CONVERGED_FACTOR
@@ -108,7 +108,7 @@ class Case:
         given = {name: value for name, value in options.items() if value is not None}
         return Way(
             sample=lambda i: self.sample(self.model, i, **given),
-            denoisers=tuple(find_denoisers(self.model).values()),
+            denoisers=tuple(Target.of(self.model).denoisers.values()),
             num_steps=self.num_steps if num_steps is None else num_steps,
             model=self.model,
             schedule=schedule,

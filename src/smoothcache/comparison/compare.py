@@ -20,7 +20,7 @@ from ..checks import check_count, listed
 from ..errors import InvalidArgumentError
 from ..metrics.modality import modality_of
 from ..metrics.report import COLUMNS, ReportRow
-from ..model.denoisers import find_denoisers
+from ..model.target import Target
 from ..runtime.run import bound_schedule
 from ..schedule.sampling import SamplingConfig
 from ..schedule.schedule import Schedule
@@ -166,8 +166,9 @@ def compare(
     _check_scores(scores)
     _check_variants(variants)
 
+    model = target = Target.of(model)
     schedules = {x.name: bound_schedule(model, x.schedule) for x in variants if x.schedule}
-    denoisers = tuple(find_denoisers(model).values())
+    denoisers = tuple(target.denoisers.values())
 
     def way(asked: int, schedule: Schedule | None = None) -> Way:
         return Way(lambda i: sample(i, asked), denoisers, asked, model, schedule, asks=True)

@@ -19,7 +19,7 @@ from ..model.costs import MacCounter
 from ..runtime.run import cached
 from ..schedule.schedule import Schedule
 from ..tracking.attachment import Attachment
-from ..tracking.clock import Tick
+from ..tracking.listener import CallListener, CallMode, DenoiserCall
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,26 +176,15 @@ class Trial:
             self.samples.append(samples)
 
 
-class _Steps:
+class _Steps(CallListener):
     """Counts the steps of a generation as a listener of the denoisers' calls."""
 
     def __init__(self) -> None:
         self.count = 0
 
-    def before(
-        self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
-    ) -> bool:
-        self.count += tick.call == 0
-        return False
-
-    def after(self, denoiser: str, tick: Tick) -> None:
-        pass
-
-    def outside(self) -> None:
-        pass
-
-    def failed(self) -> None:
-        pass
+    def before(self, call: DenoiserCall) -> CallMode:
+        self.count += call.tick.call == 0
+        return CallMode.AS_IT_IS
 
 
 def checked_samples(results: object, call: str, like: list[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import InvalidArgumentError, PipelineLoadError
-from ..model.denoisers import find_denoisers
+from ..model.target import Target
 
 INDEX = "model_index.json"
 """Name of the file that makes a folder a pipeline."""
@@ -86,7 +86,7 @@ def known_classes(pipeline: Any) -> Collection[int] | None:
     """The classes that the pipeline has names for, or else as many as its denoiser embeds."""
     if named := getattr(pipeline, "labels", None):
         return set(named.values())
-    config = getattr(next(iter(find_denoisers(pipeline).values())), "config", None)
+    config = getattr(next(iter(Target.of(pipeline).denoisers.values())), "config", None)
     count = config.get("num_embeds_ada_norm") if isinstance(config, Mapping) else None
     return None if count is None else range(count)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidArgumentError
+from ..model.target import Target
 from ..optional import optional_module
-from ..steps.noise_scheduler import noise_scheduler
 
 
 def suitable_solvers(model: Any) -> Mapping[str, Any]:
@@ -27,7 +27,7 @@ def suitable_solvers(model: Any) -> Mapping[str, Any]:
         >>> suitable_solvers(nn.Identity())
         {}
     """
-    scheduler = noise_scheduler(model)
+    scheduler = Target.of(model).noise_scheduler
     return multistep_solvers(scheduler) if hasattr(scheduler, "config") else {}
 
 

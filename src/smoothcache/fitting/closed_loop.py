@@ -41,7 +41,7 @@ from ..planners.trajectory import (
     trajectories_of,
     whole_model_schedule,
 )
-from ..runtime.reused_layer import combined_by_part
+from ..runtime.combine import combined_by_part
 from ..schedule.schedule import Schedule
 from ..tracking.playback import Place, Playback, Tape
 

@@ -20,8 +20,8 @@ from typing import Any, get_args
 from torch import nn
 
 from ..errors import InvalidArgumentError, LayersNotFoundError
-from ..model.denoisers import find_denoisers
 from ..model.residual_stream import sentence
+from ..model.target import Target
 from .kinds import (
     FEED_FORWARD_NAME,
     FUSED,
@@ -92,7 +92,8 @@ def find_layers(
             f"granularity must be one of {', '.join(get_args(Granularity))}, got {granularity!r}"
         )
     layers: list[CacheLayer] = []
-    for prefix, denoiser in find_denoisers(model).items():
+    target = Target.of(model)
+    for prefix, denoiser in target.denoisers.items():
         if select is not None:
             found = _selected(denoiser, select)
         elif granularity == "model":
@@ -109,7 +110,7 @@ def find_layers(
                 path, block = join_path(prefix, layer.path), join_path(prefix, layer.block)
                 layers.append(replace(layer, path=path, block=block))
     if not layers:
-        raise LayersNotFoundError(_nothing_found(model, granularity, select))
+        raise LayersNotFoundError(_nothing_found(target, granularity, select))
     return layers if select is not None else mark_refiners(split_spatial_and_temporal(layers))
 
 
@@ -160,8 +161,8 @@ def confirmed(
     return list(result.values())
 
 
-def _nothing_found(model: Any, granularity: Granularity, select: Select | None) -> str:
-    name = type(model).__name__
+def _nothing_found(target: Target, granularity: Granularity, select: Select | None) -> str:
+    name = target.name
     if select is not None:
         return (
             f"select chose no module of {name}; it is called with the path and the module of each"

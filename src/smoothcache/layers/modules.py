@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checks import listed
 from ..errors import ScheduleMismatchError
-from ..model.denoisers import find_denoisers
+from ..model.target import Target
 from .layer import CacheLayer, ModelIdentity
 from .structure import join_path, named_modules, own_tensors
 
@@ -43,10 +43,9 @@ def layer_modules(model: Any, layers: Sequence[CacheLayer]) -> dict[str, nn.Modu
         >>> [type(module).__name__ for module in layer_modules(model, find_layers(model)).values()]
         ['Attention', 'FeedForward']
     """
-    denoisers = find_denoisers(model)
     modules = {
         join_path(prefix, path): module
-        for prefix, denoiser in denoisers.items()
+        for prefix, denoiser in Target.of(model).denoisers.items()
         for path, module in denoiser.named_modules(remove_duplicate=False)
     }
     missing = [layer.path for layer in layers if layer.path not in modules]
@@ -86,7 +85,7 @@ def identify(model: Any) -> ModelIdentity:
         >>> identify(model).class_name
         'DiTTransformer2DModel'
     """
-    denoisers = find_denoisers(model).values()
+    denoisers = Target.of(model).denoisers.values()
     facts = [_configuration(denoiser) for denoiser in denoisers]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     return ModelIdentity("+".join(_class_name(d) for d in denoisers), digest.hexdigest()[:16])

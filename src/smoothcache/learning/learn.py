@@ -14,7 +14,8 @@ from ..checks import check_count, check_number, listed
 from ..errors import InvalidArgumentError, ScheduleMismatchError
 from ..layers.layer import is_residual
 from ..layers.modules import identify
-from ..model.denoisers import find_denoisers, warn_of_randomness
+from ..model.denoisers import warn_of_randomness
+from ..model.target import Target
 from ..steps.predictors import PREDICTORS
 from .routers import Routers
 from .session import TrainingSession
@@ -125,14 +126,15 @@ def learn_routers(
             "Calibration.load a file"
         )
     check_count("interval", interval, least=2)
-    _check_model(model, calibration)
+    target = Target.of(model)
+    _check_model(target, calibration)
     training = RouterTraining(calibration, interval, compute, penalty, learning_rate)
-    warn_of_randomness(model)
+    warn_of_randomness(target.denoisers)
     order = random.Random(seed)
-    session = TrainingSession(model, calibration, training, predictor)
+    session = TrainingSession(target, calibration, training, predictor)
     with (
         tqdm(total=epochs * num_samples, desc="learning", unit="sample", disable=not progress) as b,
-        _frozen(model),
+        _frozen(target),
         session.attached(),
     ):
         for _ in range(epochs):
@@ -155,9 +157,9 @@ def learn_routers(
     return session.result(settings)
 
 
-def _check_model(model: Any, calibration: Calibration) -> None:
+def _check_model(target: Target, calibration: Calibration) -> None:
     """Refuses what no routers can be trained for."""
-    if calibration.model not in (None, identify(model)):
+    if calibration.model not in (None, identify(target)):
         raise ScheduleMismatchError(
             "the calibration is of another model; calibrate this one and pass that"
         )
@@ -167,7 +169,7 @@ def _check_model(model: Any, calibration: Calibration) -> None:
             f"routers mix the outputs of layers, but {listed(wholes)} are whole blocks or "
             'denoisers; calibrate with granularity="layer"'
         )
-    for name, denoiser in find_denoisers(model).items():
+    for name, denoiser in target.denoisers.items():
         if getattr(denoiser, "is_gradient_checkpointing", False):
             raise InvalidArgumentError(
                 "gradient checkpointing runs layers again in the backward pass; call "
@@ -181,9 +183,9 @@ def _check_model(model: Any, calibration: Calibration) -> None:
 
 
 @contextmanager
-def _frozen(model: Any) -> Iterator[None]:
+def _frozen(target: Target) -> Iterator[None]:
     """While no parameter takes gradients; those that did, do again afterwards."""
-    denoisers = find_denoisers(model).values()
+    denoisers = target.denoisers.values()
     parameters = [p for denoiser in denoisers for p in denoiser.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)

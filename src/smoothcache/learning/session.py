@@ -14,30 +14,30 @@ from torch.utils import _pytree as pytree
 from ..calibration.curves import Calibration
 from ..errors import CalibrationError
 from ..layers.modules import identify, layer_modules
-from ..model.denoisers import find_denoisers
 from ..model.outputs import taken_apart
-from ..steps.noise_scheduler import noise_scheduler
+from ..model.target import Target
 from ..tracking.attachment import Attachment
 from ..tracking.clock import Tick
 from ..tracking.intercept import Handler
+from ..tracking.listener import CallListener, CallMode, DenoiserCall
 from ..version import __version__
 from .routed_layer import RoutedLayer
 from .routers import Routers
 from .training import RouterTraining
 
 
-class TrainingSession:
+class TrainingSession(CallListener):
     """The handlers of one training, and what it has seen of the generations."""
 
     def __init__(
-        self, model: Any, calibration: Calibration, training: RouterTraining, predictor: str
+        self, target: Target, calibration: Calibration, training: RouterTraining, predictor: str
     ) -> None:
-        self._model = model
+        self._target = target
         self._calibration = calibration
         self._training = training
         self._predictor = predictor
         self._layers = {layer.path: RoutedLayer(predictor) for layer in calibration.layers}
-        self._modules = layer_modules(model, calibration.layers)
+        self._modules = layer_modules(target, calibration.layers)
         self._timesteps: tuple[float, ...] = ()
         self._sample = self._generations = 0
         self.tick: Tick | None = None
@@ -47,21 +47,20 @@ class TrainingSession:
     def attached(self) -> Iterator[None]:
         """While the handlers stand in the model."""
         handlers: dict[str, Handler] = dict(self._layers)
-        for name in find_denoisers(self._model):
+        for name in self._target.denoisers:
             handlers[name] = _Denoiser(self, name)
-        attachment = Attachment(self._model, self._modules, handlers, self)
+        attachment = Attachment(self._target, self._modules, handlers, self)
         self._clock = attachment.clock
         try:
             yield
         finally:
             attachment.remove()
 
-    # ------------------------------------------------------------- what the attachment reports
+    # --------------------------------------------------------------------------- calls
 
-    def before(
-        self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
-    ) -> bool:
+    def before(self, call: DenoiserCall) -> CallMode:
         """Notes where in the generation a call is."""
+        tick = call.tick
         self._generations += tick.starts
         if self._generations > 1:
             raise CalibrationError(
@@ -73,11 +72,8 @@ class TrainingSession:
                 f"sample({self._sample}) has come to step {tick.step + 1}, but the calibration "
                 f"has {self._calibration.num_steps}; calibrate the sampler that is trained on"
             )
-        self.tick, self.branch = tick, branch
-        return True
-
-    def after(self, denoiser: str, tick: Tick) -> None:
-        """Ends a call of a denoiser."""
+        self.tick, self.branch = tick, call.branch
+        return CallMode.UNCOMPILED
 
     def outside(self) -> None:
         """Lets a call that is no part of a generation pass."""
@@ -204,7 +200,6 @@ class TrainingSession:
                 "the model ran, but none of its layers could be reused at any step; it may be "
                 "compiled, or its calls be told apart no more"
             )
-        solver = noise_scheduler(self._model)
         told = {name: str(value) for name, value in settings.items() if value is not None}
         return Routers(
             layers=self._calibration.layers,
@@ -213,8 +208,8 @@ class TrainingSession:
             timesteps=self._timesteps,
             predictor=self._predictor,
             total_macs=self._calibration.total_macs,
-            model=identify(self._model),
-            solver=None if solver is None else type(solver).__name__,
+            model=identify(self._target),
+            solver=self._target.solver,
             provenance={
                 **told,
                 "smoothcache": __version__,

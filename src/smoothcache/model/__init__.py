@@ -2,3 +2,4 @@
 
 from .arguments import Signature as Signature
 from .denoisers import find_denoisers as find_denoisers
+from .target import Target as Target

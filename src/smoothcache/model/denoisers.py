@@ -51,14 +51,14 @@ def find_denoisers(model: Any) -> dict[str, nn.Module]:
     return {"": next(iter(found.values()))} if len(found) == 1 else found
 
 
-def warn_of_randomness(model: Any, stacklevel: int = 3) -> None:
-    """Says so if a denoiser is left in training mode and drops values at random.
+def warn_of_randomness(denoisers: Mapping[str, nn.Module], stacklevel: int = 3) -> None:
+    """Warns if a denoiser is left in training mode and drops values at random.
 
     Args:
-        model: Pipeline or module.
+        denoisers: Of the model that is about to be used.
         stacklevel: Whose line it is, as for ``warnings.warn``; the caller of our caller by default.
     """
-    for denoiser in find_denoisers(model).values():
+    for denoiser in denoisers.values():
         for path, module in denoiser.named_modules():
             if module.training and _drops(module):
                 warnings.warn(

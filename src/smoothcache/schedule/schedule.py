@@ -18,7 +18,8 @@ from ..errors import InvalidArgumentError, ScheduleMismatchError
 from ..layers.find import find_layers
 from ..layers.layer import CacheLayer, Granularity, ModelIdentity
 from ..layers.modules import identify
-from ..steps.noise_scheduler import check_noise_levels, levels_of_solver, noise_scheduler
+from ..model.target import Target
+from ..steps.noise_scheduler import check_noise_levels, levels_of_solver
 from ..steps.predictors import POLYNOMIAL, PREDICTORS
 from ..steps.resample import (
     CARRIED_OVER,
@@ -37,6 +38,7 @@ from .expected_cost import buffer_bytes, macs_saved_per_step, peak_bytes
 from .row import Row
 
 
+# Longer than most classes, because half of it documents public methods.
 @dataclass(frozen=True)
 class Schedule:
     """An immutable table, layers x steps, of what is computed and what is reused.
@@ -152,16 +154,17 @@ class Schedule:
             InvalidArgumentError: If an argument is not as described.
             LayersNotFoundError: If the model has no layer to reuse.
         """
+        target = Target.of(model)
         row = Row.uniform(num_steps, interval, predictor=predictor, last=last)
-        found = tuple(find_layers(model, granularity=granularity) if layers is None else layers)
+        found = tuple(find_layers(target, granularity=granularity) if layers is None else layers)
         settings = {"interval": interval, "predictor": predictor, "last": last}
         if noise_levels is None and PREDICTORS[predictor].needs_noise_levels:
-            noise_levels = levels_of_solver(noise_scheduler(model), num_steps)
+            noise_levels = levels_of_solver(target.noise_scheduler, num_steps)
         return cls(
             num_steps=num_steps,
             rows={layer.path: row for layer in found},
             layers=found,
-            model=identify(model),
+            model=identify(target),
             noise_levels=None if noise_levels is None else tuple(noise_levels),
             provenance={"planner": "uniform", **{name: str(x) for name, x in settings.items()}},
         )

@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..model.arguments import Signature
-from ..model.denoisers import find_denoisers
 from ..model.outputs import taken_apart
-from ..runtime.reused_layer import combined
+from ..model.target import Target
+from ..runtime.combine import combined
 from ..schedule.row import Row
 from ..schedule.schedule import Schedule
 from ..steps.predictors import PREDICTORS, axis_positions, extrapolation_weights
 from ..tracking.attachment import Attachment
-from ..tracking.clock import Tick
+from ..tracking.listener import CallListener, CallMode, DenoiserCall
 from ..tracking.timesteps import timestep_value
 
 LARGEST_GAIN = 3.0
@@ -64,37 +64,26 @@ class Trajectory:
         return None
 
 
-class _Listener:
+class _Listener(CallListener):
     """Receives the calls of the denoiser from an attachment."""
 
     def __init__(self, model: Any) -> None:
-        (self._denoiser,) = find_denoisers(model).values()
+        (self._denoiser,) = Target.of(model).denoisers.values()
         self._signature = Signature(self._denoiser)
 
-    def before(
-        self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
-    ) -> bool:
+    def before(self, call: DenoiserCall) -> CallMode:
         """Handles a call before it runs."""
-        latents = self._signature.sort(args, kwargs).latents
-        if tick.call == 0 and latents is not None:
-            self._on_step(tick.step, latents)
-        self._on_call(tick.step, branch)
-        return True
+        latents = self._signature.sort(call.args, call.kwargs).latents
+        if call.tick.call == 0 and latents is not None:
+            self._on_step(call.tick.step, latents)
+        self._on_call(call.tick.step, call.branch)
+        return CallMode.UNCOMPILED
 
     def _on_step(self, step: int, latents: Tensor) -> None:
         """Handles the first call of a step."""
 
     def _on_call(self, step: int, branch: int | None) -> None:
         """Handles every call."""
-
-    def after(self, denoiser: str, tick: Tick) -> None:
-        """Does nothing after a call."""
-
-    def outside(self) -> None:
-        """Ignores a call that is not part of the generation."""
-
-    def failed(self) -> None:
-        """Ignores a call that raised."""
 
 
 class Recorder(_Listener):
@@ -163,12 +152,11 @@ class _Replay(_Listener):
         tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
         return torch.cat([x.detach().cpu().float().flatten() for x in tensors]), None
 
-    def before(
-        self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
-    ) -> bool:
+    def before(self, call: DenoiserCall) -> CallMode:
         """Handles a call before it runs, and keeps its timestep."""
-        self._time = timestep_value(self._signature.sort(args, kwargs).timestep, batch=0)
-        return super().before(denoiser, tick, branch, args, kwargs)
+        given = self._signature.sort(call.args, call.kwargs)
+        self._time = timestep_value(given.timestep, batch=0)
+        return super().before(call)
 
     def _on_step(self, step: int, latents: Tensor) -> None:
         if step == self._until:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import InvalidArgumentError
-from ..model.denoisers import find_denoisers
+from ..model.target import Target
 from ..runtime.run import NEVER_SEEN, cached
 from ..schedule.row import Row
 from .gains import Recorder, Trajectory, fit_gains
@@ -77,7 +77,7 @@ class Rollouts:
         Raises:
             InvalidArgumentError: If the output is not finite.
         """
-        if with_trajectory and len(find_denoisers(self._model)) == 1:
+        if with_trajectory and len(Target.of(self._model).denoisers) == 1:
             recorder = Recorder(self._model)
             output, trajectory = recorder.run(self._model, lambda: self._run(candidate, i))
             self._trajectories[name, i] = trajectory

@@ -12,7 +12,7 @@ from typing import Any
 from ..calibration.curves import Calibration
 from ..layers.find import find_layers
 from ..layers.layer import CacheLayer
-from ..model.denoisers import find_denoisers
+from ..model.target import Target
 from ..planners._assemble import assemble
 from ..schedule.expected_cost import compute_fraction
 from ..schedule.row import Row
@@ -121,7 +121,7 @@ class SearchSpace:
         self._solver_classes = {name: type(x).__name__ for name, x in solvers.items()}
         self._total_macs = calibration.total_macs
         self._layers: dict[str, tuple[CacheLayer, ...]] = {"layers": calibration.layers}
-        if len(find_denoisers(model)) == 1 and calibration.layers[0].kind != "model":
+        if len(Target.of(model).denoisers) == 1 and calibration.layers[0].kind != "model":
             (denoiser,) = find_layers(model, granularity="model")
             self._layers["model"] = (replace(denoiser, macs=self._total_macs),)
 

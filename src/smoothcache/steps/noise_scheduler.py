@@ -13,8 +13,6 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from torch import nn
-
 from ..checks import check_number, listed
 from ..errors import InvalidArgumentError
 
@@ -97,11 +95,6 @@ def _are_ordered(levels: Sequence[float]) -> bool:
     """Whether numbers only fall or only rise."""
     pairs = list(pairwise(levels))
     return all(a > b for a, b in pairs) or all(a < b for a, b in pairs)
-
-
-def noise_scheduler(model: Any) -> Any | None:
-    """The pipeline's noise scheduler at this moment; None for a bare module."""
-    return None if isinstance(model, nn.Module) else getattr(model, "scheduler", None)
 
 
 def announced_timesteps(scheduler: Any | None) -> Any | None:

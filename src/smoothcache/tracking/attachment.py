@@ -4,41 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from ..errors import AlreadyCachedError, ScheduleMismatchError
 from ..model.arguments import Signature
-from ..model.denoisers import find_denoisers
-from ..steps.noise_scheduler import (
-    announced_timesteps,
-    noise_scheduler,
-    solver_position,
-    solver_stages,
-)
+from ..model.target import Target
+from ..steps.noise_scheduler import announced_timesteps, solver_position, solver_stages
 from . import intercept
 from .branches import Branches
-from .clock import Clock, Tick
+from .clock import Clock
 from .dynamo import between_graphs, eagerly, has_compiled_parts, refuse_export, traced, uncompiled
 from .intercept import Handler
+from .listener import CallListener, CallMode, DenoiserCall
 from .timesteps import timestep_value
 from .turns import Turn, TwoThreadsError, two_threads_error
-
-
-class Listener(Protocol):
-    """Is told of every call of a denoiser."""
-
-    def before(
-        self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
-    ) -> bool:
-        """Says whether a compiled model is to run uncompiled, to see what its layers return."""
-
-    def outside(self) -> None: ...
-
-    def after(self, denoiser: str, tick: Tick) -> None: ...
-
-    def failed(self) -> None: ...
 
 
 class Attachment:
@@ -62,20 +43,21 @@ class Attachment:
         model: Any,
         modules: Mapping[str, nn.Module],
         handlers: Mapping[str, Handler],
-        listener: Listener,
+        listener: CallListener,
         expected: Sequence[float] | None = None,
         planned: int | None = None,
         altered: Callable[[], None] | None = None,
     ) -> None:
-        denoisers = find_denoisers(model)
+        target = Target.of(model)
+        denoisers = target.denoisers
         _refuse_if_taken({**denoisers, **modules})
         self.denoisers = denoisers
         self.clock = Clock(
-            lambda: announced_timesteps(noise_scheduler(model)),
+            lambda: announced_timesteps(target.noise_scheduler),
             expected,
-            lambda: solver_position(noise_scheduler(model)),
+            lambda: solver_position(target.noise_scheduler),
             planned,
-            lambda: solver_stages(noise_scheduler(model)),
+            lambda: solver_stages(target.noise_scheduler),
         )
         self.listener = listener
         self.planned = planned
@@ -128,10 +110,10 @@ class _Placed:
         refuse_export()
         attachment = self._attachment
         attachment.is_compiled = attachment.is_compiled or traced()[1]
-        tick, as_it_is = self._begin(args, kwargs)
+        call, mode = self._begin(args, kwargs)
         try:
-            handler = self._handler if tick.inside else None
-            if as_it_is:
+            handler = None if call is None else self._handler
+            if mode is CallMode.UNCOMPILED:
                 traced()
                 output = self._uncompiled(handler or _run, forward, args, kwargs)
             elif handler is not None:
@@ -139,13 +121,15 @@ class _Placed:
             else:  # not by way of _run, so that the model's own code is where the graph begins
                 output = forward(*args, **kwargs)
         except BaseException:
-            self._end(tick, failed=True)
+            self._end(call, failed=True)
             raise
-        self._end(tick)
+        self._end(call)
         return output
 
-    def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tick, bool]:
-        """Places a call and prepares for it; says whether it is to run uncompiled."""
+    def _begun(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[DenoiserCall | None, CallMode]:
+        """Places a call and prepares for it; None for a call outside any generation."""
         attachment = self._attachment
         attachment.turn.enter()
         try:
@@ -156,12 +140,12 @@ class _Placed:
             attachment.turn.leave()
             raise
 
-    def _ended(self, tick: Tick, *, failed: bool = False) -> None:
+    def _ended(self, call: DenoiserCall | None, *, failed: bool = False) -> None:
         try:
             if failed:
                 self._broken_off()
-            elif tick.inside:
-                self._attachment.listener.after(self._name, tick)
+            elif call is not None:
+                self._attachment.listener.after(call)
         except BaseException:
             self._broken_off()
             raise
@@ -172,29 +156,30 @@ class _Placed:
         self._attachment.clock.forget()
         self._attachment.listener.failed()
 
-    def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tick, bool]:
-        call = self._signature.sort(args, kwargs)
-        if call.timestep is None:
+    def _place(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[DenoiserCall | None, CallMode]:
+        given = self._signature.sort(args, kwargs)
+        if given.timestep is None:
             raise ScheduleMismatchError(
                 f"{type(self._denoiser).__name__} was called without a timestep, so the step "
                 "cannot be told; keep such calls apart from sampling"
             )
         attachment = self._attachment
-        before = attachment.clock.snapshot()
-        tick = attachment.clock.tick(call.timestep, call.latents)
+        turn, clock = attachment.turn, attachment.clock
+        before = clock.snapshot() if turn.is_of_another_thread else None
+        tick = clock.tick(given.timestep, given.latents)
         if not tick.inside:
             attachment.listener.outside()
-            return tick, False
-        turn, clock = attachment.turn, attachment.clock
-        if turn.is_of_another_thread:
-            value = timestep_value(call.timestep)
-            was_under_way = before["_sketch"]
-            if not tick.starts and turn.is_of_another(value, call.latents, was_under_way):
+            return None, CallMode.AS_IT_IS
+        if before is not None:
+            value = timestep_value(given.timestep)
+            if not tick.starts and turn.is_of_another(value, given.latents, before.sketch):
                 clock.restore(before)
                 clock.forget()
-                tick = clock.tick(call.timestep, call.latents)
-            is_announced = clock.announced_list is not before["_list"]
-            if turn.refuses(value, call.latents, starts=tick.starts, is_announced=is_announced):
+                tick = clock.tick(given.timestep, given.latents)
+            is_announced = clock.announced_list is not before.announced_list
+            if turn.refuses(value, given.latents, starts=tick.starts, is_announced=is_announced):
                 clock.restore(before)
                 raise two_threads_error()
         turn.take(clock, is_last=tick.step + 1 == attachment.planned)
@@ -204,17 +189,18 @@ class _Placed:
         context = intercept.context_name(self._denoiser)
         branch = attachment.branches[self._name].number(
             tick.step,
-            call.conditioning,
+            given.conditioning,
             context,
-            call.latents,
+            given.latents,
             stages=attachment.clock.stages(tick.step),
             position=attachment.clock.position,
-            vouched=tick.vouched,
+            same_generation=tick.same_generation,
         )
         if tick.starts and not attachment.is_compiled:
             attachment.is_compiled = has_compiled_parts(self._denoiser)
-        as_it_is = attachment.listener.before(self._name, tick, branch, args, kwargs)
-        return tick, as_it_is and attachment.is_compiled
+        call = DenoiserCall(self._name, tick, branch, args, kwargs)
+        mode = attachment.listener.before(call)
+        return call, mode if attachment.is_compiled else CallMode.AS_IT_IS
 
 
 def _run(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

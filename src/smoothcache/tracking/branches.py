@@ -43,7 +43,7 @@ class Branches:
     """Numbers the calls of a denoiser so that a branch has the same number in every step.
 
     Attributes:
-        mistaken: The branch that an earlier call of the step was given, if the last call was the
+        confused: The branch that an earlier call of the step was given, if the last call was the
             first in this generation that nothing tells from such a one; either may be the other.
     """
 
@@ -64,7 +64,7 @@ class Branches:
         self._latents: dict[Hashable, list[tuple[_Value | None, int]]] = {}
         self._unsure: set[Hashable] = set()
         self._step = -1
-        self.mistaken: int | None = None
+        self.confused: int | None = None
 
     def number(
         self,
@@ -75,7 +75,7 @@ class Branches:
         *,
         stages: int | None = None,
         position: int | None = None,
-        vouched: bool = True,
+        same_generation: bool = True,
     ) -> int | None:
         """The branch of a call; None if it cannot be told.
 
@@ -86,21 +86,21 @@ class Branches:
             name: What ``cache_context`` calls it; None outside of one.
             latents: What is denoised.
             stages: How often the solver asks in this step for each branch, if it says.
-            vouched: Whether the step before is of the same generation for certain.
+            same_generation: Whether the step before is of the same generation for certain.
             position: Where the solver is, if it counts; no two of its stages are at the same.
         """
         if step != self._step:
             self._begin(step)
-        if not vouched:
+        if not same_generation:
             self._sketches_before = {}
-        self.mistaken = None
+        self.confused = None
         group = self._group(step, conditioning, latents) if name is None else name
         if group is None:
             return None
         use = self._uses[group] = self._uses.get(group, -1) + 1
         alike = self._use_with(latents, group, position)
         if alike is not None and group not in self._unsure:
-            self.mistaken = self._numbers.get((group, alike))
+            self.confused = self._numbers.get((group, alike))
         if alike is not None or (stages is not None and use >= stages):
             self._unsure.add(group)
         if stages is not None:
@@ -193,7 +193,7 @@ class Branches:
         if same:
             index = same[0]
             if index in self._merged:  # an earlier call of this step had other moving values
-                self.mistaken = self._numbers.get((index, 0))
+                self.confused = self._numbers.get((index, 0))
                 self._unsure.add(index)
         elif len(alike) == 1 and alike[0] not in self._taken:
             index = alike[0]
@@ -204,7 +204,7 @@ class Branches:
         elif len(alike) > 1 or any(i in self._merged for i in alike):
             # Several calls of a step differ in what moves alone, and it has moved.
             for earlier in self._merged.intersection(alike):
-                self.mistaken = self._numbers.get((earlier, 0))
+                self.confused = self._numbers.get((earlier, 0))
             self._unsure.update(alike)
             return None
         else:

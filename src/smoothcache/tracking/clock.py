@@ -10,16 +10,17 @@ neither settles it the clock does not vouch for what was kept, and the step is c
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..errors import ScheduleMismatchError
-from ..model.digests import Digest, are_equal, are_unrelated, correlation, digest, sketch, version
-from .timesteps import AnnouncedTimesteps, are_close, timestep_value
+from ..model.digests import are_unrelated
+from .seen_latents import SeenLatents
+from .solver_progress import SolverProgress
+from .timesteps import are_close, timestep_value
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Tick:
         step: Index of the solver step, from 0.
         call: Index of the call within its step, from 0.
         starts: Whether a new generation begins with this call.
-        vouched: Whether what earlier calls kept belongs to this generation for certain.
+        same_generation: Whether what earlier calls kept belongs to this generation for certain.
         inside: Whether it belongs to a generation at all; not so if a noise scheduler announced
             one, and this call is none of its.
     """
@@ -38,10 +39,30 @@ class Tick:
     step: int
     call: int
     starts: bool
-    vouched: bool
+    same_generation: bool
     inside: bool = True
 
 
+class Snapshot(NamedTuple):
+    """All that a clock knows at a moment."""
+
+    clock: dict[str, Any]
+    solver: dict[str, Any]
+    latents: dict[str, Any]
+
+    @property
+    def sketch(self) -> Tensor | None:
+        """What was remembered of the last step's latents."""
+        known: Tensor | None = self.latents["sketch"]
+        return known
+
+    @property
+    def announced_list(self) -> Any:
+        """The list of timesteps that the noise scheduler had announced."""
+        return self.solver["announced_list"]
+
+
+# Longer than most classes, because every decision of ``tick`` needs the same few facts.
 class Clock:
     """Places every call of a denoiser in its generation.
 
@@ -53,6 +74,9 @@ class Clock:
             announced list counts its steps from there if that many are left, or if this is None;
             otherwise it counts from the beginning of the list.
         stages: Returns how many calls the solver makes in a step, if it says.
+
+    Attributes:
+        step: The last step; -1 before the first call.
     """
 
     def __init__(
@@ -63,29 +87,27 @@ class Clock:
         planned: int | None = None,
         stages: Callable[[], int | None] = lambda: None,
     ) -> None:
-        self._announced = announced
-        self._position = position
-        self._stages = stages
+        self._solver = SolverProgress(announced, position, stages)
+        self._latents = SeenLatents()
         self._expected = expected
         self._planned = planned
-        self._list: Any = None
-        self._listed = AnnouncedTimesteps([], merges=True)
-        self._list_is_used = False
         self.step = -1
-        self.position: int | None = None  # where the noise scheduler was at the last call
         self._given: list[Any] = []  # timesteps: numbers, and tensors that nobody has read yet
         self.forget()
 
     @property
     def num_steps(self) -> int | None:
         """Steps of this generation as its noise scheduler announced them, if it did."""
-        return len(self._listed) - self._offset if self._follows_list else None
+        return self._solver.num_steps
+
+    @property
+    def position(self) -> int | None:
+        """Where the noise scheduler was at the last call, if it counts its steps."""
+        return self._solver.position
 
     def stages(self, step: int) -> int | None:
         """How often the solver asks in a step for each branch; None if it does not say."""
-        if not self._follows_list or self._stages() is None:
-            return None
-        return self._listed.entries(step + self._offset)
+        return self._solver.stages(step)
 
     @property
     def first_timestep(self) -> float:
@@ -100,12 +122,12 @@ class Clock:
     @property
     def sketch(self) -> Tensor | None:
         """What is remembered of the last step's latents where no list of timesteps is followed."""
-        return self._sketch
+        return self._latents.sketch
 
     @property
     def announced_list(self) -> Any:
         """The list of timesteps that the noise scheduler announced last."""
-        return self._list
+        return self._solver.announced_list
 
     @property
     def timesteps(self) -> list[float]:
@@ -116,33 +138,26 @@ class Clock:
     @property
     def entries(self) -> list[int]:
         """Where each step so far stands in the announced list; empty if none is followed."""
-        if not self._follows_list:
-            return []
-        steps = range(self._offset, self._offset + len(self._given))
-        return [self._listed.entry_of(step) for step in steps]
+        return self._solver.entries(len(self._given))
 
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> Snapshot:
         """All that the clock knows, for ``restore``."""
-        return {**vars(self), "_given": list(self._given)}
+        own = {**vars(self), "_given": list(self._given)}
+        return Snapshot(own, dict(vars(self._solver)), dict(vars(self._latents)))
 
-    def restore(self, snapshot: dict[str, Any]) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Takes back what calls since a snapshot did."""
-        vars(self).update(snapshot)
+        vars(self).update(snapshot.clock)
+        vars(self._solver).update(snapshot.solver)
+        vars(self._latents).update(snapshot.latents)
 
     def forget(self) -> None:
         """Makes the next call the first one of a new generation."""
+        self._solver.forget()
+        self._latents.forget()
         self._given = []
-        self._last_position: int | None = None
-        self._position_is_trusted: bool | None = None  # None until it is seen to move, or not to
-        self._previous: Tensor | None = None  # a sketch of the latents of the last call
-        self._follows_list = False
-        self._offset = 0
         self._direction = 0.0
         self._call = 0
-        self._latents: weakref.ref[Tensor] | None = None
-        self._version: int | None = None
-        self._digest: Digest | None = None
-        self._sketch: Tensor | None = None
         self._first_step = 0
         self._undecided = False
         self._distrusted = False
@@ -160,77 +175,41 @@ class Clock:
         Raises:
             ScheduleMismatchError: If the samples of a batch are at different timesteps.
         """
-        self.position = position = self._position()
-        self._listen(position)
-        position = self._trusted(position)
+        solver = self._solver
+        if solver.listen():
+            self.forget()
         is_far = isinstance(timestep, Tensor) and timestep.device.type not in ("cpu", "meta")
-        if is_far and self._position_is_trusted:
-            moved = self._moved(position)
+        if is_far and solver.is_trusted:
+            moved = solver.moved()
             if moved == 0:
                 return self._same_step(latents)
             if moved == 1:
-                return self._next_step(timestep.detach().clone(), latents, position)
+                return self._next_step(timestep.detach().clone(), latents)
         value = timestep_value(timestep, None if latents is None else len(latents))
-        if self._stands_still(value, position):
-            self._position_is_trusted, position = False, None
-            self.position = self._last_position = None
-        if self._follows_list and not self._listed.has(value, self._next_index(position)):
-            self.forget()  # not what the scheduler would give
-        goes_back = self._follows_list and self._list_goes_back(value, position)
+        if solver.may_stand_still() and value != self._last and solver.lists_next(value, self.step):
+            solver.distrust()
+        if not solver.expects(value, self.step):
+            self.forget()
+        goes_back = bool(self._given) and self._list_goes_back(value)
         if not self._given or self._begins_anew(value):
-            return self._start(value, latents, position)
+            return self._start(value, latents)
         if self._turned_back(value) and not goes_back:
             self._refuse_to_go_back(value, latents)
-            return self._start(value, latents, position)
-        if value == self._last and not self._moved(position):
+            return self._start(value, latents)
+        if value == self._last and not solver.moved():
             return self._same_step(latents)
         if value != self._last:
             self._direction = math.copysign(1.0, value - self._last)
-        return self._next_step(value, latents, position)
+        return self._next_step(value, latents)
 
     # ------------------------------------------------------------------------------- decisions
 
-    def _listen(self, position: int | None) -> None:
-        """Forgets what was, if the scheduler has announced a new generation or ended this one."""
-        announced = self._announced()
-        if announced is not None and announced is not self._list:
-            self._list = announced
-            # Where equal neighbours cannot be told apart they are two stages of one step.
-            self._listed = AnnouncedTimesteps.of(
-                announced, merges=position is None or self._stages() != 1
-            )
-            self._list_is_used = False
-            self.forget()
-        if self._follows_list and self._listed.are_over_at(position):
-            self.forget()
-
-    def _trusted(self, position: int | None) -> int | None:
-        """The scheduler's position, unless it was seen to stand still while timesteps moved."""
-        if self._position_is_trusted is False:
-            self.position = None
-            return None
-        if self._last_position is not None and position != self._last_position:
-            self._position_is_trusted = True
-        return position
-
-    def _stands_still(self, timestep: float, position: int | None) -> bool:
-        """Whether the timesteps follow the list and nobody tells the scheduler, not even once.
-
-        So it is where a sampler only reads the list, or steps a copy of the scheduler.
-        """
-        if not self._follows_list or position is None or self._position_is_trusted is not None:
-            return False
-        if position != self._last_position or timestep == self._last:
-            return False
-        here = self.step + self._offset
-        return here + 1 < len(self._listed) and self._listed.has(timestep, (here + 1,), keep=True)
-
-    def _list_goes_back(self, timestep: float, position: int | None) -> bool:
+    def _list_goes_back(self, timestep: float) -> bool:
         """Whether the announced list itself turns back here, as in restart sampling."""
-        here = self.step + self._offset
-        if here + 1 >= len(self._listed) or (position is not None and not self._moved(position)):
+        solver = self._solver
+        if solver.position is not None and not solver.moved():
             return False
-        return timestep != self._given[0] and self._listed.has(timestep, (here + 1,), keep=True)
+        return timestep != self._given[0] and solver.lists_next(timestep, self.step)
 
     def _refuse_to_go_back(self, timestep: float, latents: Tensor | None) -> None:
         """Refuses timesteps that turn back in mid-generation while the latents go on.
@@ -238,13 +217,11 @@ class Clock:
         A new generation begins where generations begin, or has latents of its own.
         """
         is_complete = self._planned is not None and self.step + 1 >= self._planned
-        now = None if latents is None else sketch(latents, least=64, most=4096)
-        likeness = correlation(now, self._previous)
-        if self._follows_list or is_complete or likeness is None or now is None:
+        if self._solver.is_followed or is_complete:
             return
         first, last = self.first_timestep, self._last
         lies_between = min(first, last) < timestep < max(first, last)
-        if not lies_between or likeness < max(0.5, 5 / math.sqrt(len(now))):
+        if not lies_between or not self._latents.goes_on_with(latents):
             return
         self.forget()
         raise ScheduleMismatchError(
@@ -261,28 +238,12 @@ class Clock:
         self._given[-1] = timestep_value(self._given[-1], batch=0)
         return float(self._given[-1])
 
-    def _next_index(self, position: int | None) -> Sequence[int]:
-        """The steps of the list that this call may belong to."""
-        here = self.step + self._offset
-        if position is not None and self._last_position is not None:
-            return (here if position == self._last_position else self._listed.step_at(position),)
-        return (here, here + 1) if here + 1 < len(self._listed) else (here,)
-
-    def _moved(self, position: int | None) -> int | None:
-        """Steps by which the scheduler has moved on since the last call; None if it cannot tell.
-
-        It also tells timesteps apart that round to one number in a short dtype.
-        """
-        if not self._follows_list or position is None or self._last_position is None:
-            return None
-        return self._listed.step_at(position) - self._listed.step_at(self._last_position)
-
     def _turned_back(self, timestep: float) -> bool:
         return self._direction * (timestep - self._last) < 0
 
     def _begins_anew(self, timestep: float) -> bool:
         """Whether the one call before was alone: this one is where generations begin."""
-        if self._follows_list or timestep == self._last:
+        if self._solver.is_followed or timestep == self._last:
             return False
         if self._expected is not None:
             return are_close(timestep, self._expected[0])
@@ -295,68 +256,50 @@ class Clock:
 
     # ------------------------------------------------------------------------------- movements
 
-    def _start(self, timestep: float, latents: Tensor | None, position: int | None) -> Tick:
+    def _start(self, timestep: float, latents: Tensor | None) -> Tick:
         self.forget()
         self.step = 0
-        index = self._listed.find(timestep, position)
-        if index is not None:
-            left = len(self._listed) - index
-            self._follows_list = self._list_is_used = True
-            self._offset = index if self._planned in (None, left) else 0
-            self.step = index - self._offset
-        elif self._list_is_used:
-            return Tick(0, 0, starts=False, vouched=False, inside=False)
+        step = self._solver.start(timestep, self._planned)
+        if step is not None:
+            self.step = step
+        elif self._solver.has_been_used:
+            return Tick(0, 0, starts=False, same_generation=False, inside=False)
         self._given = [timestep]
-        self._arrive(timestep, latents, position)
-        return Tick(self.step, 0, starts=True, vouched=False)
+        self._first_step = self.step
+        self._arrive(timestep, latents)
+        return Tick(self.step, 0, starts=True, same_generation=False)
 
     def _same_step(self, latents: Tensor | None) -> Tick:
         self._call += 1
-        self._see(latents)
+        self._latents.see(latents, sketches=not self._solver.is_followed)
         # A generation broken off in its first step, and begun again, looks like guidance in two
         # calls. The same latents settle it.
-        if self.step == self._first_step and not self._are_the_same(latents):
-            self._undecided = self._stages() in (None, 1)
-        return Tick(self.step, self._call, starts=False, vouched=not self._distrusted)
+        if self.step == self._first_step and not self._latents.are_the_same(latents):
+            self._undecided = not self._solver.makes_several_calls()
+        return Tick(self.step, self._call, starts=False, same_generation=not self._distrusted)
 
-    def _next_step(self, timestep: Any, latents: Tensor | None, position: int | None) -> Tick:
+    def _next_step(self, timestep: Any, latents: Tensor | None) -> Tick:
         self.step += 1
         self._call = 0
         self._given.append(timestep)
         self._undecided = self._undecided and self.step == self._first_step + 1
         rises_at_once = self._planned == 2 and self._direction > 0 and self._expected is None
-        followed, before = self._follows_plan, self._sketch
-        self._arrive(timestep, latents, position)
-        left_the_plan = followed and not self._follows_plan and not self._follows_list
-        could_be_a_start = rises_at_once and not self._follows_list
+        followed, before = self._follows_plan, self._latents.sketch
+        self._arrive(timestep, latents)
+        follows_list = self._solver.is_followed
+        left_the_plan = followed and not self._follows_plan and not follows_list
+        could_be_a_start = rises_at_once and not follows_list
         # A generation broken off, and another that begins further along, look like one; but no
         # solver's step leaves nothing of the latents.
-        is_another = are_unrelated(before, self._sketch)
+        is_another = are_unrelated(before, self._latents.sketch)
         self._distrusted = self._undecided or left_the_plan or could_be_a_start or is_another
-        return Tick(self.step, 0, starts=False, vouched=not self._distrusted)
+        return Tick(self.step, 0, starts=False, same_generation=not self._distrusted)
 
-    def _arrive(self, timestep: Any, latents: Tensor | None, position: int | None) -> None:
-        if len(self._given) == 1:
-            self._first_step = self.step
-        self._last_position = position
-        self._see(latents)
-        self._latents = None if latents is None else weakref.ref(latents)
-        self._version = version(latents)
-        self._digest = None if self._version is not None or latents is None else digest(latents)
-        self._sketch = None if self._follows_list or latents is None else sketch(latents)
+    def _arrive(self, timestep: Any, latents: Tensor | None) -> None:
+        follows_list = self._solver.is_followed
+        self._solver.arrive()
+        self._latents.arrive(latents, sketches=not follows_list)
         self._distrusted = False
-        if self._follows_plan and self._expected is not None and not self._follows_list:
+        if self._follows_plan and self._expected is not None and not follows_list:
             here = self._expected[self.step] if self.step < len(self._expected) else math.nan
             self._follows_plan = are_close(timestep, here)
-
-    def _see(self, latents: Tensor | None) -> None:
-        """Notes what the latents are like, where no scheduler says how the timesteps go."""
-        self._previous = None
-        if latents is not None and not self._follows_list:
-            self._previous = sketch(latents, least=64, most=4096)
-
-    def _are_the_same(self, latents: Tensor | None) -> bool:
-        known = None if self._latents is None else self._latents()
-        if known is None or known is not latents or self._version != version(latents):
-            return False
-        return self._version is not None or are_equal(self._digest, digest(latents))

@@ -17,11 +17,10 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CalibrationError
 from ..model.arguments import Signature
-from ..model.denoisers import find_denoisers
 from ..model.outputs import taken_apart
-from ..steps.noise_scheduler import noise_scheduler
+from ..model.target import Target
 from .attachment import Attachment
-from .clock import Tick
+from .listener import CallListener, CallMode, DenoiserCall
 
 
 class Place(NamedTuple):
@@ -57,9 +56,9 @@ class Playback:
     """
 
     def __init__(self, model: Any, timesteps: Sequence[float] | None = None) -> None:
-        self._model = model
+        self._target = Target.of(model)
         self._timesteps = timesteps
-        self._signatures = {name: Signature(x) for name, x in find_denoisers(model).items()}
+        self._signatures = {name: Signature(x) for name, x in self._target.denoisers.items()}
 
     def run(
         self,
@@ -99,8 +98,8 @@ class Generation(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
-class _Session:
-    """A generation under way; its methods before and after are those an attachment calls."""
+class _Session(CallListener):
+    """A generation under way; follows the denoiser's calls."""
 
     def __init__(
         self,
@@ -127,7 +126,7 @@ class _Session:
         known = playback._timesteps
         handlers = dict.fromkeys(playback._signatures, self._call)
         count = None if known is None else len(known)
-        attachment = Attachment(playback._model, {}, handlers, self, known, count)
+        attachment = Attachment(playback._target, {}, handlers, self, known, count)
         try:
             output = generate()
             if self._wants_end and self._end is None:
@@ -143,12 +142,11 @@ class _Session:
     def _call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         return self._answer(self._place, lambda: forward(*args, **kwargs))
 
-    # ------------------------------------------------------------- what the attachment reports
+    # --------------------------------------------------------------------------- calls
 
-    def before(
-        self, denoiser: str, tick: Tick, branch: int | None, args: tuple[Any, ...], kwargs: Any
-    ) -> bool:
+    def before(self, call: DenoiserCall) -> CallMode:
         """Notes a call and, at the first one of a step, the latents."""
+        denoiser, tick, branch = call.denoiser, call.tick, call.branch
         self._generations += tick.starts
         refuse_second_generation(self._generations)
         if self._until is not None and tick.step > self._until:
@@ -160,7 +158,7 @@ class _Session:
             )
         self._place = Place(tick.step, denoiser, branch)
         if tick.call == 0:
-            latents = self._playback._signatures[denoiser].sort(args, kwargs).latents
+            latents = self._playback._signatures[denoiser].sort(call.args, call.kwargs).latents
             if latents is None:
                 raise CalibrationError("the denoiser is given no latents that could be recorded")
             kept = latents.detach().to(torch.float32, copy=True)
@@ -171,22 +169,13 @@ class _Session:
             known = self._playback._timesteps
             if self._wants_end and known is not None and tick.step == len(known) - 1:
                 self._catch_end()
-        return True
-
-    def after(self, denoiser: str, tick: Tick) -> None:
-        """Nothing is to be done after a call."""
-
-    def outside(self) -> None:
-        """Nothing is to be done about a call that is no part of the generation."""
-
-    def failed(self) -> None:
-        """Nothing is to be done after a call that raised."""
+        return CallMode.UNCOMPILED
 
     # ------------------------------------------------------------------------ the final latents
 
     def _catch_end(self) -> None:
         """Has the noise scheduler's next step end the generation."""
-        scheduler = noise_scheduler(self._playback._model)
+        scheduler = self._playback._target.noise_scheduler
         step = getattr(scheduler, "step", None)
         if scheduler is None or step is None or "step" in vars(scheduler):
             return
