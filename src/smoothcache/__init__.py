@@ -28,6 +28,7 @@ from .learning import Routers as Routers
 from .learning import learn_routers as learn_routers
 from .learning import plan_learned as plan_learned
 from .planners import plan as plan
+from .planners import plan_timesteps as plan_timesteps
 from .planners import plan_trajectory as plan_trajectory
 from .runtime import Run as Run
 from .runtime import Summary as Summary

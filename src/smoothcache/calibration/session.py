@@ -29,7 +29,7 @@ from .observe import Watcher, blocks_of
 from .observer import LayerObserver, ObserverMemory
 from .recording import TrajectoryObserver
 
-_TINY = np.finfo(np.float64).tiny
+_LEAST_NORM = 1e-200  # of an output that is zero; no relative error overflows with it
 
 
 def _input_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
@@ -198,7 +198,7 @@ class CalibrationSession(CallListener):
         values = torch.stack([part.to(sums[0].device) for part in sums]).cpu().double().numpy()
         self._refuse_non_finite(values)
         norms, distances = values[:, :1], values[:, 1:]
-        errors = np.where(distances > 0, distances / np.maximum(norms, _TINY), 0.0)
+        errors = np.where(distances > 0, distances / np.maximum(norms, _LEAST_NORM), 0.0)
         return errors
 
     def _refuse_non_finite(self, values: npt.NDArray[np.float64]) -> None:

@@ -1,5 +1,6 @@
 """The only room that imports diffusers: loading pipelines, choosing solvers, sampling."""
 
+from .grid import scheduler_on_grid as scheduler_on_grid
 from .loading import INDEX as INDEX
 from .loading import load_pipeline as load_pipeline
 from .loading import silence_libraries as silence_libraries

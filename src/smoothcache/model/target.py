@@ -21,6 +21,12 @@ class Target:
     Attributes:
         model: What the user handed over.
         denoisers: Prefix of a layer's path -> denoiser, as ``find_denoisers`` gives them.
+
+    Example:
+        >>> from torch import nn
+        >>> target = Target.of(nn.Identity())
+        >>> target.name, list(target.denoisers), Target.of(target) is target
+        ('Identity', [''], True)
     """
 
     model: Any
@@ -59,10 +65,21 @@ class Target:
         return None if scheduler is None else type(scheduler).__name__
 
     def only(self, name: str) -> Target:
-        """The same pipeline, of which one denoiser alone is meant."""
+        """The same pipeline, of which one denoiser alone is meant.
+
+        Args:
+            name: Prefix of the denoiser.
+
+        Returns:
+            A target with this denoiser, under the prefix ``""``.
+        """
         return Target(self.model, {"": self.denoisers[name]})
 
     def replaced(self) -> list[str]:
-        """Prefixes of denoisers that are no longer in the pipeline."""
+        """Looks for denoisers that were exchanged since.
+
+        Returns:
+            Prefixes of those that are no longer in the pipeline.
+        """
         now = list(find_denoisers(self.model).values())
         return [name for name, denoiser in self.denoisers.items() if denoiser not in now]

@@ -15,6 +15,8 @@ from types import MappingProxyType
 from ..calibration.curves import Calibration
 from ..schedule.schedule import Schedule
 from .threshold import plan as plan
+from .timesteps import TimestepGrid as TimestepGrid
+from .timesteps import plan_timesteps as plan_timesteps
 from .trajectory import plan_trajectory as plan_trajectory
 from .uniform import plan_uniform as plan_uniform
 

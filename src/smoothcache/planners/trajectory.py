@@ -260,6 +260,7 @@ class Segments:
         effects = np.where(inside, table.T[None], 0.0)
         if sensitivities is not None:
             effects = effects * sensitivities[:, None]
+        self.effects: FloatArray = effects  # [j, l, t]
         self.products: FloatArray = effects @ gram  # <r(j, l), e_t>
         self.squares: FloatArray = np.einsum("jlt,jlt->jl", self.products, effects)
 
