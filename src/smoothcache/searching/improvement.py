@@ -49,7 +49,14 @@ class Improvement:
         self._validation = validation
         self._rng = rng
 
-    def run(self, budget: float, until: float = -math.inf, reserve: float = 0.0) -> None:
+    def run(
+        self,
+        budget: float,
+        until: float = -math.inf,
+        reserve: float = 0.0,
+        *,
+        moves_alone: bool = False,
+    ) -> None:
         """Improves the candidates within a budget.
 
         Moves are tried on the best two candidates. A candidate that no move makes better is set
@@ -60,24 +67,29 @@ class Improvement:
             budget: Fraction of the uncached MACs.
             until: An error at which to stop.
             reserve: Uncached generations to leave unspent, at least.
+            moves_alone: Whether to try no uneven spacings and fit no gains, because better ones
+                were planned from trajectories.
         """
         trials = self._trials
         reserve = max(reserve, self._validation.cost(budget))
         if trials.least_error(budget) <= until:
             return
-        self._try_uneven(budget, reserve)
-        whole = [c for c in trials.ranked(budget) if c.reuses_whole_denoiser]
-        self._fit_gains(whole[:FITTED], reserve)
+        if not moves_alone:
+            self._try_uneven(budget, reserve)
+            whole = [c for c in trials.ranked(budget) if c.reuses_whole_denoiser]
+            self._fit_gains(whole[:FITTED], reserve)
         self._damp([c for c in trials.ranked(budget) if c.reuses_layers][:1], reserve)
         without_better_move: set[str] = set()
         batch_cost = BATCH * len(trials.samples) * budget
         while trials.may_continue(batch_cost + reserve):
-            best = [c for c in trials.ranked(budget) if c.common_row is not None][:2]
+            best = [c for c in trials.ranked(budget) if _may_be_moved(c)][:2]
             candidate = next((c for c in best if c.key not in without_better_move), None)
             if trials.least_error(budget) <= until:
                 return
             if candidate is None:
-                if not self._fit_gains([c for c in best if c.reuses_whole_denoiser], reserve):
+                if moves_alone or not self._fit_gains(
+                    [c for c in best if c.reuses_whole_denoiser], reserve
+                ):
                     return
             elif not self._try_moves(candidate, budget, reserve):
                 without_better_move.add(candidate.key)
@@ -149,3 +161,9 @@ class Improvement:
             if is_better:
                 return True
         return False
+
+
+def _may_be_moved(candidate: Candidate) -> bool:
+    """Whether its computed steps may be moved: of weights, others would have to be fitted."""
+    row = candidate.common_row
+    return row is not None and row.weights is None

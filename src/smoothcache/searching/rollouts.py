@@ -64,7 +64,13 @@ class Rollouts:
         self.cost = cost
 
     def set_reference(
-        self, name: str, i: int, candidate: Candidate, *, with_trajectory: bool
+        self,
+        name: str,
+        i: int,
+        candidate: Candidate,
+        *,
+        with_trajectory: bool,
+        known: Any = None,
     ) -> None:
         """Samples a reference for generation i.
 
@@ -73,23 +79,30 @@ class Rollouts:
             i: Number of the generation.
             candidate: How to sample.
             with_trajectory: Whether to keep the latents of every step, which gains are fitted to.
+            known: What the generation returned when it ran before; None to run it.
 
         Raises:
             InvalidArgumentError: If the output is not finite.
         """
-        if with_trajectory and len(find_denoisers(self._model)) == 1:
+        if known is not None:
+            output = output_tensors(known, f"sample({i})")
+        elif with_trajectory and len(find_denoisers(self._model)) == 1:
             recorder = Recorder(self._model)
             output, trajectory = recorder.run(self._model, lambda: self._run(candidate, i))
             self._trajectories[name, i] = trajectory
         else:
             output = self._run(candidate, i)
         self._references[name, i] = output
-        self.cost += candidate.compute
+        self.cost += candidate.compute if known is None else 0.0
         if not is_finite(output):
             steps = candidate.num_steps
             arguments = f"{i}" if steps is None else f"{i}, num_inference_steps={steps}"
             raise InvalidArgumentError(f"sample({arguments}) returned NaN or infinity")
         self._journal.confirm((name, "norm", i), l2_norm(output))
+
+    def trajectory(self, name: str, i: int) -> Trajectory | None:
+        """The latents of a reference; None if they were not kept."""
+        return self._trajectories.get((name, i))
 
     def deviation(self, name: str, i: int, candidate: Candidate) -> float:
         """Relative L2 distance between a reference and another run of it, in the worst process."""
