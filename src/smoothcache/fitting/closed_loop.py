@@ -245,6 +245,8 @@ class ClosedLoopFit:
         per_branch: Whether each branch of guidance gets weights of its own.
         outputs: What earlier fits to the same samples know; None for nothing.
         numbers: Of the generations that the trajectories are of; None for 0, 1, ...
+        targets: For each sample, how far from the uncached states those lie that are to be met,
+            [steps + 1, *latents]; None for the uncached ones themselves.
 
     Attributes:
         fallbacks: Segments that had to do with fewer lags, because weights came out too large.
@@ -263,11 +265,13 @@ class ClosedLoopFit:
         per_branch: bool = False,
         outputs: ComputedOutputs | None = None,
         numbers: Sequence[int] | None = None,
+        targets: Sequence[Tensor] | None = None,
     ) -> None:
         self._sample = sample
         self._numbers = range(trajectories.num_samples) if numbers is None else numbers
         self._computed_outputs = ComputedOutputs() if outputs is None else outputs
         self._known = trajectories
+        self._targets = targets
         self._timesteps = timesteps
         self._outputs = [x.float() for x in trajectories.outputs]
         self._table = trajectories.responses.table
@@ -446,9 +450,13 @@ class ClosedLoopFit:
             return base
         lags, tables = len(known), self._tables
         matrix, right = np.zeros((lags * tables,) * 2), np.zeros(lags * tables)
-        for outputs, stray, recorded in zip(own[:count], strays, self._outputs, strict=False):
+        for i, outputs, stray, recorded in zip(
+            range(count), own, strays, self._outputs, strict=False
+        ):
             columns = torch.cat([self._by_table(outputs[s]) for s in known]).double().flatten(1)
             left = -self._moved(stray, reused.start, end)
+            if self._targets is not None:
+                left += self._targets[i][end]
             for row, t in enumerate(reused):
                 change = self._combined(outputs, known, base[row]) - recorded[t]
                 left -= float(self._table[t, end]) * change

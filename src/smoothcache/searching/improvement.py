@@ -18,6 +18,7 @@ from .validation import Validation
 
 BATCH = 4  # moves that are tried at once; independent of the number of processes
 FITTED = 3  # candidates whose gains are fitted at first
+WITH_WEIGHTS = 2  # candidates whose weights are fitted at first
 DAMPING = (0.97, 0.94)  # gains below 1 that are tried on predicted changes of layers
 
 
@@ -31,6 +32,8 @@ class Improvement:
         trials: Keeps the errors of the candidates.
         validation: Tells what must be left for measuring the winner.
         rng: Orders the moves.
+        fits_weights: Whether weights are fitted to candidates for the whole denoiser, and not only
+            gains.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class Improvement:
         trials: Trials,
         validation: Validation,
         rng: random.Random,
+        *,
+        fits_weights: bool = False,
     ) -> None:
         self._space = space
         self._proposals = proposals
@@ -48,6 +53,8 @@ class Improvement:
         self._trials = trials
         self._validation = validation
         self._rng = rng
+        self._fits_weights = fits_weights
+        self._with_weights: set[str] = set()
 
     def run(
         self,
@@ -78,6 +85,7 @@ class Improvement:
             self._try_uneven(budget, reserve)
             whole = [c for c in trials.ranked(budget) if c.reuses_whole_denoiser]
             self._fit_gains(whole[:FITTED], reserve)
+            self._fit_weights(whole[:WITH_WEIGHTS], reserve)
         self._damp([c for c in trials.ranked(budget) if c.reuses_layers][:1], reserve)
         without_better_move: set[str] = set()
         batch_cost = BATCH * len(trials.samples) * budget
@@ -120,6 +128,21 @@ class Improvement:
                 trials.record(fitted, self._rollouts.distances(trials.reference, runs))
                 is_better |= trials.error(fitted) < trials.error(candidate)
         return is_better
+
+    def _fit_weights(self, candidates: Sequence[Candidate], reserve: float) -> None:
+        """Tries candidates with fitted weights, once each."""
+        trials = self._trials
+        for candidate in candidates:
+            if not self._fits_weights or candidate.key in self._with_weights:
+                continue
+            steps = (candidate.num_steps or self._space.num_steps) / self._space.num_steps
+            cost = len(trials.samples) * (steps + 2 * candidate.compute)
+            if not trials.may_continue(cost + reserve):
+                return
+            self._with_weights.add(candidate.key)
+            row = self._rollouts.fit_weights(trials.reference, candidate, trials.samples)
+            if row is not None:
+                trials.screen([self._space.with_row(candidate, row, "with weights")])
 
     def _damp(self, candidates: Sequence[Candidate], reserve: float) -> None:
         """Tries candidates with gains slightly below 1."""

@@ -13,15 +13,17 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-from ..errors import InvalidArgumentError
+from ..errors import CalibrationError, InvalidArgumentError
 from ..model.denoisers import find_denoisers
 from ..runtime.run import NEVER_SEEN, cached
 from ..schedule.row import Row
+from ..steps.predictors import FITTED
 from .gains import Recorder, Trajectory, fit_gains
 from .journal import DistanceKey, Journal
 from .objectives import Objective, flattened, is_finite, l2_norm, latent_l2, output_tensors
 from .processes import from_rank_zero, gather_from_all, rank_and_size
 from .space import Candidate, last_reused_step
+from .weights import Weights, fit_weights
 
 
 class Rollouts:
@@ -56,6 +58,7 @@ class Rollouts:
         self._sample = sample
         self._objective = objective
         self._solvers = solvers
+        self._num_steps = int(settings["steps"])
         self._references: dict[tuple[str, int], Any] = {}
         self._trajectories: dict[tuple[str, int], Trajectory] = {}
         self._journal = Journal(journal, settings)
@@ -145,6 +148,39 @@ class Rollouts:
             return []
         row = fit_gains(self._model, lambda i: self._sample(i, **options), schedule, references)
         return list(row.gains or [1.0] * len(row.computed))
+
+    def fit_weights(self, name: str, candidate: Candidate, samples: Sequence[int]) -> Row | None:
+        """The row of a candidate for the whole denoiser, with weights fitted to a reference.
+
+        Each sample costs an uncached run as the candidate samples, and one under the candidate.
+
+        Args:
+            name: Name of the reference.
+            candidate: Reuses the output of the whole denoiser.
+            samples: Numbers of the generations to fit to.
+
+        Returns:
+            The row; None if its generations cannot be recorded.
+        """
+        row = candidate.common_row
+        if row is None or candidate.schedule is None:
+            return None
+        steps = candidate.schedule.num_steps / self._num_steps
+        self.cost += (steps + candidate.compute) * len(samples)
+        weights = from_rank_zero(lambda: self._fit_weights(name, candidate, row, samples))
+        return None if weights is None else Row(row.computed, FITTED, weights=weights)
+
+    def _fit_weights(
+        self, name: str, candidate: Candidate, row: Row, samples: Sequence[int]
+    ) -> Weights | None:
+        references = {i: (self._trajectories[name, i], self._references[name, i]) for i in samples}
+        options = self._options(candidate)
+        try:
+            return fit_weights(
+                self._model, lambda i: self._sample(i, **options), row.computed, references
+            )
+        except CalibrationError:  # not linear, say; the other candidates are enough
+            return None
 
     def distances(self, name: str, runs: Sequence[tuple[Candidate, int]]) -> list[float]:
         """Distances from a reference, of candidates in one generation each.

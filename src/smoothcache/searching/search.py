@@ -195,7 +195,6 @@ def _calibrated(
         remembered,
         len(options.training_samples),
         max_gap=3,
-        trajectory=False if options.joint else None,
         progress=options.progress,
     )
     # Recording trajectories plays a generation back, and refuses what does not repeat itself.

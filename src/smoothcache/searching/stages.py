@@ -102,6 +102,7 @@ class SearchRun:
             self._trials,
             self._validation,
             random.Random(options.seed),
+            fits_weights=joint and space.calibration.trajectories is not None,
         )
         sample_validation_references(rollouts, space.num_steps, validation, converged=converged)
 
