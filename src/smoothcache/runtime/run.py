@@ -152,7 +152,10 @@ class Run:
 
     Attributes:
         schedule: The schedule, bound to the model's layers.
+        report: What ``accelerate`` measured; None under ``enable`` and ``cached``.
     """
+
+    report: Any = None
 
     def __init__(
         self, model: Any, schedule: Schedule, check_finite: bool = False, store: Store = "device"

@@ -75,7 +75,8 @@ def search(
         sample: ``sample(i)`` runs generation number i with its own fixed seed and returns the final
             tensor or tensors, of any shape and of the same shapes each time. If it also takes the
             keyword ``num_inference_steps`` (and ``scheduler``), the baselines without a cache are
-            measured, and the errors to the converged sample are reported.
+            measured. The errors to the converged sample are reported, too, if sampling it takes no
+            more than half of ``max_cost``.
         calibration: Result of ``calibrate``. It determines what is reused beside the output of the
             whole denoiser: calibrate with ``granularity="block"`` to search over blocks instead of
             layers. Its trajectories are used if they are of these samples (the same prompts,
@@ -125,7 +126,7 @@ def search(
     options = options_of(options, keywords)
     if not callable(sample):
         raise InvalidArgumentError(f"sample must be a function, got {type(sample).__name__}.")
-    takes_num_steps, takes_solver = _sampler_takes(sample)
+    takes_num_steps, takes_solver = sampler_takes(sample)
     if options.joint and not (takes_num_steps and takes_solver):
         raise InvalidArgumentError(
             "a joint search changes the solver and the number of steps, so sample must take the "
@@ -247,7 +248,7 @@ def _budget(speedup: float | None, compute: float | None) -> float:
     return 1.0
 
 
-def _sampler_takes(sample: Callable[..., Any]) -> tuple[bool, bool]:
+def sampler_takes(sample: Callable[..., Any]) -> tuple[bool, bool]:
     """Whether ``sample`` takes ``num_inference_steps`` and ``scheduler`` by name."""
     try:
         parameters = inspect.signature(sample).parameters
