@@ -100,7 +100,8 @@ class AccelerationReport:
             )
         if self.pays:
             return (
-                f"caching pays: {self.gain:.1f} dB closer to the uncached samples than {best.name}"
+                f"caching pays: {self.gain:.1f} dB closer to the uncached samples than {best.name} "
+                "without a cache"
             )
         return (
             f"CACHING DOES NOT PAY: {best.name} without a cache is {-self.gain:.1f} dB closer to "

@@ -225,6 +225,11 @@ class ComputedOutputs:
             self.calls += 1
         return self._known[i, steps]
 
+    def missing(self, samples: int, steps: Sequence[int], num_steps: int) -> int:
+        """How many calls a fit of so many samples to these steps would add."""
+        runs = [tuple(steps[:count]) for count, t in enumerate(steps, 1) if t < num_steps - 1]
+        return sum((i, run) not in self._known for i in range(samples) for run in runs)
+
     def keep(self, steps: Sequence[int]) -> None:
         """Drops what is of no use to fits that begin as these steps do."""
         kept = {tuple(steps[:count]) for count in range(1, len(steps) + 1)}

@@ -56,6 +56,20 @@ class _Progress:
     best: FittedSteps | None = None
     tried: dict[Steps, FittedSteps] = field(default_factory=dict)
     moves: int = 0
+    put_off: Steps | None = None
+
+    def next(self, num_steps: int, fixed: Sequence[int]) -> Steps | None:
+        """What is to be tried next: a plan, or the best one with a step moved."""
+        planned, self.put_off = self.put_off, None
+        if planned is not None:
+            return planned
+        planned = next((steps for steps in self.plans if steps not in self.tried), None)
+        if planned is not None or self.best is None:
+            return planned
+        every = _neighbours(self.best.steps, num_steps, fixed)
+        left = [steps for steps in every if steps not in self.tried]
+        self.moves += 1  # by a ratio that soon has been everywhere
+        return left[int(len(left) * (self.moves * _GOLDEN % 1))] if left else None
 
 
 class StepSearch:
@@ -108,7 +122,7 @@ class StepSearch:
 
         Args:
             count: Number of computed steps.
-            max_cost: In uncached generations. The last fit may exceed it.
+            max_cost: In uncached generations. The first fit runs in any case.
             told: Is told what was spent in all, after every fit.
 
         Returns:
@@ -119,16 +133,10 @@ class StepSearch:
             self._progress[count] = _Progress(self._plans(count))
         progress = self._progress[count]
         limit = self.spent + max_cost
-        while self.spent < limit:
-            planned = next(progress.plans, None)
-            if planned is None:
-                if progress.best is None:
-                    break
-                planned = _moved(progress, steps, fixed)
-                if planned is None:
-                    break
-            if planned in progress.tried:
-                continue
+        while planned := progress.next(steps, fixed):
+            if progress.best is not None and self.spent + self._cost(planned) > limit:
+                progress.put_off = planned
+                break
             found = self.fitted(planned)
             progress.tried[planned] = found
             worth = _WORTH if progress.best is not None and math.isfinite(found.error) else 0
@@ -156,6 +164,12 @@ class StepSearch:
         tables, errors = run.fitted(trajectories.num_samples, 0, progress=False)
         return FittedSteps(steps, tables, float(np.mean(np.log(np.maximum(errors, 1e-12)))))
 
+    def _cost(self, steps: Steps) -> float:
+        """What a fit would cost, in uncached generations."""
+        trajectories = self._trajectories
+        calls = self._outputs.missing(trajectories.num_samples, steps, trajectories.num_steps)
+        return calls / trajectories.num_steps
+
     def _plans(self, count: int) -> Iterator[Steps]:
         for noise, early_weight in PLANS:
             segments = Segments.of(self._trajectories, early_weight)
@@ -173,16 +187,6 @@ def _even(num_steps: int, count: int, fixed: Sequence[int]) -> Steps:
         if first not in spaced:
             spaced[min(range(count), key=lambda i: abs(spaced[i] - first))] = first
     return tuple(sorted(spaced))
-
-
-def _moved(progress: _Progress, num_steps: int, fixed: Sequence[int]) -> Steps | None:
-    """The next untried neighbour of the best, in an order that soon has been everywhere."""
-    if progress.best is None:
-        return None
-    every = _neighbours(progress.best.steps, num_steps, fixed)
-    left = [steps for steps in every if steps not in progress.tried]
-    progress.moves += 1
-    return left[int(len(left) * (progress.moves * _GOLDEN % 1))] if left else None
 
 
 def _neighbours(best: Steps, num_steps: int, fixed: Sequence[int]) -> Iterator[Steps]:

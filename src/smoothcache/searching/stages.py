@@ -135,22 +135,18 @@ class SearchRun:
 
     def _try_plans(self, plans: TrajectoryPlans, proposals: list[Candidate], budget: float) -> None:
         """Tries plans from trajectories beside the proposals, and improves the best of both."""
-        trials, samples = self._trials, len(self._trials.samples)
+        trials = self._trials
+        self._screen(proposals, budget)
         reserve = self._validation.cost(budget)
-        # About half of the candidates need to run on more than one sample.
-        screening = budget * (len(proposals) + FINALISTS) * (1 + samples) / 2
-        planned = plans.propose(budget, max(trials.left - reserve - screening, budget))
-        self._screen([*planned, *proposals], budget)
-        rollout = samples * budget
-        is_exhausted = False
-        while not is_exhausted and trials.may_continue(reserve + FINALISTS * rollout):
-            if trials.best(budget).is_fitted:
-                left = trials.left - reserve - FINALISTS * rollout
-                planned = plans.propose(budget, min(left, MOST_AT_ONCE))
-                is_exhausted = not planned
-                self._screen(planned, budget)
-            else:
-                is_exhausted = True
+        rollout = len(trials.samples) * budget
+        to_try = reserve + FINALISTS * rollout
+        if not trials.ranked(budget) or trials.may_continue(to_try + FITTED_ON * budget):
+            self._screen(plans.propose(budget, (trials.left - to_try) / 2), budget)
+        while trials.best(budget).is_fitted and trials.may_continue(to_try):
+            planned = plans.propose(budget, min(trials.left - to_try, MOST_AT_ONCE))
+            if not planned:
+                break
+            self._screen(planned, budget)
         best = trials.best(budget)
         if best.is_fitted:
             if trials.may_continue(reserve + plans.refit_cost(best) + rollout):
