@@ -23,7 +23,7 @@ def sample_training_references(
     *,
     joint: bool,
     known: Mapping[int, Any],
-    is_recorded: Callable[[Trajectory | None], bool],
+    is_recorded: Callable[[Trajectory | None], bool] | None,
 ) -> bool:
     """Samples the references that candidates are compared with; the sampler must repeat itself.
 
@@ -34,9 +34,9 @@ def sample_training_references(
         num_steps: Solver steps of the uncached run.
         training: Numbers of the generations that candidates are compared on.
         joint: Whether candidates are compared with the converged samples.
-        known: Outputs of generations that ran before, by number, and were seen to repeat.
-        is_recorded: Whether the trajectory of the first sample is one that was recorded before, so
-            that it need not run again.
+        known: Outputs of generations that ran before, by number.
+        is_recorded: Whether the trajectory of the first sample is one that was recorded before;
+            then it need only be played back to see that it repeats itself. None if nothing was.
 
     Returns:
         Whether the trajectories that were recorded before are of these samples.
@@ -44,23 +44,29 @@ def sample_training_references(
     Raises:
         InvalidArgumentError: If a reference is not finite, or two runs of a generation differ.
     """
-    for i in training:
+    first = training[0]
+    replays = is_recorded is not None
+    if replays:
+        _refuse_deviation(rollouts.replay_reference(UNCACHED, first), first)
+    for i in training[replays:]:
         rollouts.set_reference(
             UNCACHED, i, _UNCACHED, with_trajectory=not joint and i not in known, known=known.get(i)
         )
-        if joint:
-            rollouts.set_reference(CONVERGED, i, _converged(num_steps), with_trajectory=True)
-    first = training[0]
-    if first in known or is_recorded(rollouts.trajectory(UNCACHED, first)):
+    for i in training if joint else ():
+        rollouts.set_reference(CONVERGED, i, _converged(num_steps), with_trajectory=True)
+    if is_recorded is not None and is_recorded(rollouts.trajectory(UNCACHED, first)):
         return True
-    deviation = rollouts.deviation(UNCACHED, first, _UNCACHED)
+    _refuse_deviation(rollouts.deviation(UNCACHED, first, _UNCACHED), first)
+    return False
+
+
+def _refuse_deviation(deviation: float, i: int) -> None:
     if deviation > MOST_DEVIATION:
         raise InvalidArgumentError(
-            f"sample({first}) returned different results in two runs (relative L2 distance "
+            f"sample({i}) returned different results in two runs (relative L2 distance "
             f"{deviation:.2g}); draw its noise from a generator seeded with i, and put the model "
             "in evaluation mode"
         )
-    return False
 
 
 def sample_validation_references(

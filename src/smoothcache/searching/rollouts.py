@@ -13,11 +13,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+from ..calibration.recording import record_generation
 from ..errors import CalibrationError, InvalidArgumentError
 from ..model.denoisers import find_denoisers
 from ..runtime.run import NEVER_SEEN, cached
 from ..schedule.row import Row
 from ..steps.predictors import FITTED
+from ..tracking.playback import Playback
 from .gains import Recorder, Trajectory, fit_gains
 from .journal import DistanceKey, Journal
 from .objectives import Objective, flattened, is_finite, l2_norm, latent_l2, output_tensors
@@ -89,14 +91,44 @@ class Rollouts:
         """
         if known is not None:
             output = output_tensors(known, f"sample({i})")
-        elif with_trajectory and len(find_denoisers(self._model)) == 1:
+            self._keep_reference(name, i, candidate, output, cost=0.0)
+            return
+        if with_trajectory and len(find_denoisers(self._model)) == 1:
             recorder = Recorder(self._model)
             output, trajectory = recorder.run(self._model, lambda: self._run(candidate, i))
             self._trajectories[name, i] = trajectory
         else:
             output = self._run(candidate, i)
+        self._keep_reference(name, i, candidate, output, cost=candidate.compute)
+
+    def replay_reference(self, name: str, i: int) -> float:
+        """Samples the uncached reference of a generation, and then again without the model.
+
+        Returns:
+            Relative L2 distance of the two, in the worst process: of all that is random but the
+            model.
+
+        Raises:
+            InvalidArgumentError: If the output is not finite.
+        """
+        outputs: list[Any] = []
+
+        def run() -> None:
+            outputs.append(output_tensors(self._sample(i), f"sample({i})"))
+
+        tape, generation = record_generation(self._model, run)
+        latents = [x.cpu() for x in generation.latents]
+        self._trajectories[name, i] = Trajectory(generation.timesteps, latents)
+        self._keep_reference(name, i, Candidate(name, 1.0), outputs[0], cost=1.0)
+        playback = Playback(self._model, generation.timesteps)
+        playback.run(run, lambda place, _: tape.played(place))
+        return float(max(gather_from_all(latent_l2(outputs[1], outputs[0]))))
+
+    def _keep_reference(
+        self, name: str, i: int, candidate: Candidate, output: Any, *, cost: float
+    ) -> None:
         self._references[name, i] = output
-        self.cost += candidate.compute if known is None else 0.0
+        self.cost += cost
         if not is_finite(output):
             steps = candidate.num_steps
             arguments = f"{i}" if steps is None else f"{i}, num_inference_steps={steps}"

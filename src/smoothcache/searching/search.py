@@ -23,6 +23,7 @@ from ..errors import (
 )
 from ..layers.modules import identify
 from ..schedule.schedule import Schedule
+from .gains import Trajectory
 from .options import SearchOptions, options_of
 from .plans import FITTED_ON, TrajectoryPlans, is_recorded
 from .processes import join_processes
@@ -163,6 +164,9 @@ def search(
     def plans(is_of_samples: bool) -> TrajectoryPlans | None:
         return _plans(model, sample, calibration, rollouts, options, is_of_samples)
 
+    def first_is_recorded(trajectory: Trajectory | None) -> bool:
+        return is_recorded(trajectory, calibration, options.training_samples[0])
+
     with tqdm(desc="searching", unit="rollout", disable=not options.progress) as bar:
         run = SearchRun(
             space,
@@ -173,7 +177,7 @@ def search(
             takes_num_steps=takes_num_steps,
             known=known,
             plans=plans if has_plans else lambda is_of_samples: None,
-            is_recorded=lambda trajectory, i: is_recorded(trajectory, calibration, i),
+            is_recorded=first_is_recorded if calibration.trajectories is not None else None,
             deadline=deadline,
             bar=bar,
         )
@@ -198,7 +202,6 @@ def _calibrated(
         max_gap=3,
         progress=options.progress,
     )
-    # Recording trajectories plays a generation back, and refuses what does not repeat itself.
     return calibration, {} if calibration.trajectories is None else known
 
 

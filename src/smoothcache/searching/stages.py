@@ -45,7 +45,7 @@ class SearchRun:
         known: Outputs of training generations that ran before.
         plans: Makes the plans from trajectories, if there are any, once it is known whether those
             of the calibration are of these samples; may give None.
-        is_recorded: Whether a trajectory is the calibration's of its number.
+        is_recorded: Whether a trajectory is the calibration's of its number; None if that has none.
         deadline: Value of ``time.monotonic()`` at which improvement ends; may be infinite.
         bar: Progress bar.
     """
@@ -61,7 +61,7 @@ class SearchRun:
         takes_num_steps: bool,
         known: Mapping[int, Any],
         plans: Callable[[bool], TrajectoryPlans | None],
-        is_recorded: Callable[[Trajectory | None, int], bool],
+        is_recorded: Callable[[Trajectory | None], bool] | None,
         deadline: float,
         bar: Any,
     ) -> None:
@@ -77,7 +77,7 @@ class SearchRun:
             training,
             joint=joint,
             known=known,
-            is_recorded=lambda trajectory: is_recorded(trajectory, training[0]),
+            is_recorded=is_recorded,
         )
         self._plans = plans(is_of_samples)
         validation = options.validation_samples_from(self._plans.samples if self._plans else 0)
