@@ -35,6 +35,7 @@ ROOMS = (
     "metrics",
     "plots",
     "comparison",
+    "acceleration",
     "demo",
     "cli",
     "__main__",

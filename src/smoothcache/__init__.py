@@ -45,6 +45,7 @@ from .version import __version__ as __version__
 from .version import refuse_namesake as _refuse_namesake
 
 if TYPE_CHECKING:
+    from .acceleration import accelerate as accelerate
     from .comparison import Variant as Variant
     from .comparison import compare as compare
 
@@ -53,6 +54,10 @@ _refuse_namesake()
 
 def __getattr__(name: str) -> Any:
     """Loads the comparison, and the metrics with it, when it is first asked for."""
+    if name == "accelerate":
+        from . import acceleration
+
+        return acceleration.accelerate
     if name in ("Variant", "compare"):
         from . import comparison
 

@@ -169,6 +169,16 @@ class Trajectories:
         """What planning needs alone."""
         return replace(self, latents=(), outputs=())
 
+    def of_samples(self, numbers: Sequence[int]) -> Trajectories:
+        """The trajectories of some samples, in the order in which their numbers are given."""
+        chosen = list(numbers)
+        return replace(
+            self,
+            grams=self.grams[chosen],
+            latents=tuple(self.latents[i] for i in chosen) if self.latents else (),
+            outputs=tuple(self.outputs[i] for i in chosen) if self.outputs else (),
+        )
+
     def first_steps(self) -> tuple[int, ...]:
         """The steps at which a denoiser has its first turn."""
         return tuple(

@@ -1,11 +1,12 @@
 """The ``smoothcache`` command; one command a file in ``commands``."""
 
 from .app import app as app
-from .commands import benchmark, calibrate, compare, demo, generate, inspect, plan, search
+from .commands import benchmark, cache, calibrate, compare, demo, generate, inspect, plan, search
 
 __all__ = [
     "app",
     "benchmark",
+    "cache",
     "calibrate",
     "compare",
     "demo",

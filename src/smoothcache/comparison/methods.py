@@ -152,7 +152,7 @@ def searched(
     budgets: Iterable[float] = BUDGETS,
     *,
     joint: bool = False,
-    max_cost: float = 60.0,
+    max_cost: float | None = None,
     num_samples: int | None = None,
     objective: str | Objective = "latent_l2",
     progress: bool = False,

@@ -111,7 +111,7 @@ class Trial:
         with (
             self._scheduled() as run,
             nullcontext() if weigh else self._followed() as steps,
-            _metered(self.way.denoisers, weigh=weigh) as meter,
+            metered(self.way.denoisers, weigh=weigh) as meter,
         ):
             samples = self.way.sample(i)
         if not meter.calls:
@@ -232,7 +232,7 @@ class _Meter:
 
 
 @contextmanager
-def _metered(denoisers: Sequence[nn.Module], *, weigh: bool) -> Iterator[_Meter]:
+def metered(denoisers: Sequence[nn.Module], *, weigh: bool) -> Iterator[_Meter]:
     meter = _Meter(weigh)
     handles: list[Any] = []
     if weigh:  # what is alive by now, weights above all, is left out

@@ -225,6 +225,11 @@ class ComputedOutputs:
             self.calls += 1
         return self._known[i, steps]
 
+    def missing(self, samples: int, steps: Sequence[int], num_steps: int) -> int:
+        """How many calls a fit of so many samples to these steps would add."""
+        runs = [tuple(steps[:count]) for count, t in enumerate(steps, 1) if t < num_steps - 1]
+        return sum((i, run) not in self._known for i in range(samples) for run in runs)
+
     def keep(self, steps: Sequence[int]) -> None:
         """Drops what is of no use to fits that begin as these steps do."""
         kept = {tuple(steps[:count]) for count in range(1, len(steps) + 1)}
@@ -244,6 +249,9 @@ class ClosedLoopFit:
         ridge: Of the least squares.
         per_branch: Whether each branch of guidance gets weights of its own.
         outputs: What earlier fits to the same samples know; None for nothing.
+        numbers: Of the generations that the trajectories are of; None for 0, 1, ...
+        targets: For each sample, how far from the uncached states those lie that are to be met,
+            [steps + 1, *latents]; None for the uncached ones themselves.
 
     Attributes:
         fallbacks: Segments that had to do with fewer lags, because weights came out too large.
@@ -261,10 +269,14 @@ class ClosedLoopFit:
         ridge: float = RIDGE,
         per_branch: bool = False,
         outputs: ComputedOutputs | None = None,
+        numbers: Sequence[int] | None = None,
+        targets: Sequence[Tensor] | None = None,
     ) -> None:
         self._sample = sample
+        self._numbers = range(trajectories.num_samples) if numbers is None else numbers
         self._computed_outputs = ComputedOutputs() if outputs is None else outputs
         self._known = trajectories
+        self._targets = targets
         self._timesteps = timesteps
         self._outputs = [x.float() for x in trajectories.outputs]
         self._table = trajectories.responses.table
@@ -344,20 +356,22 @@ class ClosedLoopFit:
             if at in (0, step):
                 self._refuse_other_latents(i, at, latents, stray)
 
-        generation = self._playback.run(partial(self._sample, i), answer, until=step, seen=check)
+        generation = self._playback.run(
+            partial(self._sample, self._numbers[i]), answer, until=step, seen=check
+        )
         self._refuse_other_timesteps(i, generation.timesteps)
         places = sorted(new.outputs, key=lambda x: x.branch)
         guidance = self._known.responses.guidance
         if len(places) != len(guidance.weights):
             raise CalibrationError(
-                f"sample({i}) called the denoiser {len(places)} times at step {step}, and "
+                f"{self._named(i)} called the denoiser {len(places)} times at step {step}, and "
                 f"{len(guidance.weights)} times when it was calibrated; it must run the same "
                 "generations with the same number of steps"
             )
         output = guidance.components([new.main(place) for place in places]).cpu()
         if not bool(torch.isfinite(output).all()):
             raise CalibrationError(
-                f"the denoiser's output is not finite at step {step} of sample({i}) under the "
+                f"the denoiser's output is not finite at step {step} of {self._named(i)} under the "
                 "schedule; plan with more computed steps"
             )
         return new, output
@@ -379,6 +393,9 @@ class ClosedLoopFit:
         ]
         return rebuild(values)
 
+    def _named(self, i: int) -> str:
+        return f"sample({self._numbers[i]})"
+
     def _refuse_other_latents(self, i: int, step: int, latents: Tensor, stray: Tensor) -> None:
         """Refuses a run that does not begin, or is not carried on, as the recorded one was."""
         given = self._known.responses.guidance.latents(latents).cpu()
@@ -386,8 +403,8 @@ class ClosedLoopFit:
         norm = float(wanted.norm())
         if given.shape != wanted.shape or float((given - wanted).norm()) > _TOLERANCE * norm:
             raise CalibrationError(
-                f"sample({i}) {'has' if step else 'begins with'} other latents at step {step} than "
-                "follow from those that were calibrated; fit with the same prompts, seeds, "
+                f"{self._named(i)} {'has' if step else 'begins with'} other latents at step {step} "
+                "than follow from those that were calibrated; fit with the same prompts, seeds, "
                 "resolution, noise scheduler and number of steps"
             )
 
@@ -395,8 +412,9 @@ class ClosedLoopFit:
         for step, (given, wanted) in enumerate(zip(timesteps, self._timesteps, strict=False)):
             if not math.isclose(given, wanted, rel_tol=1e-3, abs_tol=1e-6):
                 raise CalibrationError(
-                    f"sample({i}) is at timestep {given:g} at step {step}, where the calibrated "
-                    f"ones were at {wanted:g}; fit with the same noise scheduler and as many steps"
+                    f"{self._named(i)} is at timestep {given:g} at step {step}, where the "
+                    f"calibrated ones were at {wanted:g}; fit with the same noise scheduler and as "
+                    "many steps"
                 )
 
     # ----------------------------------------------------------------------------- least squares
@@ -437,9 +455,13 @@ class ClosedLoopFit:
             return base
         lags, tables = len(known), self._tables
         matrix, right = np.zeros((lags * tables,) * 2), np.zeros(lags * tables)
-        for outputs, stray, recorded in zip(own[:count], strays, self._outputs, strict=False):
+        for i, outputs, stray, recorded in zip(
+            range(count), own, strays, self._outputs, strict=False
+        ):
             columns = torch.cat([self._by_table(outputs[s]) for s in known]).double().flatten(1)
             left = -self._moved(stray, reused.start, end)
+            if self._targets is not None:
+                left += self._targets[i][end]
             for row, t in enumerate(reused):
                 change = self._combined(outputs, known, base[row]) - recorded[t]
                 left -= float(self._table[t, end]) * change

@@ -8,11 +8,9 @@ Fits that begin with the same steps share the model calls of these.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from ..calibration.curves import Calibration
@@ -21,24 +19,14 @@ from ..errors import InvalidArgumentError
 from ..planners.trajectory import (
     MAX_LAG,
     Segments,
-    choose_steps,
     open_loop_weights,
     steps_to_compute,
     trajectories_of,
     whole_model_schedule,
 )
 from ..schedule.schedule import Schedule
-from .closed_loop import ClosedLoopFit, ComputedOutputs, fit, recorded_again
-
-PLANS = ((1e-4, 3.0), (1e-5, 3.0), (1e-5, 1.0), (1e-4, 1.0))
-
-
-"""Noise and early weight of the plans that are tried, beside even spacing."""
-
-
-JUDGED_ON = 2
-_GOLDEN = 0.618
-_WORTH = 0.005  # of the logarithm of the error, by which a move must be better
+from .closed_loop import fit, recorded_again
+from .step_search import JUDGED_ON, StepSearch
 
 
 def search_trajectory(
@@ -106,60 +94,26 @@ def search_trajectory(
         raise InvalidArgumentError(f"max_cost must be positive, got {max_cost:g}.")
     if not trajectories.has_latents:
         trajectories = recorded_again(model, sample, trajectories.num_samples, trajectories)
-    judged = min(JUDGED_ON, trajectories.num_samples)
-    outputs = ComputedOutputs()
-
-    def judge(steps: Sequence[int]) -> float:
-        computed = tuple(t in steps for t in range(trajectories.num_steps))
-        run = ClosedLoopFit(
-            model,
-            sample,
-            trajectories,
-            calibration.timesteps,
-            computed,
-            max_lag=max_lag,
-            per_branch=per_branch,
-            outputs=outputs,
-        )
-        _, errors = run.fitted(judged, 0, progress=False)
-        return float(np.mean(np.log(np.maximum(errors, 1e-12))))
-
-    def spent() -> float:
-        return outputs.calls / trajectories.num_steps
-
-    plans = []
-    for noise, early_weight in PLANS:
-        segments = Segments.of(trajectories, early_weight)
-        plans.append(tuple(choose_steps(segments, count, noise=noise)[0]))
-    plans.append(_even(trajectories.num_steps, count, trajectories.first_steps()))
-    best, error = plans[0], math.inf
-    tried: set[tuple[int, ...]] = set()
+    search = StepSearch(
+        model,
+        sample,
+        trajectories.of_samples(range(min(JUDGED_ON, trajectories.num_samples))),
+        calibration.timesteps,
+        max_lag=max_lag,
+        per_branch=per_branch,
+    )
     with tqdm(total=round(max_cost, 1), desc="choosing steps", disable=not progress) as bar:
-        proposals = iter(plans)
-        moves = _Moves(trajectories.num_steps, trajectories.first_steps())
-        while spent() < max_cost:
-            steps = next(proposals, None)
-            if steps is None:
-                steps = moves.propose(best, tried)
-                if steps is None:
-                    break
-            if steps in tried:
-                continue
-            tried.add(steps)
-            found = judge(steps)
-            if found < error - (_WORTH if math.isfinite(error) else 0):
-                best, error = steps, found
-            outputs.keep(best)
-            bar.update(round(spent(), 1) - bar.n)
-    segments = Segments.of(trajectories)
-    computed = tuple(t in best for t in range(trajectories.num_steps))
+        found = search.run(count, max_cost, lambda spent: bar.update(round(spent, 1) - bar.n))
+    if found is None:
+        raise InvalidArgumentError(f"{count} of {trajectories.num_steps} steps cannot be chosen.")
+    computed = tuple(t in found.steps for t in range(trajectories.num_steps))
     settings = {
         "planner": "trajectory search",
         "steps_computed": count,
-        "plans_tried": len(tried),
-        "search_cost": f"{spent():.1f}",
+        "plans_tried": len(search.tried(count)),
+        "search_cost": f"{search.spent:.1f}",
     }
-    weights = open_loop_weights(segments, best, max_lag)
+    weights = open_loop_weights(Segments.of(trajectories), found.steps, max_lag)
     planned = whole_model_schedule(calibration, computed, weights, settings)
     return fit(
         model,
@@ -172,35 +126,3 @@ def search_trajectory(
         per_branch=per_branch,
         progress=progress,
     )
-
-
-def _even(num_steps: int, count: int, fixed: Sequence[int]) -> tuple[int, ...]:
-    """Steps as far apart as can be; those at which a denoiser begins are among them."""
-    spaced = [round(x) for x in np.linspace(0, num_steps, count, endpoint=False)]
-    for first in fixed:
-        if first not in spaced:
-            spaced[min(range(count), key=lambda i: abs(spaced[i] - first))] = first
-    return tuple(sorted(spaced))
-
-
-class _Moves:
-    """Proposes moves of one computed step, in an order that soon has been everywhere."""
-
-    def __init__(self, num_steps: int, fixed: Sequence[int]) -> None:
-        self._num_steps, self._fixed = num_steps, set(fixed)
-        self._at = 0
-
-    def propose(self, best: tuple[int, ...], tried: set[tuple[int, ...]]) -> tuple[int, ...] | None:
-        """The next untried neighbour; None if there is none."""
-        every = list(self._neighbours(best))
-        left = [steps for steps in every if steps not in tried]
-        self._at += 1
-        return left[int(len(left) * (self._at * _GOLDEN % 1))] if left else None
-
-    def _neighbours(self, best: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        for index in range(len(best) - 1, 0, -1):
-            for by in (-1, 1):
-                moved = best[index] + by
-                if best[index] in self._fixed or moved in best or moved >= self._num_steps:
-                    continue
-                yield tuple(sorted({*best[:index], moved, *best[index + 1 :]}))

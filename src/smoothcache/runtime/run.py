@@ -150,7 +150,10 @@ class Run(CallListener):
 
     Attributes:
         schedule: The schedule, bound to the model's layers.
+        report: What ``accelerate`` measured; None under ``enable`` and ``cached``.
     """
+
+    report: Any = None
 
     def __init__(
         self, model: Any, schedule: Schedule, check_finite: bool = False, store: Store = "device"

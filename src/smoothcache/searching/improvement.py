@@ -18,6 +18,7 @@ from .validation import Validation
 
 BATCH = 4  # moves that are tried at once; independent of the number of processes
 FITTED = 3  # candidates whose gains are fitted at first
+WITH_WEIGHTS = 2  # candidates whose weights are fitted at first
 DAMPING = (0.97, 0.94)  # gains below 1 that are tried on predicted changes of layers
 
 
@@ -31,6 +32,8 @@ class Improvement:
         trials: Keeps the errors of the candidates.
         validation: Tells what must be left for measuring the winner.
         rng: Orders the moves.
+        fits_weights: Whether weights are fitted to candidates for the whole denoiser, and not only
+            gains.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class Improvement:
         trials: Trials,
         validation: Validation,
         rng: random.Random,
+        *,
+        fits_weights: bool = False,
     ) -> None:
         self._space = space
         self._proposals = proposals
@@ -48,8 +53,17 @@ class Improvement:
         self._trials = trials
         self._validation = validation
         self._rng = rng
+        self._fits_weights = fits_weights
+        self._with_weights: set[str] = set()
 
-    def run(self, budget: float, until: float = -math.inf, reserve: float = 0.0) -> None:
+    def run(
+        self,
+        budget: float,
+        until: float = -math.inf,
+        reserve: float = 0.0,
+        *,
+        moves_alone: bool = False,
+    ) -> None:
         """Improves the candidates within a budget.
 
         Moves are tried on the best two candidates. A candidate that no move makes better is set
@@ -60,24 +74,30 @@ class Improvement:
             budget: Fraction of the uncached MACs.
             until: An error at which to stop.
             reserve: Uncached generations to leave unspent, at least.
+            moves_alone: Whether to try no uneven spacings and fit no gains, because better ones
+                were planned from trajectories.
         """
         trials = self._trials
         reserve = max(reserve, self._validation.cost(budget))
         if trials.least_error(budget) <= until:
             return
-        self._try_uneven(budget, reserve)
-        whole = [c for c in trials.ranked(budget) if c.reuses_whole_denoiser]
-        self._fit_gains(whole[:FITTED], reserve)
+        if not moves_alone:
+            self._try_uneven(budget, reserve)
+            whole = [c for c in trials.ranked(budget) if c.reuses_whole_denoiser]
+            self._fit_gains(whole[:FITTED], reserve)
+            self._fit_weights(whole[:WITH_WEIGHTS], reserve)
         self._damp([c for c in trials.ranked(budget) if c.reuses_layers][:1], reserve)
         without_better_move: set[str] = set()
         batch_cost = BATCH * len(trials.samples) * budget
         while trials.may_continue(batch_cost + reserve):
-            best = [c for c in trials.ranked(budget) if c.common_row is not None][:2]
+            best = [c for c in trials.ranked(budget) if _may_be_moved(c)][:2]
             candidate = next((c for c in best if c.key not in without_better_move), None)
             if trials.least_error(budget) <= until:
                 return
             if candidate is None:
-                if not self._fit_gains([c for c in best if c.reuses_whole_denoiser], reserve):
+                if moves_alone or not self._fit_gains(
+                    [c for c in best if c.reuses_whole_denoiser], reserve
+                ):
                     return
             elif not self._try_moves(candidate, budget, reserve):
                 without_better_move.add(candidate.key)
@@ -108,6 +128,21 @@ class Improvement:
                 trials.record(fitted, self._rollouts.distances(trials.reference, runs))
                 is_better |= trials.error(fitted) < trials.error(candidate)
         return is_better
+
+    def _fit_weights(self, candidates: Sequence[Candidate], reserve: float) -> None:
+        """Tries candidates with fitted weights, once each."""
+        trials = self._trials
+        for candidate in candidates:
+            if not self._fits_weights or candidate.key in self._with_weights:
+                continue
+            steps = (candidate.num_steps or self._space.num_steps) / self._space.num_steps
+            cost = len(trials.samples) * (steps + 2 * candidate.compute)
+            if not trials.may_continue(cost + reserve):
+                return
+            self._with_weights.add(candidate.key)
+            row = self._rollouts.fit_weights(trials.reference, candidate, trials.samples)
+            if row is not None:
+                trials.screen([self._space.with_row(candidate, row, "with weights")])
 
     def _damp(self, candidates: Sequence[Candidate], reserve: float) -> None:
         """Tries candidates with gains slightly below 1."""
@@ -149,3 +184,9 @@ class Improvement:
             if is_better:
                 return True
         return False
+
+
+def _may_be_moved(candidate: Candidate) -> bool:
+    """Whether its computed steps may be moved: of weights, others would have to be fitted."""
+    row = candidate.common_row
+    return row is not None and row.weights is None

@@ -22,7 +22,7 @@ class SearchKeywords(TypedDict, total=False):
     joint: bool
     num_samples: int | None
     num_validation: int | None
-    max_cost: float
+    max_cost: float | None
     seed: int
     journal: str | os.PathLike[str] | None
     solvers: Mapping[str, Any] | None
@@ -45,10 +45,13 @@ class SearchOptions:
         num_samples: Number of training samples: candidates are compared on ``sample(0)``,
             ``sample(1)``, ... None for 2, or for 1 in a joint search, where each sample also needs
             a converged one.
-        num_validation: Number of validation samples, which follow the training samples; only the
-            winner and the baselines are measured on them. None for as many as training samples.
+        num_validation: Number of validation samples; only the winner and the baselines are measured
+            on them. They follow the training samples, and the samples that weights are fitted to.
+            None for as many as training samples.
         max_cost: Cost limit in uncached generations, counting everything that is run. The
-            references and the first round of candidates run in any case.
+            references and the first round of candidates run in any case. None for 20, and for 60
+            without trajectories, in a joint search, which takes converged samples, and with
+            ``max_error``, which tries several budgets.
         seed: Seed of the order in which moves are tried. The same seed gives the same schedule.
         journal: Path of a file for the results. An interrupted search that is started again with
             the same file continues from it.
@@ -73,7 +76,7 @@ class SearchOptions:
     joint: bool = False
     num_samples: int | None = None
     num_validation: int | None = None
-    max_cost: float = 60.0
+    max_cost: float | None = None
     seed: int = 0
     journal: str | os.PathLike[str] | None = None
     solvers: Mapping[str, Any] | None = None
@@ -83,7 +86,7 @@ class SearchOptions:
     def __post_init__(self) -> None:
         if self.seconds is not None and check_number("seconds", self.seconds) <= 0:
             raise InvalidArgumentError(f"seconds must be positive, got {self.seconds}.")
-        if check_number("max_cost", self.max_cost) <= 0:
+        if self.max_cost is not None and check_number("max_cost", self.max_cost) <= 0:
             raise InvalidArgumentError(f"max_cost must be positive, got {self.max_cost}.")
         if not isinstance(self.joint, bool):
             raise InvalidArgumentError(f"joint must be True or False, got {self.joint!r}.")
@@ -121,8 +124,13 @@ class SearchOptions:
     @property
     def validation_samples(self) -> range:
         """Numbers of the generations that the winner and the baselines are measured on."""
-        first = len(self.training_samples)
-        return range(first, first + (self.num_validation or first))
+        return self.validation_samples_from(0)
+
+    def validation_samples_from(self, first: int) -> range:
+        """The validation samples if samples below a number serve other purposes."""
+        training = len(self.training_samples)
+        first = max(first, training)
+        return range(first, first + (self.num_validation or training))
 
     def with_keywords(self, keywords: SearchKeywords) -> SearchOptions:
         """These options together with keywords for fields that still have their defaults.

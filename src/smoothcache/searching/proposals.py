@@ -41,9 +41,8 @@ class Proposals:
         self._space = space
         self._solvers = (None, *solvers)
         self._joint = joint
-        layers = space.calibration.layers
         self._given = [
-            space.of_rows(f"given {i}: {x.provenance.get('planner', 'by hand')}", layers, x.rows)
+            space.of_schedule(f"given {i}: {x.provenance.get('planner', 'by hand')}", x)
             for i, x in enumerate(given)
         ]
 
@@ -52,6 +51,36 @@ class Proposals:
         found = [*self._even(budget), *self._thresholds(budget), *self._given]
         if self._joint:
             found += self._other_samplers(budget)
+        return distinct(x for x in found if x.fits(budget))
+
+    def baselines(self, budget: float) -> list[Candidate]:
+        """What a plan must beat: every n-th step, thresholds and given schedules."""
+        space = self._space
+        found = []
+        for granularity in space.granularities:
+            count = space.affordable_steps(granularity, budget)
+            masks = self._even_masks(count)
+            found += [
+                space.even(name, granularity, mask, predictor)
+                for name, mask in masks.items()
+                for predictor in STEP_PREDICTORS
+                if _is_every(name) or (name.endswith("last") and predictor == "taylor2")
+            ]
+        found += [*self._thresholds(budget), *self._given]
+        return distinct(x for x in found if x.fits(budget))
+
+    def variants(self, budget: float) -> list[Candidate]:
+        """The even spacings of layers that ``baselines`` leaves out."""
+        space = self._space
+        if "model" not in space.granularities:
+            return []
+        masks = self._even_masks(space.affordable_steps("layers", budget))
+        found = [
+            space.even(name, "layers", mask, predictor)
+            for predictor in ("taylor2", "taylor")
+            for name, mask in masks.items()
+            if predictor in STEP_PREDICTORS
+        ]
         return distinct(x for x in found if x.fits(budget))
 
     def uneven(
@@ -201,6 +230,11 @@ class Proposals:
                         for predictor in ("taylor", "taylor2")
                     ]
         return found
+
+
+def _is_every(name: str) -> bool:
+    """Whether an even mask is that of a uniform schedule."""
+    return name.startswith("every") and not name.endswith("last")
 
 
 def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:

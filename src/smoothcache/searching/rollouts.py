@@ -13,15 +13,19 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-from ..errors import InvalidArgumentError
+from ..calibration.recording import record_generation
+from ..errors import CalibrationError, InvalidArgumentError
 from ..model.target import Target
 from ..runtime.run import NEVER_SEEN, cached
 from ..schedule.row import Row
+from ..steps.predictors import FITTED
+from ..tracking.playback import Playback
 from .gains import Recorder, Trajectory, fit_gains
 from .journal import DistanceKey, Journal
 from .objectives import Objective, flattened, is_finite, l2_norm, latent_l2, output_tensors
 from .processes import from_rank_zero, gather_from_all, rank_and_size
 from .space import Candidate, last_reused_step
+from .weights import Weights, fit_weights
 
 
 class Rollouts:
@@ -56,6 +60,7 @@ class Rollouts:
         self._sample = sample
         self._objective = objective
         self._solvers = solvers
+        self._num_steps = int(settings["steps"])
         self._references: dict[tuple[str, int], Any] = {}
         self._trajectories: dict[tuple[str, int], Trajectory] = {}
         self._journal = Journal(journal, settings)
@@ -64,7 +69,13 @@ class Rollouts:
         self.cost = cost
 
     def set_reference(
-        self, name: str, i: int, candidate: Candidate, *, with_trajectory: bool
+        self,
+        name: str,
+        i: int,
+        candidate: Candidate,
+        *,
+        with_trajectory: bool,
+        known: Any = None,
     ) -> None:
         """Samples a reference for generation i.
 
@@ -73,23 +84,60 @@ class Rollouts:
             i: Number of the generation.
             candidate: How to sample.
             with_trajectory: Whether to keep the latents of every step, which gains are fitted to.
+            known: What the generation returned when it ran before; None to run it.
 
         Raises:
             InvalidArgumentError: If the output is not finite.
         """
+        if known is not None:
+            output = output_tensors(known, f"sample({i})")
+            self._keep_reference(name, i, candidate, output, cost=0.0)
+            return
         if with_trajectory and len(Target.of(self._model).denoisers) == 1:
             recorder = Recorder(self._model)
             output, trajectory = recorder.run(self._model, lambda: self._run(candidate, i))
             self._trajectories[name, i] = trajectory
         else:
             output = self._run(candidate, i)
+        self._keep_reference(name, i, candidate, output, cost=candidate.compute)
+
+    def replay_reference(self, name: str, i: int) -> float:
+        """Samples the uncached reference of a generation, and then again without the model.
+
+        Returns:
+            Relative L2 distance of the two, in the worst process: of all that is random but the
+            model.
+
+        Raises:
+            InvalidArgumentError: If the output is not finite.
+        """
+        outputs: list[Any] = []
+
+        def run() -> None:
+            outputs.append(output_tensors(self._sample(i), f"sample({i})"))
+
+        tape, generation = record_generation(self._model, run)
+        latents = [x.cpu() for x in generation.latents]
+        self._trajectories[name, i] = Trajectory(generation.timesteps, latents)
+        self._keep_reference(name, i, Candidate(name, 1.0), outputs[0], cost=1.0)
+        playback = Playback(self._model, generation.timesteps)
+        playback.run(run, lambda place, _: tape.played(place))
+        return float(max(gather_from_all(latent_l2(outputs[1], outputs[0]))))
+
+    def _keep_reference(
+        self, name: str, i: int, candidate: Candidate, output: Any, *, cost: float
+    ) -> None:
         self._references[name, i] = output
-        self.cost += candidate.compute
+        self.cost += cost
         if not is_finite(output):
             steps = candidate.num_steps
             arguments = f"{i}" if steps is None else f"{i}, num_inference_steps={steps}"
             raise InvalidArgumentError(f"sample({arguments}) returned NaN or infinity")
         self._journal.confirm((name, "norm", i), l2_norm(output))
+
+    def trajectory(self, name: str, i: int) -> Trajectory | None:
+        """The latents of a reference; None if they were not kept."""
+        return self._trajectories.get((name, i))
 
     def deviation(self, name: str, i: int, candidate: Candidate) -> float:
         """Relative L2 distance between a reference and another run of it, in the worst process."""
@@ -132,6 +180,39 @@ class Rollouts:
             return []
         row = fit_gains(self._model, lambda i: self._sample(i, **options), schedule, references)
         return list(row.gains or [1.0] * len(row.computed))
+
+    def fit_weights(self, name: str, candidate: Candidate, samples: Sequence[int]) -> Row | None:
+        """The row of a candidate for the whole denoiser, with weights fitted to a reference.
+
+        Each sample costs an uncached run as the candidate samples, and one under the candidate.
+
+        Args:
+            name: Name of the reference.
+            candidate: Reuses the output of the whole denoiser.
+            samples: Numbers of the generations to fit to.
+
+        Returns:
+            The row; None if its generations cannot be recorded.
+        """
+        row = candidate.common_row
+        if row is None or candidate.schedule is None:
+            return None
+        steps = candidate.schedule.num_steps / self._num_steps
+        self.cost += (steps + candidate.compute) * len(samples)
+        weights = from_rank_zero(lambda: self._fit_weights(name, candidate, row, samples))
+        return None if weights is None else Row(row.computed, FITTED, weights=weights)
+
+    def _fit_weights(
+        self, name: str, candidate: Candidate, row: Row, samples: Sequence[int]
+    ) -> Weights | None:
+        references = {i: (self._trajectories[name, i], self._references[name, i]) for i in samples}
+        options = self._options(candidate)
+        try:
+            return fit_weights(
+                self._model, lambda i: self._sample(i, **options), row.computed, references
+            )
+        except CalibrationError:  # not linear, say; the other candidates are enough
+            return None
 
     def distances(self, name: str, runs: Sequence[tuple[Candidate, int]]) -> list[float]:
         """Distances from a reference, of candidates in one generation each.

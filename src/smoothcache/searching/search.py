@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,17 @@ from ..calibration.calibrate import calibrate
 from ..calibration.curves import Calibration
 from ..checks import check_number
 from ..diffusers_io.solvers import suitable_solvers
-from ..errors import InvalidArgumentError, ScheduleMismatchError
+from ..errors import (
+    CalibrationError,
+    InvalidArgumentError,
+    ScheduleMismatchError,
+    SmoothCacheWarning,
+)
 from ..layers.modules import identify
 from ..schedule.schedule import Schedule
+from .gains import Trajectory
 from .options import SearchOptions, options_of
+from .plans import FITTED_ON, TrajectoryPlans, is_recorded
 from .processes import join_processes
 from .result import SearchedSchedule
 from .rollouts import Rollouts
@@ -30,6 +38,7 @@ if TYPE_CHECKING:
     from .options import SearchKeywords
 
 FEWEST_STEPS = 4
+MAX_COST, MAX_COST_WITHOUT_PLANS = 20.0, 60.0
 
 
 def search(
@@ -49,12 +58,15 @@ def search(
 
     1. It samples the references: the uncached outputs and, where ``sample`` can take more steps,
        the converged outputs.
-    2. It runs candidates of every family (even spacings, thresholds) with every predictor, on the
-       layers and on the output of the whole denoiser, and compares their outputs with the
-       references.
-    3. It improves the best candidates: it tries uneven spacings, fits the gains on predicted
-       changes, and moves computed steps.
-    4. It measures the winner on samples that were not used before, beside baselines without a
+    2. Where the calibration has trajectories, it plans the computed steps from them and fits the
+       weights of the reused outputs, on samples that nothing else uses.
+    3. It runs candidates of every family (every n-th step, thresholds) with every predictor, on the
+       layers and on the output of the whole denoiser, beside the fitted plans, and compares their
+       outputs with the references. What it returns is no worse on these samples than any of them.
+    4. It improves the best candidates: it tries further plans and fits them to more samples, or
+       moves computed steps. Without trajectories, it also tries uneven spacings and fits the gains
+       on predicted changes.
+    5. It measures the winner on samples that were not used before, beside baselines without a
        cache: fewer steps and, where ``sample`` takes a ``scheduler``, better solvers.
 
     Exactly one of ``speedup``, ``compute`` and ``max_error`` is the target.
@@ -64,10 +76,13 @@ def search(
         sample: ``sample(i)`` runs generation number i with its own fixed seed and returns the final
             tensor or tensors, of any shape and of the same shapes each time. If it also takes the
             keyword ``num_inference_steps`` (and ``scheduler``), the baselines without a cache are
-            measured, and the errors to the converged sample are reported.
+            measured. The errors to the converged sample are reported, too, if sampling it takes no
+            more than half of ``max_cost``.
         calibration: Result of ``calibrate``. It determines what is reused beside the output of the
             whole denoiser: calibrate with ``granularity="block"`` to search over blocks instead of
-            layers. None to calibrate on the training samples.
+            layers. Its trajectories are used if they are of these samples (the same prompts,
+            seeds, noise scheduler); otherwise some are recorded. None to calibrate on the training
+            samples, with trajectories if ``model`` is a pipeline.
         speedup: Budget: at most 1 / speedup of the uncached multiply-accumulates. At least 1.
         compute: The same budget as a fraction of the uncached multiply-accumulates, in (0, 1].
         max_error: Instead of a budget, the largest error on the validation samples, in units of
@@ -112,7 +127,7 @@ def search(
     options = options_of(options, keywords)
     if not callable(sample):
         raise InvalidArgumentError(f"sample must be a function, got {type(sample).__name__}.")
-    takes_num_steps, takes_solver = _sampler_takes(sample)
+    takes_num_steps, takes_solver = sampler_takes(sample)
     if options.joint and not (takes_num_steps and takes_solver):
         raise InvalidArgumentError(
             "a joint search changes the solver and the number of steps, so sample must take the "
@@ -120,19 +135,11 @@ def search(
         )
     deadline = math.inf if options.seconds is None else time.monotonic() + options.seconds
     join_processes()
-    cost_so_far = 0.0
+    cost_so_far, known = 0.0, dict[int, Any]()
     if calibration is None:
-        num_samples = len(options.training_samples)
-        calibration = calibrate(
-            model,
-            sample,
-            num_samples,
-            max_gap=3,
-            trajectory=False,
-            progress=options.progress,
-        )
-        cost_so_far = float(num_samples)
-    _check_calibration(calibration, model, options)
+        calibration, known = _calibrated(model, sample, options)
+        cost_so_far = float(len(options.training_samples))
+    _check_calibration(calibration, model)
     solvers = options.solvers
     if solvers is None:
         solvers = suitable_solvers(model) if takes_solver else {}
@@ -143,20 +150,92 @@ def search(
         "solvers": sorted(solvers),
     }
     solvers = dict(sorted(solvers.items())) if takes_solver else {}
+    space = SearchSpace(model, calibration, solvers)
+    for i, proposal in enumerate(options.proposals):
+        _check_proposal(i, proposal, space)
     rollouts = Rollouts(
         model, sample, options.measure, solvers, options.journal, settings, cost_so_far
     )
+    has_plans = calibration.trajectories is not None and not options.joint
+    max_cost = options.max_cost
+    if max_cost is None:
+        max_cost = MAX_COST if has_plans and max_error is None else MAX_COST_WITHOUT_PLANS
+
+    def plans(is_of_samples: bool) -> TrajectoryPlans | None:
+        return _plans(model, sample, calibration, rollouts, options, is_of_samples)
+
+    def first_is_recorded(trajectory: Trajectory | None) -> bool:
+        return is_recorded(trajectory, calibration, options.training_samples[0])
+
     with tqdm(desc="searching", unit="rollout", disable=not options.progress) as bar:
         run = SearchRun(
-            SearchSpace(model, calibration, solvers),
+            space,
             rollouts,
             options,
             solvers=solvers,
+            max_cost=max_cost,
             takes_num_steps=takes_num_steps,
+            known=known,
+            plans=plans if has_plans else lambda is_of_samples: None,
+            is_recorded=first_is_recorded if calibration.trajectories is not None else None,
             deadline=deadline,
             bar=bar,
         )
         return run.best_within(budget) if max_error is None else run.cheapest(max_error)
+
+
+def _calibrated(
+    model: Any, sample: Callable[..., Any], options: SearchOptions
+) -> tuple[Calibration, dict[int, Any]]:
+    """A calibration on the training samples, and what these returned if they repeat themselves."""
+    known: dict[int, Any] = {}
+
+    def remembered(i: int) -> Any:
+        output = sample(i)
+        known.setdefault(i, output)
+        return output
+
+    calibration = calibrate(
+        model,
+        remembered,
+        len(options.training_samples),
+        max_gap=3,
+        progress=options.progress,
+    )
+    return calibration, {} if calibration.trajectories is None else known
+
+
+def _plans(
+    model: Any,
+    sample: Callable[[int], Any],
+    calibration: Calibration,
+    rollouts: Rollouts,
+    options: SearchOptions,
+    is_of_samples: bool,
+) -> TrajectoryPlans | None:
+    """Plans from trajectories; None, with a warning, if those of the samples cannot be recorded."""
+    first = len(options.training_samples)
+    known = calibration.trajectories
+    recorded = known.num_samples if known is not None and is_of_samples else 0
+    plans = TrajectoryPlans(
+        model,
+        sample,
+        calibration,
+        rollouts,
+        numbers=range(first, first + FITTED_ON),
+        more=range(first + FITTED_ON, recorded),
+        is_of_samples=is_of_samples,
+    )
+    try:
+        plans.prepare()
+    except CalibrationError as error:
+        warnings.warn(
+            f"the search goes on without plans from trajectories: {error}",
+            SmoothCacheWarning,
+            stacklevel=3,
+        )
+        return None
+    return plans
 
 
 def _budget(speedup: float | None, compute: float | None) -> float:
@@ -172,7 +251,7 @@ def _budget(speedup: float | None, compute: float | None) -> float:
     return 1.0
 
 
-def _sampler_takes(sample: Callable[..., Any]) -> tuple[bool, bool]:
+def sampler_takes(sample: Callable[..., Any]) -> tuple[bool, bool]:
     """Whether ``sample`` takes ``num_inference_steps`` and ``scheduler`` by name."""
     try:
         parameters = inspect.signature(sample).parameters
@@ -181,12 +260,12 @@ def _sampler_takes(sample: Callable[..., Any]) -> tuple[bool, bool]:
     return "num_inference_steps" in parameters, "scheduler" in parameters
 
 
-def _check_calibration(calibration: Calibration, model: Any, options: SearchOptions) -> None:
-    """Refuses a calibration or proposals that do not belong to the model.
+def _check_calibration(calibration: Calibration, model: Any) -> None:
+    """Refuses a calibration that does not belong to the model.
 
     Raises:
-        ScheduleMismatchError: If one is for another model.
-        InvalidArgumentError: If the numbers of steps do not fit.
+        ScheduleMismatchError: If it is for another model.
+        InvalidArgumentError: If it has too few steps.
     """
     if calibration.model not in (None, identify(model)):
         raise ScheduleMismatchError(
@@ -197,14 +276,12 @@ def _check_calibration(calibration: Calibration, model: Any, options: SearchOpti
             f"a generation of {calibration.num_steps} steps is too short to search for a "
             f"schedule; it takes at least {FEWEST_STEPS}"
         )
-    for i, proposal in enumerate(options.proposals):
-        _check_proposal(i, proposal, calibration)
 
 
-def _check_proposal(i: int, proposal: Schedule, calibration: Calibration) -> None:
-    if proposal.num_steps != calibration.num_steps:
+def _check_proposal(i: int, proposal: Schedule, space: SearchSpace) -> None:
+    """Refuses a proposal for another model or another number of steps."""
+    if proposal.num_steps != space.num_steps:
         raise InvalidArgumentError(
-            f"proposal {i} has {proposal.num_steps} steps, but a generation has "
-            f"{calibration.num_steps}"
+            f"proposal {i} has {proposal.num_steps} steps, but a generation has {space.num_steps}"
         )
-    proposal.bind(calibration.layers, calibration.model)
+    space.bind(proposal)

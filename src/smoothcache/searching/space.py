@@ -73,6 +73,11 @@ class Candidate(SamplingConfig):
         return self._extrapolates and list(self.rows) != [""]
 
     @property
+    def is_fitted(self) -> bool:
+        """Whether weights were fitted to it."""
+        return any(row.weights is not None for row in self.rows.values())
+
+    @property
     def _extrapolates(self) -> bool:
         row = self.common_row
         if row is None or row.weights is not None:  # fitted weights need no gains
@@ -226,6 +231,23 @@ class SearchSpace:
         return Candidate(
             name, fraction * steps, schedule=schedule, num_steps=num_steps, solver=solver
         )
+
+    def of_schedule(self, name: str, schedule: Schedule) -> Candidate:
+        """A schedule of somebody else, of the calibrated layers or of the whole denoiser."""
+        for layers in self._layers.values():
+            if {x.path for x in layers} == set(schedule.rows):
+                return self.of_rows(name, layers, schedule.rows)
+        return self.of_rows(name, self.calibration.layers, schedule.rows)
+
+    def bind(self, schedule: Schedule) -> None:
+        """Checks that a schedule is of the calibrated layers or of the whole denoiser.
+
+        Raises:
+            ScheduleMismatchError: If it is not.
+        """
+        model = self._layers.get("model", ())
+        is_whole = bool(model) and {x.path for x in model} == set(schedule.rows)
+        schedule.bind(model if is_whole else self.calibration.layers, self.calibration.model)
 
     def with_row(self, candidate: Candidate, row: Row, change: str) -> Candidate:
         """The same candidate with another row for all layers.

@@ -58,6 +58,39 @@ class Trials:
             own = others[position * len(rest) : (position + 1) * len(rest)]
             self.record(candidates[i], [errors[i], *own])
 
+    def screen_the_promising(
+        self, candidates: Sequence[Candidate], budget: float, *, never_negative: bool
+    ) -> None:
+        """Tries candidates on all samples but those that cannot come out best any more.
+
+        Where errors are never negative, what a candidate has come to on some of the samples is a
+        lower bound of its sum over all of them. It is dropped if that is no better than the best.
+
+        Args:
+            candidates: Of which the first round of a search has at least one.
+            budget: Fraction of the uncached MACs, within which the best one counts.
+            never_negative: Whether errors are known to be never negative.
+        """
+        first, rest = self.samples[0], self.samples[1:]
+        errors = self._rollouts.distances(self.reference, [(c, first) for c in candidates])
+        known = self.ranked(budget)
+        best = self.error(known[0]) if known else math.inf
+        for i in sorted(range(len(candidates)), key=lambda i: (errors[i], i)):
+            own = [errors[i]]
+            for j in rest:
+                is_hopeless = math.isfinite(best) and sum(own) >= best * len(self.samples)
+                if never_negative and is_hopeless:
+                    break
+                own += self._rollouts.distances(self.reference, [(candidates[i], j)])
+            else:
+                self.record(candidates[i], own)
+                best = min(best, float(np.mean(own)))
+
+    @property
+    def left(self) -> float:
+        """What may still be spent, in uncached generations; negative if it was exceeded."""
+        return self._max_cost - self._rollouts.cost
+
     def screening_cost(self, candidates: Sequence[Candidate]) -> float:
         """The most that screening candidates can cost, in uncached generations."""
         rest = len(self.samples) - 1

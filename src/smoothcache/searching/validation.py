@@ -25,6 +25,10 @@ class Validation:
         solvers: Noise schedulers by name for the baselines; empty if the sampler takes none.
         joint: Whether the distance to the converged sample decides.
         takes_num_steps: Whether the sampler can run with another number of steps.
+        has_converged: Whether there are converged samples.
+        max_cost: What baselines may cost that are measured on one sample at least, and on the
+            others if they may still turn out better than the winner; None to measure all of them
+            on all samples.
     """
 
     def __init__(
@@ -36,6 +40,8 @@ class Validation:
         *,
         joint: bool,
         takes_num_steps: bool,
+        has_converged: bool,
+        max_cost: float | None = None,
     ) -> None:
         self._space = space
         self._rollouts = rollouts
@@ -43,9 +49,14 @@ class Validation:
         self._solvers = solvers
         self._joint = joint
         self._takes_num_steps = takes_num_steps
+        self._has_converged = has_converged
+        self._max_cost = max_cost
 
     def cost(self, budget: float) -> float:
         """The most that measuring the winner and the baselines costs, in uncached generations."""
+        if self._max_cost is not None:
+            baselines = 1 + len(self._solvers) if self._takes_num_steps else 0
+            return budget * (len(self._samples) + baselines)
         return budget * len(self._samples) * (2 + len(self._solvers))
 
     def error(self, candidate: Candidate) -> float:
@@ -65,7 +76,8 @@ class Validation:
             front: The Pareto front of candidates and their errors on the training samples.
         """
         plain = self._without_cache(budget)
-        winner, *baselines = map(self._measured, (best, *plain))
+        winner = self._measured(best)
+        baselines = [self._measured(x, against=winner) for x in plain]
         if self._joint:
             pairs = zip((best, *plain), (winner, *baselines), strict=True)
             best, winner = min(pairs, key=lambda pair: deciding_error(pair[1], joint=True))
@@ -88,13 +100,24 @@ class Validation:
             return []
         return [self._space.plain(fewer, solver) for solver in (None, *self._solvers)]
 
-    def _measured(self, candidate: Candidate) -> Measured:
-        has_converged = self._joint or self._takes_num_steps
+    def _measured(self, candidate: Candidate, against: Measured | None = None) -> Measured:
+        errors: list[float] = []
+        for i in self._samples:
+            if errors and against is not None and self._is_enough(candidate, errors, against):
+                break
+            errors += self._rollouts.distances(UNCACHED, [(candidate, i)])
         return Measured.of(
             candidate,
-            self._mean_error(UNCACHED, candidate),
-            self._mean_error(CONVERGED, candidate) if has_converged else None,
+            float(np.mean(errors)),
+            self._mean_error(CONVERGED, candidate) if self._has_converged else None,
         )
+
+    def _is_enough(self, candidate: Candidate, errors: list[float], against: Measured) -> bool:
+        """Whether a baseline has lost already, or another sample would cost too much."""
+        if self._max_cost is None:
+            return False
+        has_lost = sum(errors) > against.error * len(self._samples)
+        return has_lost or self._rollouts.cost + candidate.compute > self._max_cost
 
     def _mean_error(self, reference: str, candidate: Candidate) -> float:
         runs = [(candidate, i) for i in self._samples]

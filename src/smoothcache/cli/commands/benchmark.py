@@ -52,9 +52,13 @@ def benchmark(
         bool, typer.Option("--joint", help="Search over solvers and numbers of steps as well.")
     ] = False,
     max_cost: Annotated[
-        float,
-        typer.Option("--max-cost", metavar="N", help="Of each search, in uncached generations."),
-    ] = 60.0,
+        float | None,
+        typer.Option(
+            "--max-cost",
+            metavar="N",
+            help="Of each search, in uncached generations. Default: as for search.",
+        ),
+    ] = None,
     converged: Annotated[
         bool,
         typer.Option(

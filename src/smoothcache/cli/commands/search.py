@@ -60,9 +60,14 @@ def search(
         float | None, typer.Option(metavar="S", help="Stop improving after so long.")
     ] = None,
     max_cost: Annotated[
-        float,
-        typer.Option("--max-cost", metavar="N", help="In uncached generations, for all that runs."),
-    ] = 60.0,
+        float | None,
+        typer.Option(
+            "--max-cost",
+            metavar="N",
+            help="In uncached generations, for all that runs. Default: 20, or 60 where nothing is "
+            "planned from trajectories.",
+        ),
+    ] = None,
     journal: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Results; an interrupted search goes on from it."),
