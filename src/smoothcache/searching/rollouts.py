@@ -15,12 +15,12 @@ from typing import Any
 
 from ..errors import InvalidArgumentError
 from ..model.denoisers import find_denoisers
+from ..processes import from_rank_zero, gather_from_all, rank_and_size
 from ..runtime.run import NEVER_SEEN, cached
 from ..schedule.row import Row
 from .gains import Recorder, Trajectory, fit_gains
 from .journal import DistanceKey, Journal
 from .objectives import Objective, flattened, is_finite, l2_norm, latent_l2, output_tensors
-from .processes import from_rank_zero, gather_from_all, rank_and_size
 from .space import Candidate, last_reused_step
 
 

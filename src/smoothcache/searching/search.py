@@ -16,9 +16,9 @@ from ..checks import check_number
 from ..diffusers_io.solvers import suitable_solvers
 from ..errors import InvalidArgumentError, ScheduleMismatchError
 from ..layers.modules import identify
+from ..processes import join_processes
 from ..schedule.schedule import Schedule
 from .options import SearchOptions, options_of
-from .processes import join_processes
 from .result import SearchedSchedule
 from .rollouts import Rollouts
 from .space import SearchSpace
