@@ -1,7 +1,7 @@
 """The ``smoothcache`` command; one command a file in ``commands``."""
 
 from .app import app as app
-from .commands import benchmark, calibrate, compare, demo, generate, inspect, plan, search
+from .commands import benchmark, calibrate, compare, demo, generate, inspect, plan, sample, search
 
 __all__ = [
     "app",
@@ -12,5 +12,6 @@ __all__ = [
     "generate",
     "inspect",
     "plan",
+    "sample",
     "search",
 ]

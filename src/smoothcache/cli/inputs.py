@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer.core
 
 from ..diffusers_io.loading import load_pipeline, silence_libraries
 from ..errors import InvalidArgumentError
+from ..processes import local_rank
 from ..schedule.schedule import Schedule
 from .outputs import status_line
 
@@ -111,7 +113,17 @@ def load_model(model: str, device: str | None, dtype: Dtype) -> Any:
         pipeline = load_pipeline(
             model,
             dtype=getattr(torch, dtype.value),
-            device=device or ("cuda" if torch.cuda.is_available() else None),
+            device=device or _own_device(),
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _own_device() -> str | None:
+    """The device of this process: of several on a machine, each has its own."""
+    import torch
+
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        return None
+    own = local_rank()
+    return "cuda" if own is None else f"cuda:{own % torch.cuda.device_count()}"
