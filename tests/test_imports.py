@@ -37,6 +37,7 @@ ROOMS = (
     "plots",
     "generation",
     "comparison",
+    "evaluation",
     "demo",
     "cli",
     "__main__",

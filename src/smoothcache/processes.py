@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # ranks wait for the slowest; one that dies is noticed at once
 
 
@@ -64,9 +65,10 @@ def gather_to_zero(value: Any) -> list[Any]:
     return values
 
 
-def from_rank_zero(make: Callable[[], Any]) -> Any:
+def from_rank_zero(make: Callable[[], T]) -> T:
     """Calls a function in rank 0 and returns its result, or raises its exception, on all ranks."""
-    made, failure = None, None
+    made: Any = None
+    failure: Exception | None = None
     if rank_and_size()[0] == 0:
         try:
             made = make()
@@ -75,26 +77,26 @@ def from_rank_zero(make: Callable[[], Any]) -> Any:
     made, failure = gather_from_all((made, failure))[0]
     if failure is not None:
         raise failure
-    return made
+    result: T = made
+    return result
 
 
-def on_all_ranks(make: Callable[[], Any]) -> list[Any]:
-    """Calls a function in every rank; the results by rank, or the first exception, on all ranks.
+def on_all_ranks(make: Callable[[], T]) -> T:
+    """Calls a function in every rank and returns its own result, or raises on all ranks if one did.
 
     The others end their work before they raise it, so that nothing of it is lost.
     """
-    made, failure = None, None
+    if rank_and_size()[1] == 1:
+        return make()
+    failure: Exception | None = None
     try:
         made = make()
     except Exception as error:
-        if rank_and_size()[1] == 1:
-            raise
         failure = error
-    results = gather_from_all((made, failure))
-    for _, reason in results:
+    for reason in gather_from_all(failure):
         if reason is not None:
             raise reason
-    return [value for value, _ in results]
+    return made
 
 
 def decided_by_rank_zero(value: bool) -> bool:

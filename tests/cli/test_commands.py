@@ -653,3 +653,24 @@ def test_sample_takes_prompts_from_a_file(model: Path, tmp_path: Path) -> None:
         "sample", model, "-n", 1, *both, "-o", tmp_path / "a"
     )
     assert "takes no prompt" in refused("sample", model, "-n", 1, *both[:2], "-o", tmp_path / "a")
+
+
+def test_evaluate_schedules_and_folders(model: Path, tmp_path: Path) -> None:
+    from diffusers import DiTPipeline
+
+    schedule = Schedule.uniform(DiTPipeline.from_pretrained(model), num_steps=4, interval=2)
+    schedule.save(tmp_path / "half.json")
+    out = tmp_path / "out"
+    generated = ("-n", 2, "--class-label", 0, "--schedule", tmp_path / "half.json", "-o", out)
+    made = succeed("evaluate", model, "--metrics", "psnr,ssim", *generated, "--json")
+    first, cached = json.loads(made.stdout)["rows"]
+    assert (first["name"], cached["name"], first["compute"]) == ("uncached", "half", 1)
+    assert cached["results"]["psnr"]["value"] < first["results"]["psnr"]["value"] == 150
+    assert sorted(x.name for x in out.glob("table.*")) == ["table.html", "table.json", "table.md"]
+    pair = ("evaluate", out / "half", "--reference", out / "uncached", "--metrics", "psnr")
+    made = succeed(*pair, "--table", tmp_path / "t.md")
+    assert (tmp_path / "t.md").read_text().startswith("|  | psnr |") and "half" in made.stdout
+    assert "give --num-samples" in refused(*pair, "--schedule", tmp_path / "half.json")
+    assert "there is no metric 'fidd'" in refused("evaluate", out / "half", "--metrics", "fidd")
+    assert "NAME=PATH" in refused(*pair, "--weights", "inception")
+    assert "must end in .json" in refused(*pair, "--table", tmp_path / "t.pdf")

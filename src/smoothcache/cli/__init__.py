@@ -1,7 +1,18 @@
 """The ``smoothcache`` command; one command a file in ``commands``."""
 
 from .app import app as app
-from .commands import benchmark, calibrate, compare, demo, generate, inspect, plan, sample, search
+from .commands import (
+    benchmark,
+    calibrate,
+    compare,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    plan,
+    sample,
+    search,
+)
 
 __all__ = [
     "app",
@@ -9,6 +20,7 @@ __all__ = [
     "calibrate",
     "compare",
     "demo",
+    "evaluate",
     "generate",
     "inspect",
     "plan",

@@ -172,6 +172,19 @@ def decoded_sound(data: bytes) -> Tensor:
     return torch.from_numpy(values.reshape(-1, channels).T.copy())
 
 
+def sampling_rate_of(data: bytes) -> int:
+    """Samples a second of a WAV file.
+
+    Raises:
+        FileFormatError: If it is another kind of file.
+    """
+    try:
+        with wave.open(io.BytesIO(data)) as file:
+            return int(file.getframerate())
+    except (wave.Error, EOFError) as error:
+        raise FileFormatError(f"not a readable WAV file ({error}).") from error
+
+
 def decoded_clip(data: bytes) -> Tensor:
     """A GIF or MP4 file as uint8 [frames, 3, height, width]."""
     if data[:3] == b"GIF":

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer.core
 
-from ...diffusers_io.loading import known_classes
 from ...diffusers_io.sampler import PipelineSampler
-from ...errors import InvalidArgumentError
 from ...generation.from_pipeline import sample_pipeline
-from ...generation.inputs import random_classes, read_prompts
 from ...generation.manifest import SAMPLES
 from ...generation.reading import join_arrays
 from ...processes import from_rank_zero, join_processes, leave_processes, rank_and_size
@@ -21,34 +17,22 @@ from ...schedule.schedule import Schedule
 from ..app import app
 from ..inputs import (
     AsJson,
+    ClassesOption,
     ClassLabels,
     Device,
     Dtype,
     DtypeOption,
     Guidance,
+    LayoutOption,
     ModelArgument,
     Prompts,
+    PromptsFile,
     Seed,
+    class_labels_of,
     load_model,
+    prompts_of,
 )
 from ..outputs import check_output_file, check_output_folder, show, show_json
-
-
-class Classes(str, Enum):
-    """Which labels samples have, where not each label is named."""
-
-    all = "all"
-    random = "random"
-
-
-class LayoutName(str, Enum):
-    """How samples lie in the folder."""
-
-    npz = "npz"
-    png = "png"
-    wav = "wav"
-    gif = "gif"
-    mp4 = "mp4"
 
 
 @app.command()
@@ -68,28 +52,13 @@ def sample(
         typer.Option("--schedule", metavar="FILE", help="Default: the uncached pipeline."),
     ] = None,
     prompt: Prompts = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="A prompt a line; or JSON, a list of prompts or an object of names and prompts.",
-        ),
-    ] = None,
+    prompts: PromptsFile = None,
     class_label: ClassLabels = None,
-    classes: Annotated[
-        Classes | None,
-        typer.Option(help="All classes in turn (50,000 samples are 50 of each of 1000), or drawn."),
-    ] = None,
+    classes: ClassesOption = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", metavar="N", min=1, help="Samples in one batch.")
     ] = 1,
-    layout: Annotated[
-        LayoutName | None,
-        typer.Option(
-            help="npz: arrays for ADM's evaluator. gif and mp4: files named as VBench asks for. "
-            "Default: wav for sounds, otherwise npz."
-        ),
-    ] = None,
+    layout: LayoutOption = None,
     shard_size: Annotated[
         int | None,
         typer.Option(
@@ -129,12 +98,12 @@ def sample(
     check_output_folder(output)
     if join is not None:
         check_output_file(join)
-    texts, names = _prompts(prompt, prompts)
+    texts, names = prompts_of(prompt, prompts)
     pipeline = load_model(model, device, dtype)
     sampler = PipelineSampler(
         pipeline,
         texts,
-        _labels(pipeline, class_label, classes, num_samples, seed),
+        class_labels_of(pipeline, class_label, classes, num_samples, seed),
         planned.num_steps if steps is None and planned else steps,
         guidance_scale,
         seed,
@@ -176,27 +145,3 @@ def sample(
     if summary is not None:
         show(str(summary))
     show(f"{manifest.num_samples} samples in {len(files)} file(s), in {output / SAMPLES}")
-
-
-def _prompts(given: list[str] | None, file: Path | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    if file is None:
-        return tuple(given or ()), ()
-    if given:
-        raise InvalidArgumentError("give either --prompt or --prompts")
-    return read_prompts(file)
-
-
-def _labels(
-    pipeline: object, given: list[int] | None, classes: Classes | None, count: int, seed: int
-) -> tuple[int, ...]:
-    if classes is None:
-        return tuple(given or ())
-    if given:
-        raise InvalidArgumentError("give either --class-label or --classes")
-    known = known_classes(pipeline)
-    if known is None:
-        raise InvalidArgumentError("the pipeline does not say which classes it has; name them")
-    labels = sorted(known)
-    if classes is Classes.all:
-        return tuple(labels)
-    return tuple(labels[i] for i in random_classes(count, len(labels), seed))
