@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint types check docs format bench clean
+.PHONY: help demo test lint types check docs format bench reproduce-tiny clean
 
 help:
 	@echo "make demo     calibrate, plan and run the demo pipeline; prints a table, writes pictures"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint     check style            make types    check types"
 	@echo "make check    all three              make format   rewrite the code in the house style"
 	@echo "make bench    measure speed and cost make docs     build the documentation into site/"
+	@echo "make reproduce-tiny   run the scripts of the paper's tables on small pipelines"
 	@echo "make clean    remove .venv and everything built"
 
 demo: $(READY)
@@ -36,6 +37,13 @@ check: lint types test
 docs: $(READY)
 	$(BIN)/pytest -q tests/test_docstrings.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The tables of the paper from end to end, on small pipelines: that the scripts run, no values.
+reproduce-tiny: $(READY)
+	@for script in reproduce/table[1-3].py; do \
+		echo "==> $$script --tiny"; \
+		$(BIN)/python "$$script" --tiny || exit 1; \
+	done
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

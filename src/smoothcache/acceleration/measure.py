@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from ..comparison.result import HIGHEST_DECIBELS, mean_with_interval
 from ..comparison.trial import metered
 from ..errors import InvalidArgumentError
-from ..model.denoisers import find_denoisers
+from ..model.target import Target
 from ..runtime.run import cached
 from ..schedule.schedule import Schedule
 from ..searching.objectives import is_finite, output_tensors
@@ -52,7 +52,7 @@ class Measurement:
         Raises:
             InvalidArgumentError: If there are no tensors, or they are not finite.
         """
-        denoisers = list(find_denoisers(model).values()) if counts else []
+        denoisers = list(Target.of(model).denoisers.values()) if counts else []
         with (
             cached(model, self.schedule) if self.schedule is not None else nullcontext(),
             metered(denoisers, weigh=False) as meter,

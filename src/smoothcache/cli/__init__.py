@@ -1,7 +1,19 @@
 """The ``smoothcache`` command; one command a file in ``commands``."""
 
 from .app import app as app
-from .commands import benchmark, cache, calibrate, compare, demo, generate, inspect, plan, search
+from .commands import (
+    benchmark,
+    cache,
+    calibrate,
+    compare,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    plan,
+    sample,
+    search,
+)
 
 __all__ = [
     "app",
@@ -10,8 +22,10 @@ __all__ = [
     "calibrate",
     "compare",
     "demo",
+    "evaluate",
     "generate",
     "inspect",
     "plan",
+    "sample",
     "search",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer.core
 
-from ..diffusers_io.loading import load_pipeline, silence_libraries
+from ..diffusers_io.loading import known_classes, load_pipeline, silence_libraries
 from ..errors import InvalidArgumentError
+from ..generation.inputs import random_classes, read_prompts
+from ..processes import local_rank
 from ..schedule.schedule import Schedule
 from .outputs import status_line
 
@@ -50,6 +53,23 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class Classes(str, Enum):
+    """Which labels samples have, where not each label is named."""
+
+    all = "all"
+    random = "random"
+
+
+class LayoutName(str, Enum):
+    """How samples lie in the folder."""
+
+    npz = "npz"
+    png = "png"
+    wav = "wav"
+    gif = "gif"
+    mp4 = "mp4"
+
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -66,6 +86,29 @@ ClassLabels = Annotated[
     list[int] | None,
     typer.Option(
         "--class-label", metavar="INT", help="For class-conditional pipelines. Repeatable."
+    ),
+]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help="A prompt a line; or JSON, a list of prompts or an object of names and prompts.",
+    ),
+]
+ClassesOption = Annotated[
+    Classes | None,
+    typer.Option(
+        "--classes",
+        help="All classes in turn (50,000 samples are 50 of each of 1000), or drawn.",
+    ),
+]
+LayoutOption = Annotated[
+    LayoutName | None,
+    typer.Option(
+        "--layout",
+        help="npz: arrays for ADM's evaluator. gif and mp4: files named as VBench asks for. "
+        "Default: wav for sounds, otherwise npz.",
     ),
 ]
 Guidance = Annotated[
@@ -103,6 +146,38 @@ def variants_of_files(files: Sequence[Path]) -> list[Variant]:
     ]
 
 
+def prompts_of(
+    given: Sequence[str] | None, file: Path | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Prompts, and their names if a file gives some."""
+    if file is None:
+        return tuple(given or ()), ()
+    if given:
+        raise InvalidArgumentError("give either --prompt or --prompts")
+    return read_prompts(file)
+
+
+def class_labels_of(
+    pipeline: object,
+    given: Sequence[int] | None,
+    classes: Classes | None,
+    num_samples: int,
+    seed: int,
+) -> tuple[int, ...]:
+    """Labels, which are used in turn."""
+    if classes is None:
+        return tuple(given or ())
+    if given:
+        raise InvalidArgumentError("give either --class-label or --classes")
+    known = known_classes(pipeline)
+    if known is None:
+        raise InvalidArgumentError("the pipeline does not say which classes it has; name them")
+    labels = sorted(known)
+    if classes is Classes.all:
+        return tuple(labels)
+    return tuple(labels[i] for i in random_classes(num_samples, len(labels), seed))
+
+
 def load_model(model: str, device: str | None, dtype: Dtype) -> Any:
     import torch
 
@@ -111,7 +186,17 @@ def load_model(model: str, device: str | None, dtype: Dtype) -> Any:
         pipeline = load_pipeline(
             model,
             dtype=getattr(torch, dtype.value),
-            device=device or ("cuda" if torch.cuda.is_available() else None),
+            device=device or own_device(),
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def own_device() -> str | None:
+    """The device of this process: of several on a machine, each has its own."""
+    import torch
+
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        return None
+    own = local_rank()
+    return "cuda" if own is None else f"cuda:{own % torch.cuda.device_count()}"

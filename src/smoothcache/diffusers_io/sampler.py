@@ -6,6 +6,7 @@ The only file that imports diffusers, and only when a pipeline is loaded.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +123,30 @@ class PipelineSampler:
             What the pipeline makes: images [1, channels, height, width] in [0, 1] if it is a
             pipeline of images.
         """
-        arguments = self._arguments(i, num_steps or self.steps)
+        return self._run(self._arguments(i, num_steps or self.steps))
+
+    def batch(self, numbers: Sequence[int]) -> Tensor:
+        """Runs several generations in one batch, each with its own noise and input.
+
+        Every sample has a generator of its own, so its noise does not depend on the batch.
+
+        Args:
+            numbers: Of the generations, from 0.
+
+        Returns:
+            What the pipeline makes, [numbers, ...]. It is what single generations give, except
+            that arithmetic in a batch of another size can differ in the last bits.
+        """
+        arguments = self._arguments(0, self.steps)
+        if "generator" in arguments:
+            seeds = (self.seed + i for i in numbers)
+            arguments["generator"] = [torch.Generator("cpu").manual_seed(x) for x in seeds]
+        for name, inputs in (("prompt", self.prompts), ("class_labels", self.class_labels)):
+            if inputs:
+                arguments[name] = [inputs[i % len(inputs)] for i in numbers]
+        return self._run(arguments)
+
+    def _run(self, arguments: dict[str, Any]) -> Tensor:
         output = self.pipeline(**arguments)
         result = output[0]
         return result if isinstance(result, Tensor) else torch.stack(list(result))

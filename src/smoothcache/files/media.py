@@ -5,25 +5,34 @@ from __future__ import annotations
 import io
 import wave
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from ..errors import InvalidArgumentError
+from ..errors import FileFormatError, InvalidArgumentError
 from ..optional import optional_module
 
 FRAMES_PER_SECOND = 6.0
 
 
-def encoded(sample: Tensor, sampling_rate: int | None = None) -> tuple[str, bytes]:
+def encoded(
+    sample: Tensor,
+    sampling_rate: int | None = None,
+    *,
+    frames_per_second: float = FRAMES_PER_SECOND,
+) -> tuple[str, bytes]:
     """The ending of the file, and what is in it.
 
     Args:
         sample: An image [channels, height, width], a clip [frames, channels, height, width] or a
             sound [channels, samples].
         sampling_rate: Of a sound, samples a second.
+        frames_per_second: Of a clip.
 
     Raises:
         InvalidArgumentError: If it is none of them, or a sound of unknown sampling rate.
@@ -34,7 +43,7 @@ def encoded(sample: Tensor, sampling_rate: int | None = None) -> tuple[str, byte
     if sample.ndim == 3:
         return "png", _encoded_image(sample)
     if sample.ndim == 4:
-        return "gif", encoded_clip(rgb_pixels(sample))
+        return "gif", encoded_clip(rgb_pixels(sample), frames_per_second=frames_per_second)
     what = "is a sound of unknown sampling rate" if sample.ndim == 2 else "cannot be written"
     raise InvalidArgumentError(
         f"a sample of shape {list(sample.shape)} {what}; images, [channels, height, width], clips, "
@@ -66,6 +75,38 @@ def encoded_clip(
     duration = round(1000 / frames_per_second)
     first.save(data, format="GIF", save_all=True, append_images=others, duration=duration, loop=0)
     return data.getvalue()
+
+
+def encoded_video(frames: npt.NDArray[np.float32], frames_per_second: float) -> bytes:
+    """Frames [frames, height, width, 3] in [0, 1] as an MP4 file (H.264), by ffmpeg.
+
+    The same frames give the same bytes: no time of day is written.
+
+    Raises:
+        InvalidArgumentError: If height or width is odd, which H.264 does not take.
+        MissingPackageError: If imageio is not installed with its ffmpeg.
+    """
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise InvalidArgumentError(
+            f"an MP4 file needs an even height and width, got {height} x {width}; write GIF files."
+        )
+    module = optional_module("imageio.v2", extra="mp4")
+    pixels = np.round(255 * frames.clip(0, 1)).astype(np.uint8)
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "clip.mp4")
+        bitexact = ["-fflags", "+bitexact", "-flags:v", "+bitexact", "-crf", "10"]
+        with module.get_writer(
+            file,
+            format="FFMPEG",
+            fps=frames_per_second,
+            codec="libx264",
+            macro_block_size=1,
+            output_params=bitexact,
+        ) as writer:
+            for frame in pixels:
+                writer.append_data(frame)
+        return file.read_bytes()
 
 
 def encoded_sound(waveform: Tensor, sampling_rate: int) -> bytes:
@@ -104,3 +145,54 @@ def _picture(pixels: npt.NDArray[Any]) -> Any:
     if pixels.dtype != np.uint8:
         pixels = np.round(255 * pixels.clip(0, 1)).astype(np.uint8)
     return image.fromarray(pixels)
+
+
+def decoded_image(data: bytes) -> Tensor:
+    """A picture as uint8 [3, height, width]."""
+    image = optional_module("PIL.Image", extra="demo")
+    with image.open(io.BytesIO(data)) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+
+
+def decoded_sound(data: bytes) -> Tensor:
+    """A WAV file of 16 bits as [channels, samples] between -1 and 1.
+
+    Raises:
+        FileFormatError: If it is another kind of file.
+    """
+    try:
+        with wave.open(io.BytesIO(data)) as file:
+            width, channels = file.getsampwidth(), file.getnchannels()
+            frames = file.readframes(file.getnframes())
+    except (wave.Error, EOFError) as error:
+        raise FileFormatError(f"not a readable WAV file ({error}).") from error
+    if width != 2:
+        raise FileFormatError(f"a WAV file of {8 * width} bits, not of 16.")
+    values = np.frombuffer(frames, dtype="<i2").astype(np.float32) / 32767
+    return torch.from_numpy(values.reshape(-1, channels).T.copy())
+
+
+def sampling_rate_of(data: bytes) -> int:
+    """Samples a second of a WAV file.
+
+    Raises:
+        FileFormatError: If it is another kind of file.
+    """
+    try:
+        with wave.open(io.BytesIO(data)) as file:
+            return int(file.getframerate())
+    except (wave.Error, EOFError) as error:
+        raise FileFormatError(f"not a readable WAV file ({error}).") from error
+
+
+def decoded_clip(data: bytes) -> Tensor:
+    """A GIF or MP4 file as uint8 [frames, 3, height, width]."""
+    if data[:3] == b"GIF":
+        image = optional_module("PIL.Image", extra="demo")
+        sequence = optional_module("PIL.ImageSequence", extra="demo")
+        with image.open(io.BytesIO(data)) as clip:
+            frames = [np.array(frame.convert("RGB")) for frame in sequence.Iterator(clip)]
+    else:
+        module = optional_module("imageio.v2", extra="mp4")
+        frames = list(module.get_reader(io.BytesIO(data), format="FFMPEG"))
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)

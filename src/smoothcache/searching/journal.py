@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import InvalidArgumentError, SmoothCacheWarning
 from ..files.document import Value, parse_json
-from .processes import from_rank_zero, rank_and_size
+from ..processes import from_rank_zero, rank_and_size
 
 DistanceKey = tuple[str, str, int]  # name of the reference, key of the candidate, generation
 GainsKey = tuple[str, str]  # name of the reference, key of the candidate

@@ -20,7 +20,7 @@ from ..errors import CalibrationError
 from ..fitting.step_search import FittedSteps, StepSearch
 from ..planners.trajectory import trajectories_of, whole_model_schedule
 from .gains import Trajectory
-from .processes import from_rank_zero
+from ..processes import from_rank_zero
 from .rollouts import Rollouts
 from .space import Candidate
 

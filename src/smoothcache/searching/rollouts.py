@@ -16,6 +16,7 @@ from typing import Any
 from ..calibration.recording import record_generation
 from ..errors import CalibrationError, InvalidArgumentError
 from ..model.target import Target
+from ..processes import from_rank_zero, gather_from_all, rank_and_size
 from ..runtime.run import NEVER_SEEN, cached
 from ..schedule.row import Row
 from ..steps.predictors import FITTED
@@ -23,7 +24,6 @@ from ..tracking.playback import Playback
 from .gains import Recorder, Trajectory, fit_gains
 from .journal import DistanceKey, Journal
 from .objectives import Objective, flattened, is_finite, l2_norm, latent_l2, output_tensors
-from .processes import from_rank_zero, gather_from_all, rank_and_size
 from .space import Candidate, last_reused_step
 from .weights import Weights, fit_weights
 

@@ -22,11 +22,11 @@ from ..errors import (
     SmoothCacheWarning,
 )
 from ..layers.modules import identify
+from ..processes import join_processes
 from ..schedule.schedule import Schedule
 from .gains import Trajectory
 from .options import SearchOptions, options_of
 from .plans import FITTED_ON, TrajectoryPlans, is_recorded
-from .processes import join_processes
 from .result import SearchedSchedule
 from .rollouts import Rollouts
 from .space import SearchSpace

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .processes import decided_by_rank_zero
+from ..processes import decided_by_rank_zero
 from .rollouts import Rollouts
 from .space import Candidate
 
