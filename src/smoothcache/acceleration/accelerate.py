@@ -21,10 +21,10 @@ from ..comparison.result import mean_with_interval
 from ..diffusers_io.sampler import PipelineSampler
 from ..diffusers_io.solvers import suitable_solvers
 from ..errors import CalibrationError, InvalidArgumentError, ScheduleMismatchError
+from ..processes import rank_and_size
 from ..runtime.run import enable
 from ..searching.options import SearchOptions
 from ..searching.plans import FITTED_ON
-from ..processes import rank_and_size
 from ..searching.result import SearchedSchedule, SearchResult
 from ..searching.search import sampler_takes, search
 from ..version import __version__

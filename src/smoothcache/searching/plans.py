@@ -19,8 +19,8 @@ from ..calibration.trajectory import Trajectories
 from ..errors import CalibrationError
 from ..fitting.step_search import FittedSteps, StepSearch
 from ..planners.trajectory import trajectories_of, whole_model_schedule
-from .gains import Trajectory
 from ..processes import from_rank_zero
+from .gains import Trajectory
 from .rollouts import Rollouts
 from .space import Candidate
 
