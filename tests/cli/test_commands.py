@@ -247,6 +247,23 @@ def test_compare_has_a_row_of_fewer_steps(model: Path, schedule: Path, tmp_path:
     assert document["rows"][1]["compute"] < 1
 
 
+def test_reports_are_written(
+    model: Path, schedule: Path, calibration: Path, tmp_path: Path
+) -> None:
+    file, label = tmp_path / "report.html", ("--class-label", 1, "--steps", STEPS)
+    shown = succeed("compare", model, "--schedule", schedule, *label, "--html", file).stdout
+    assert f"report written to {file}" in shown
+    page = file.read_text()
+    assert "speed-up" in page and "data:image/webp" in page and "DiTTransformer2DModel" in page
+    assert f"smoothcache compare {model} --schedule {schedule}" in page
+    options = ("--speedup", 2, "--calibration", calibration, "--max-cost", 20, *label)
+    succeed("search", model, "-o", tmp_path / "s.json", *options, "--html", file, "--json")
+    page = file.read_text()
+    assert "smoothcache search" in page and "Error curves" in page and "search cost" in page
+    succeed("benchmark", model, *label, "--no-converged", "--html", file)
+    assert "best at ≤ 50 % of the MACs" in file.read_text()
+
+
 def test_demo_shows_its_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import smoothcache.demo.image
 
@@ -263,6 +280,7 @@ def test_demo_shows_its_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert asked["output"] == tmp_path
     assert (asked["num_samples"], asked["num_steps"], asked["seed"]) == (20, 5, 3)
     assert "Title" in result.stdout and "[x]" in result.stdout and str(tmp_path) in result.stdout
+    assert result.stdout.endswith(f"open the report: {tmp_path / 'report.html'}\n")
     assert result.stderr == "planning\n"
     assert json.loads(succeed("demo", "-o", tmp_path, "--json").stdout)["title"] == "Title"
 
@@ -409,6 +427,8 @@ def test_json_is_all_there_is_on_stdout(model: Path, monkeypatch: pytest.MonkeyP
             "compare {model} --schedule {schedule} --schedule {schedule} --class-label 1",
             "given twice",
         ),
+        ("compare {model} --schedule {schedule} --html {folder}/x.txt", "must end in .html"),
+        ("compare {model} --schedule {schedule} --html {folder}/no/x.html", "there is no folder"),
         ("demo -o {damaged}/demo", "is a file"),
         ("demo --samples 0", "--samples"),
     ],

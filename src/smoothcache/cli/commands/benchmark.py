@@ -19,12 +19,21 @@ from ..inputs import (
     Dtype,
     DtypeOption,
     Guidance,
+    Html,
     ModelArgument,
     Prompts,
     Seed,
     load_model,
 )
-from ..outputs import check_output_file, picture_suffix, show, show_report, write_picture
+from ..outputs import (
+    check_html_file,
+    check_output_file,
+    picture_suffix,
+    show,
+    show_report,
+    write_html,
+    write_picture,
+)
 
 
 @app.command()
@@ -71,6 +80,7 @@ def benchmark(
         Path | None,
         typer.Option(metavar="FILE", help="Also draw cost and quality, as png, svg or pdf."),
     ] = None,
+    html: Html = None,
     device: Device = None,
     dtype: DtypeOption = Dtype.float32,
     as_json: AsJson = False,
@@ -95,6 +105,7 @@ def benchmark(
         )
     if output is not None:
         check_output_file(output)
+    check_html_file(html)
     kind = None if picture is None else picture_suffix(picture)
     pipeline = load_model(model, device, dtype)
     case = methods.pipeline_case(
@@ -120,9 +131,16 @@ def benchmark(
         rows = [row for row in result.rows if row.family != REFERENCE]
         drawn = plot_methods(rows, emphasised=own, title=result.name)
         write_picture(drawn, picture, kind)
+    if html is not None:
+        from ...report import benchmark_page, environment
+
+        page = benchmark_page(
+            result, title=f"Benchmark of {model}", environment=environment(pipeline)
+        )
+        write_html(html, page)
     if as_json:
         typer.echo(report.to_json())
         return
     show_report(report)
-    for file in filter(None, (output, picture)):
+    for file in filter(None, (output, picture, html)):
         show(f"written to {file}")

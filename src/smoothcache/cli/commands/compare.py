@@ -18,6 +18,7 @@ from ..inputs import (
     Dtype,
     DtypeOption,
     Guidance,
+    Html,
     ModelArgument,
     Prompts,
     Seed,
@@ -25,12 +26,14 @@ from ..inputs import (
     variants_of_files,
 )
 from ..outputs import (
+    check_html_file,
     check_output_folder,
     draw_samples,
     picture_suffix,
     show,
     show_report,
     write_files,
+    write_html,
 )
 
 
@@ -73,6 +76,7 @@ def compare(
             "--output", "-o", metavar="DIR", help="Also write the samples, a folder for each row."
         ),
     ] = None,
+    html: Html = None,
     device: Device = None,
     dtype: DtypeOption = Dtype.float32,
     as_json: AsJson = False,
@@ -90,6 +94,7 @@ def compare(
     kind = None if picture is None else picture_suffix(picture, ("png", "svg", "pdf", "gif"))
     if output is not None:
         check_output_folder(output)
+    check_html_file(html)
     pipeline = load_model(model, device, dtype)
     rate = sampling_rate(pipeline)
     if kind == "gif" and rate is not None:
@@ -121,6 +126,19 @@ def compare(
         write_files(output, comparison, rate)
     if picture is not None and kind is not None:
         draw_samples(picture, kind, comparison, rate)
-    for what, path in {"samples": output, "picture": picture}.items():
+    if html is not None:
+        from ...report import comparison_page, environment
+
+        page = comparison_page(
+            comparison,
+            title=f"{type(pipeline).__name__} under a schedule",
+            subtitle=model,
+            schedules={x.name: x.schedule for x in variants if x.schedule},
+            sampling_rate=rate,
+            inputs=[str(one) for one in sampler.inputs],
+            environment=environment(pipeline),
+        )
+        write_html(html, page)
+    for what, path in {"samples": output, "picture": picture, "report": html}.items():
         if path is not None and not as_json:
             show(f"{what} written to {path}")

@@ -21,12 +21,13 @@ from ..inputs import (
     Dtype,
     DtypeOption,
     Guidance,
+    Html,
     ModelArgument,
     Prompts,
     Seed,
     load_model,
 )
-from ..outputs import check_output_file, show, show_json
+from ..outputs import check_html_file, check_output_file, show, show_json, write_html
 
 
 @app.command()
@@ -71,6 +72,7 @@ def search(
     class_label: ClassLabels = None,
     guidance_scale: Guidance = None,
     seed: Seed = 0,
+    html: Html = None,
     device: Device = None,
     dtype: DtypeOption = Dtype.float32,
     as_json: AsJson = False,
@@ -83,6 +85,7 @@ def search(
     [bold]Example:[/bold] smoothcache search ./my-dit --speedup 2 -o fast.json --class-label 0
     """
     check_output_file(output)
+    check_html_file(html)
     known = None if calibration is None else Calibration.load(calibration)
     pipeline = load_model(model, device, dtype)
     sampler = PipelineSampler(
@@ -106,6 +109,17 @@ def search(
     result = found.result
     if result is None:
         raise InvalidArgumentError("the search returned no result")
+    if html is not None:
+        from ...report import environment, search_page
+
+        page = search_page(
+            found,
+            title=f"Search for a schedule of {type(pipeline).__name__}",
+            subtitle=model,
+            calibration=known,
+            environment=environment(pipeline),
+        )
+        write_html(html, page)
     if as_json:
         show_json(
             {
@@ -127,3 +141,5 @@ def search(
         f"{result.rollouts} rollouts, as much as {result.cost:.1f} uncached generations; "
         f"written to {output}"
     )
+    if html is not None:
+        show(f"report written to {html}")
