@@ -25,15 +25,26 @@ from support.tiny_pipeline import build_audio_pipeline, build_clip_pipeline, sav
 from typer.testing import CliRunner
 
 from smoothcache import Calibration, Schedule, SmoothCacheWarning
-from smoothcache.cli import inputs, tables
+from smoothcache.cli import tables
 from smoothcache.cli.app import app
 from smoothcache.cli.inputs import Modality
+from smoothcache.cli.options import Setup
 from smoothcache.comparison.result import Comparison
-from smoothcache.diffusers_io import PipelineSampler
+from smoothcache.diffusers_io import PipelineSampler, preparing
 from smoothcache.metrics.report import Report, ReportRow
 from smoothcache.version import how_to_install
 
-COMMANDS = ("demo", "inspect", "calibrate", "plan", "search", "generate", "compare", "benchmark")
+COMMANDS = (
+    "demo",
+    "inspect",
+    "calibrate",
+    "plan",
+    "search",
+    "generate",
+    "compare",
+    "benchmark",
+    "doctor",
+)
 STEPS = 6
 
 
@@ -371,8 +382,8 @@ def test_json_is_all_there_is_on_stdout(model: Path, monkeypatch: pytest.MonkeyP
         warnings.warn("nothing was reused", SmoothCacheWarning, stacklevel=1)
         return load(*arguments, **options)
 
-    load = inputs.load_pipeline
-    monkeypatch.setattr(inputs, "load_pipeline", loud)
+    load = preparing.load_pipeline
+    monkeypatch.setattr(preparing, "load_pipeline", loud)
     result = succeed("inspect", model, "--no-costs", "--json")
     json.loads(result.stdout)
     assert result.stderr == "warning: nothing was reused\n"
@@ -493,7 +504,7 @@ def test_a_missing_extra_is_named(
 
 
 def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "load_pipeline", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(preparing, "load_pipeline", lambda *_, **__: 1 / 0)
     assert isinstance(run("inspect", "x").exception, ZeroDivisionError)
 
 
@@ -540,11 +551,8 @@ def test_comparison_names_schedules_by_their_files(
         names.extend(variant.name for variant in variants)
         return Comparison((ReportRow("uncached", steps=STEPS),), {}, {})
 
-    command = importlib.import_module("smoothcache.cli.commands.compare")
-    monkeypatch.setattr(command, "load_model", lambda *_: None)
-    monkeypatch.setattr(
-        command, "PipelineSampler", lambda *_: type("S", (), {"steps": 1, "inputs": ()})
-    )
+    monkeypatch.setattr(Setup, "load", lambda *_: None)
+    monkeypatch.setattr(Setup, "sampler", lambda *_: type("S", (), {"steps": 1, "count": 1}))
     library = importlib.import_module("smoothcache.comparison.compare")
     monkeypatch.setattr(library, "compare", fake)
     (tmp_path / "a").mkdir()

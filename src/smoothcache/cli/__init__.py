@@ -1,7 +1,7 @@
 """The ``smoothcache`` command; one command a file in ``commands``."""
 
 from .app import app as app
-from .commands import benchmark, calibrate, compare, demo, generate, inspect, plan, search
+from .commands import benchmark, calibrate, compare, demo, doctor, generate, inspect, plan, search
 
 __all__ = [
     "app",
@@ -9,6 +9,7 @@ __all__ = [
     "calibrate",
     "compare",
     "demo",
+    "doctor",
     "generate",
     "inspect",
     "plan",

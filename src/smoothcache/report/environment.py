@@ -35,7 +35,8 @@ def environment(model: Any = None) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     found["system"] = f"{platform.system()} {platform.machine()}"
-    found["processor"] = f"{_processor()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    found["processor"] = f"{_processor()}, {threads} thread{'s' * (threads != 1)}"
     if torch.cuda.is_available():
         found["accelerator"] = torch.cuda.get_device_name()
         found["CUDA"] = str(torch.version.cuda)

@@ -135,7 +135,7 @@ class Page:
         Raises:
             MissingPackageError: If Jinja2 is not installed.
         """
-        style, script = f"{_template('style.css')}{STYLE}", _template("script.js")
+        style, script = f"{STYLE}{_template('style.css')}", _template("script.js")
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
         page: str = (
             _environment()

@@ -8,23 +8,11 @@ from typing import Annotated
 
 import typer.core
 
-from ...diffusers_io.sampler import PipelineSampler
 from ...errors import InvalidArgumentError
 from ...files.document import write_atomically
 from ..app import app
-from ..inputs import (
-    AsJson,
-    ClassLabels,
-    Device,
-    Dtype,
-    DtypeOption,
-    Guidance,
-    Html,
-    ModelArgument,
-    Prompts,
-    Seed,
-    load_model,
-)
+from ..inputs import AsJson, Html, ModelArgument
+from ..options import Setup, with_setup
 from ..outputs import (
     check_html_file,
     check_output_file,
@@ -37,10 +25,10 @@ from ..outputs import (
 
 
 @app.command()
+@with_setup
 def benchmark(
     model: ModelArgument,
-    prompt: Prompts = None,
-    class_label: ClassLabels = None,
+    setup: Setup,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -70,8 +58,6 @@ def benchmark(
             "--converged/--no-converged", help="Also compare with ten times as many steps."
         ),
     ] = True,
-    guidance_scale: Guidance = None,
-    seed: Seed = 0,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Results to write (JSON)."),
@@ -81,8 +67,6 @@ def benchmark(
         typer.Option(metavar="FILE", help="Also draw cost and quality, as png, svg or pdf."),
     ] = None,
     html: Html = None,
-    device: Device = None,
-    dtype: DtypeOption = Dtype.float32,
     as_json: AsJson = False,
 ) -> None:
     """Measure every method that needs no training on your own pipeline, at many costs.
@@ -107,21 +91,17 @@ def benchmark(
         check_output_file(output)
     check_html_file(html)
     kind = None if picture is None else picture_suffix(picture)
-    pipeline = load_model(model, device, dtype)
-    case = methods.pipeline_case(
-        PipelineSampler(
-            pipeline, tuple(prompt or ()), tuple(class_label or ()), steps, guidance_scale, seed
-        )
-    )
+    pipeline = setup.load(model)
+    sampler = setup.sampler(pipeline, steps)
+    case = methods.pipeline_case(sampler)
     shown = sys.stderr.isatty()
     calibration = methods.calibrated(case, methods.CALIBRATION_SAMPLES, progress=shown)
     entries = methods.training_free(case, calibration)
     entries += methods.searched(case, budgets, max_cost=max_cost)
     if joint:
         entries += methods.searched(case, budgets, joint=True, max_cost=max_cost)
-    inputs = len(prompt or class_label or ()) or 1
     result = run_benchmark(
-        case, entries, num_generations=samples or inputs, converged=converged, progress=shown
+        case, entries, num_generations=samples or sampler.count, converged=converged, progress=shown
     )
     report = result.report()
     if output is not None:

@@ -8,23 +8,11 @@ from typing import Annotated
 
 import typer.core
 
-from ...diffusers_io.sampler import PipelineSampler, sampling_rate
+from ...diffusers_io.sampler import sampling_rate
 from ...errors import InvalidArgumentError
 from ..app import app
-from ..inputs import (
-    AsJson,
-    ClassLabels,
-    Device,
-    Dtype,
-    DtypeOption,
-    Guidance,
-    Html,
-    ModelArgument,
-    Prompts,
-    Seed,
-    load_model,
-    variants_of_files,
-)
+from ..inputs import AsJson, Html, ModelArgument, variants_of_files
+from ..options import Setup, with_setup
 from ..outputs import (
     check_html_file,
     check_output_folder,
@@ -38,16 +26,16 @@ from ..outputs import (
 
 
 @app.command()
+@with_setup
 def compare(
     model: ModelArgument,
+    setup: Setup,
     schedule: Annotated[
         list[Path],
         typer.Option(
             "--schedule", metavar="FILE", help="What plan wrote, or a 0/1 file. Repeatable."
         ),
     ],
-    prompt: Prompts = None,
-    class_label: ClassLabels = None,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -60,8 +48,6 @@ def compare(
             metavar="N", min=1, help="Steps of the uncached run. Default: those of the schedules."
         ),
     ] = None,
-    guidance_scale: Guidance = None,
-    seed: Seed = 0,
     picture: Annotated[
         Path | None,
         typer.Option(
@@ -77,8 +63,6 @@ def compare(
         ),
     ] = None,
     html: Html = None,
-    device: Device = None,
-    dtype: DtypeOption = Dtype.float32,
     as_json: AsJson = False,
 ) -> None:
     """Set schedules beside the uncached run and beside plain fewer steps, with the same seeds.
@@ -95,26 +79,21 @@ def compare(
     if output is not None:
         check_output_folder(output)
     check_html_file(html)
-    pipeline = load_model(model, device, dtype)
+    pipeline = setup.load(model)
     rate = sampling_rate(pipeline)
     if kind == "gif" and rate is not None:
         raise InvalidArgumentError(
             f"the picture '{picture}' must end in .png, .svg or .pdf: that of sounds does not move"
         )
-    sampler = PipelineSampler(
-        pipeline,
-        tuple(prompt or ()),
-        tuple(class_label or ()),
-        steps or max(x.schedule.num_steps for x in variants if x.schedule),
-        guidance_scale,
-        seed,
+    sampler = setup.sampler(
+        pipeline, steps or max(x.schedule.num_steps for x in variants if x.schedule)
     )
     comparison = run_comparison(
         pipeline,
         sampler,
         variants,
         num_steps=sampler.steps,
-        num_samples=samples or max(1, len(sampler.inputs)),
+        num_samples=samples or sampler.count,
         progress=sys.stderr.isatty(),
     )
     report = comparison.report()

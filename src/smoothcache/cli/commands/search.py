@@ -9,30 +9,20 @@ from typing import Annotated
 import typer.core
 
 from ...calibration.curves import Calibration
-from ...diffusers_io.sampler import PipelineSampler
 from ...errors import InvalidArgumentError
 from ...searching.search import search as run_search
 from .. import tables as tables
 from ..app import app
-from ..inputs import (
-    AsJson,
-    ClassLabels,
-    Device,
-    Dtype,
-    DtypeOption,
-    Guidance,
-    Html,
-    ModelArgument,
-    Prompts,
-    Seed,
-    load_model,
-)
+from ..inputs import AsJson, Html, ModelArgument
+from ..options import Setup, with_setup
 from ..outputs import check_html_file, check_output_file, show, show_json, write_html
 
 
 @app.command()
+@with_setup
 def search(
     model: ModelArgument,
+    setup: Setup,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="Schedule to write.")
     ],
@@ -68,13 +58,7 @@ def search(
         Path | None,
         typer.Option(metavar="FILE", help="Results; an interrupted search goes on from it."),
     ] = None,
-    prompt: Prompts = None,
-    class_label: ClassLabels = None,
-    guidance_scale: Guidance = None,
-    seed: Seed = 0,
     html: Html = None,
-    device: Device = None,
-    dtype: DtypeOption = Dtype.float32,
     as_json: AsJson = False,
 ) -> None:
     """Find the best schedule for a budget by trying, and say whether a cache pays at all.
@@ -87,10 +71,8 @@ def search(
     check_output_file(output)
     check_html_file(html)
     known = None if calibration is None else Calibration.load(calibration)
-    pipeline = load_model(model, device, dtype)
-    sampler = PipelineSampler(
-        pipeline, tuple(prompt or ()), tuple(class_label or ()), steps, guidance_scale, seed
-    )
+    pipeline = setup.load(model)
+    sampler = setup.sampler(pipeline, steps)
     found = run_search(
         pipeline,
         sampler.sample,
@@ -102,7 +84,7 @@ def search(
         seconds=seconds,
         max_cost=max_cost,
         journal=journal,
-        seed=seed,
+        seed=setup.seed,
         progress=sys.stderr.isatty(),
     )
     found.save(output)
