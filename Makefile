@@ -5,11 +5,13 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEMO_READY := $(VENV)/.demo-ready
+CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, and $(PYTHON) is older. Try: make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
 
 .PHONY: help demo test lint types check docs format bench reproduce-tiny clean
 
 help:
-	@echo "make demo     calibrate, plan and run the demo pipeline; prints a table, writes pictures"
+	@echo "make demo     calibrate, plan and run the demo pipeline; prints a table, writes a report"
 	@echo "make test     run the tests and the examples in the documentation of the code"
 	@echo "make lint     check style            make types    check types"
 	@echo "make check    all three              make format   rewrite the code in the house style"
@@ -17,8 +19,15 @@ help:
 	@echo "make reproduce-tiny   run the scripts of the paper's tables on small pipelines"
 	@echo "make clean    remove .venv and everything built"
 
-demo: $(READY)
+# Only what the demo needs, and not what the tests do.
+demo: $(DEMO_READY)
 	$(BIN)/smoothcache demo
+
+$(DEMO_READY): pyproject.toml constraints.txt
+	@$(CHECK_PYTHON)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo]'
+	@touch $@
 
 # One thread for each of the JOBS processes: the cores are shared out once.
 test: $(READY)
@@ -61,11 +70,11 @@ UNBOUND := stable-audio-tools==0.0.19
 
 # The stamp is written last: an installation that broke off is taken up again.
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, and $(PYTHON) is older. Try: make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
+	@$(CHECK_PYTHON)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --no-deps $(UNBOUND)
-	@touch $@
+	@touch $@ $(DEMO_READY)
 
 clean:
 	rm -rf $(VENV) build dist out site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -39,6 +39,7 @@ ROOMS = (
     "comparison",
     "acceleration",
     "evaluation",
+    "report",
     "demo",
     "cli",
     "__main__",
@@ -50,6 +51,7 @@ OPTIONAL = {
     "typer",
     "rich",
     "click",
+    "jinja2",
     "torchmetrics",
     "transformers",
     "accelerate",
@@ -110,7 +112,7 @@ def test_importing_smoothcache_loads_nothing_heavy() -> None:
 
 
 def test_optional_packages_wait_until_they_are_used() -> None:
-    modules = ("metrics", "metrics.report", "plots", "comparison", "demo")
+    modules = ("metrics", "metrics.report", "plots", "comparison", "report", "demo")
     statement = "import " + ", ".join(f"smoothcache.{module}" for module in modules)
     loaded = {name.partition(".")[0] for name in modules_after(statement)}
     assert not loaded & OPTIONAL
@@ -190,7 +192,7 @@ def test_schedules_and_planners_never_touch_a_module(room: str) -> None:
 
 def test_serving_needs_only_a_schedule() -> None:
     unwanted = {"calibration", "planners", "learning", "searching", "metrics", "plots"}
-    assert not reached_from("runtime") & (unwanted | {"comparison", "demo", "cli"})
+    assert not reached_from("runtime") & (unwanted | {"comparison", "report", "demo", "cli"})
 
 
 # A pipeline of the demo's own: its classes are subclasses of those of diffusers, so its files need

@@ -25,11 +25,12 @@ from support.tiny_pipeline import build_audio_pipeline, build_clip_pipeline, sav
 from typer.testing import CliRunner
 
 from smoothcache import Calibration, Schedule, SmoothCacheWarning
-from smoothcache.cli import inputs, tables
+from smoothcache.cli import tables
 from smoothcache.cli.app import app
 from smoothcache.cli.inputs import Modality
+from smoothcache.cli.options import Setup
 from smoothcache.comparison.result import Comparison
-from smoothcache.diffusers_io import PipelineSampler
+from smoothcache.diffusers_io import PipelineSampler, preparing
 from smoothcache.metrics.report import Report, ReportRow
 from smoothcache.version import how_to_install
 
@@ -43,6 +44,7 @@ COMMANDS = (
     "sample",
     "compare",
     "benchmark",
+    "doctor",
 )
 STEPS = 6
 
@@ -257,6 +259,23 @@ def test_compare_has_a_row_of_fewer_steps(model: Path, schedule: Path, tmp_path:
     assert document["rows"][1]["compute"] < 1
 
 
+def test_reports_are_written(
+    model: Path, schedule: Path, calibration: Path, tmp_path: Path
+) -> None:
+    file, label = tmp_path / "report.html", ("--class-label", 1, "--steps", STEPS)
+    shown = succeed("compare", model, "--schedule", schedule, *label, "--html", file).stdout
+    assert f"report written to {file}" in shown
+    page = file.read_text()
+    assert "speed-up" in page and "data:image/webp" in page and "DiTTransformer2DModel" in page
+    assert f"smoothcache compare {model} --schedule {schedule}" in page
+    options = ("--speedup", 2, "--calibration", calibration, "--max-cost", 20, *label)
+    succeed("search", model, "-o", tmp_path / "s.json", *options, "--html", file, "--json")
+    page = file.read_text()
+    assert "smoothcache search" in page and "Error curves" in page and "search cost" in page
+    succeed("benchmark", model, *label, "--no-converged", "--html", file)
+    assert "best at ≤ 50 % of the MACs" in file.read_text()
+
+
 def test_demo_shows_its_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import smoothcache.demo.image
 
@@ -273,6 +292,7 @@ def test_demo_shows_its_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert asked["output"] == tmp_path
     assert (asked["num_samples"], asked["num_steps"], asked["seed"]) == (20, 5, 3)
     assert "Title" in result.stdout and "[x]" in result.stdout and str(tmp_path) in result.stdout
+    assert result.stdout.endswith(f"open the report: {tmp_path / 'report.html'}\n")
     assert result.stderr == "planning\n"
     assert json.loads(succeed("demo", "-o", tmp_path, "--json").stdout)["title"] == "Title"
 
@@ -363,8 +383,8 @@ def test_json_is_all_there_is_on_stdout(model: Path, monkeypatch: pytest.MonkeyP
         warnings.warn("nothing was reused", SmoothCacheWarning, stacklevel=1)
         return load(*arguments, **options)
 
-    load = inputs.load_pipeline
-    monkeypatch.setattr(inputs, "load_pipeline", loud)
+    load = preparing.load_pipeline
+    monkeypatch.setattr(preparing, "load_pipeline", loud)
     result = succeed("inspect", model, "--no-costs", "--json")
     json.loads(result.stdout)
     assert result.stderr == "warning: nothing was reused\n"
@@ -419,6 +439,8 @@ def test_json_is_all_there_is_on_stdout(model: Path, monkeypatch: pytest.MonkeyP
             "compare {model} --schedule {schedule} --schedule {schedule} --class-label 1",
             "given twice",
         ),
+        ("compare {model} --schedule {schedule} --html {folder}/x.txt", "must end in .html"),
+        ("compare {model} --schedule {schedule} --html {folder}/no/x.html", "there is no folder"),
         ("demo -o {damaged}/demo", "is a file"),
         ("demo --samples 0", "--samples"),
     ],
@@ -483,7 +505,7 @@ def test_a_missing_extra_is_named(
 
 
 def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "load_pipeline", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(preparing, "load_pipeline", lambda *_, **__: 1 / 0)
     assert isinstance(run("inspect", "x").exception, ZeroDivisionError)
 
 
@@ -530,11 +552,8 @@ def test_comparison_names_schedules_by_their_files(
         names.extend(variant.name for variant in variants)
         return Comparison((ReportRow("uncached", steps=STEPS),), {}, {})
 
-    command = importlib.import_module("smoothcache.cli.commands.compare")
-    monkeypatch.setattr(command, "load_model", lambda *_: None)
-    monkeypatch.setattr(
-        command, "PipelineSampler", lambda *_: type("S", (), {"steps": 1, "inputs": ()})
-    )
+    monkeypatch.setattr(Setup, "load", lambda *_: None)
+    monkeypatch.setattr(Setup, "sampler", lambda *_: type("S", (), {"steps": 1, "count": 1}))
     library = importlib.import_module("smoothcache.comparison.compare")
     monkeypatch.setattr(library, "compare", fake)
     (tmp_path / "a").mkdir()

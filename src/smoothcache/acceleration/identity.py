@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 from ..layers.modules import identify
 from ..model.arguments import Signature
 from ..model.target import Target
-from ..steps.noise_scheduler import noise_scheduler
 from ..tracking.timesteps import timestep_value
 
 _SAMPLED = 64  # elements of each weight that are digested
@@ -49,7 +48,7 @@ def key_of(
     identity = identify(model)
     digest.update(f"{identity.class_name} {identity.fingerprint}".encode())
     digest.update(json.dumps(dict(more), sort_keys=True, default=str).encode())
-    scheduler = noise_scheduler(model)
+    scheduler = Target.of(model).noise_scheduler
     config = dict(getattr(scheduler, "config", {}) or {})
     digest.update(type(scheduler).__name__.encode())
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())

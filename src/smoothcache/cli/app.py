@@ -15,7 +15,7 @@ import typer.core
 
 from ..errors import SmoothCacheError, SmoothCacheWarning
 from ..version import __version__
-from .outputs import one_line, show_warning, to_stderr
+from .outputs import GIVEN, one_line, show_warning, to_stderr
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
 
@@ -36,6 +36,7 @@ class _OneLineErrors(typer.core.TyperGroup):
             warnings.simplefilter("ignore")  # those of the packages below us
             warnings.simplefilter("always", SmoothCacheWarning)
             warnings.showwarning = show_warning
+            GIVEN.set(tuple(sys.argv[1:] if args is None else args))
             try:
                 code = super().main(
                     args, prog_name, complete_var, False, windows_expand_args, **extra
@@ -59,7 +60,7 @@ class _OneLineErrors(typer.core.TyperGroup):
 
 app = typer.Typer(
     cls=_OneLineErrors,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},

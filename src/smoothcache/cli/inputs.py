@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer.core
 
-from ..diffusers_io.loading import known_classes, load_pipeline, silence_libraries
+from ..diffusers_io.loading import known_classes, silence_libraries
+from ..diffusers_io.preparing import Preparation, prepared_pipeline
 from ..errors import InvalidArgumentError
 from ..generation.inputs import random_classes, read_prompts
 from ..processes import local_rank
@@ -19,6 +20,10 @@ from .outputs import status_line
 
 if TYPE_CHECKING:
     from ..comparison.compare import Variant
+
+
+MODEL, SAMPLING = "Model", "Sampling"
+"""Headings in the help of a command."""
 
 
 class Per(str, Enum):
@@ -80,12 +85,20 @@ ModelArgument = Annotated[
 ]
 Prompts = Annotated[
     list[str] | None,
-    typer.Option("--prompt", metavar="TEXT", help="For pipelines that take text. Repeatable."),
+    typer.Option(
+        "--prompt",
+        metavar="TEXT",
+        help="For pipelines that take text. Repeatable.",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 ClassLabels = Annotated[
     list[int] | None,
     typer.Option(
-        "--class-label", metavar="INT", help="For class-conditional pipelines. Repeatable."
+        "--class-label",
+        metavar="INT",
+        help="For class-conditional pipelines. Repeatable.",
+        rich_help_panel=SAMPLING,
     ),
 ]
 PromptsFile = Annotated[
@@ -113,14 +126,23 @@ LayoutOption = Annotated[
 ]
 Guidance = Annotated[
     float | None,
-    typer.Option("--guidance-scale", metavar="X", help="Default: the pipeline's own."),
+    typer.Option(
+        "--guidance-scale",
+        metavar="X",
+        help="Default: the pipeline's own.",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 Seed = Annotated[
     int, typer.Option(metavar="N", min=0, help="Sample i starts from the noise of seed + i.")
 ]
 Device = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="For example cuda or cpu. Default: cuda where there is one."),
+    typer.Option(
+        metavar="NAME",
+        help="For example cuda or cpu. Default: cuda where there is one.",
+        rich_help_panel=MODEL,
+    ),
 ]
 GrainOption = Annotated[
     Grain,
@@ -128,7 +150,17 @@ GrainOption = Annotated[
         "--granularity", help="What is reused as one. Default: layers, and blocks without any."
     ),
 ]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the weights.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option("--dtype", help="Of the weights.", rich_help_panel=MODEL)
+]
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        help="Also write a report: one HTML file with samples, figures and tables.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
@@ -178,16 +210,26 @@ def class_labels_of(
     return tuple(labels[i] for i in random_classes(num_samples, len(labels), seed))
 
 
-def load_model(model: str, device: str | None, dtype: Dtype) -> Any:
+def load_model(model: str, device: str | None, dtype: Dtype, **how: Any) -> Any:
+    """A pipeline, set up as asked for and without a progress bar of its own.
+
+    Args:
+        model: A folder, or owner/name on the hub.
+        device: Where it runs; None for the accelerator, where there is one.
+        dtype: Of the weights.
+        how: Other attributes of a ``Preparation``.
+
+    Raises:
+        PipelineLoadError: If it cannot be loaded.
+        InvalidArgumentError: If an option does not go with it.
+        MissingPackageError: If what an option needs is not installed.
+    """
     import torch
 
+    device = device or own_device()
     with status_line(f"loading {model}"):
         silence_libraries()
-        pipeline = load_pipeline(
-            model,
-            dtype=getattr(torch, dtype.value),
-            device=device or own_device(),
-        )
+        pipeline = prepared_pipeline(model, Preparation(getattr(torch, dtype.value), device, **how))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -6,9 +6,12 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import InvalidArgumentError
 from ..files.document import write_atomically
 from ..files.media import encoded
+from ..optional import optional_module
 from . import tables as tables
 
 if TYPE_CHECKING:
@@ -28,9 +32,12 @@ if TYPE_CHECKING:
 
     from ..comparison.result import Comparison
     from ..metrics.report import Report
+    from ..report.page import Page
 
 
 _MOST_SHOWN = 8  # samples in a picture
+GIVEN: ContextVar[tuple[str, ...]] = ContextVar("given", default=())
+"""The words that came after ``smoothcache``."""
 
 
 def picture_suffix(picture: Path, kinds: Sequence[str] = ("png", "svg", "pdf")) -> str:
@@ -92,6 +99,35 @@ def draw_samples(picture: Path, kind: str, comparison: Comparison, rate: int | N
         if reference.ndim == 5:
             rows, reference = [(row, x[0]) for row, x in rows], reference[0]
         write_picture(plots.plot_image_grid(rows, reference), picture, kind)
+
+
+# ---------------------------------------------------------------------------------- the report
+def check_html_file(path: Path | None) -> None:
+    """Refuses before long work a report that could not be written after it.
+
+    Raises:
+        InvalidArgumentError: If the place cannot be written, or its name has another ending.
+        MissingPackageError: If Jinja2, matplotlib or pillow is not installed.
+    """
+    if path is None:
+        return
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InvalidArgumentError(f"the report '{path}' must end in .html")
+    check_output_file(path)
+    for module in ("jinja2", "matplotlib", "PIL"):
+        optional_module(module, extra="report")
+
+
+def write_html(path: Path, page: Page) -> None:
+    """Writes a page, with the command that makes it again."""
+    from ..report.page import write_page
+
+    write_page(replace(page, command=command_line()), path)
+
+
+def command_line() -> str:
+    """The command that runs, as it can be pasted into a shell."""
+    return shlex.join(["smoothcache", *GIVEN.get()])
 
 
 # ----------------------------------------------------------------------------------- the files

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..metrics.report import Report
     from ..searching.result import Measured, SearchResult
+    from .checkup import Check
 
 
 GAP = 2  # spaces between columns
@@ -169,6 +170,17 @@ def _macs(value: int | None) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def checks_table(checks: Sequence[Check]) -> Table:
+    """What was tried, whether it works, and what was found."""
+    table = _table(["", "", ""], left=3)
+    table.show_header = False
+    table.columns[-1].no_wrap = False
+    marks = {"ok": "✓", "failed": "✗"}
+    for check in checks:
+        _add(table, marks.get(check.state, "·"), check.name, check.text)
+    return table
 
 
 def measured(row: Measured) -> dict[str, Any]:

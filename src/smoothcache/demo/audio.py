@@ -115,6 +115,12 @@ def run_demo(
         describe=lambda comparison: _report(comparison, judge, num_samples),
         show=_show,
         last=True,  # it takes away all noise that is left, 0.3 of the sound's amplitude at once
+        inputs=[caption(row) for row in batch_attributes(0)],
+        sampling_rate=SAMPLING_RATE,
+        command=(
+            f"smoothcache demo --modality audio --samples {num_samples} --steps {num_steps} "
+            f"--seed {seed}"
+        ),
     )
     return run_course(material, output, stages, progress=progress)
 

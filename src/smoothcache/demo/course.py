@@ -23,11 +23,17 @@ from ..errors import InvalidArgumentError
 from ..metrics.report import Report
 from ..optional import optional_module
 from ..planners.uniform import plan_uniform
+from ..report.environment import environment
+from ..report.page import write_page
+from ..report.pages import comparison_page
 from ..schedule.schedule import Schedule
 
 MAX_GAP = 3
 INTERVALS = (2, 3)
 CALIBRATION_SEEDS, DATA_SEED = 1_000_000, 20_000  # apart from those of the compared samples
+
+PAGE = "report.html"
+"""Name of the report in the folder of the demo."""
 
 Groups = Mapping[int, Mapping[str, Schedule]]
 
@@ -72,6 +78,9 @@ class Material:
         describe: Puts title and notes to what was compared.
         show: Writes samples and pictures of them, of all rows, into a folder.
         last: Whether FORA also computes the last step, as in the published schedules.
+        inputs: What the samples of a row are made from, used in turn; they name them in the report.
+        sampling_rate: Of sounds, samples a second.
+        command: What runs this demo again.
     """
 
     pipeline: Any
@@ -86,6 +95,9 @@ class Material:
     describe: Callable[[Comparison], Report]
     show: Callable[[Path, Groups, Comparison], list[Path]]
     last: bool = False
+    inputs: Sequence[str] = ()
+    sampling_rate: int | None = None
+    command: str = "smoothcache demo"
 
 
 def checked_output(
@@ -180,6 +192,19 @@ def run_course(material: Material, output: Path, stages: Stages, *, progress: bo
         files = _pictures(output, calibration, groups)
         files += material.show(output, groups, comparison)
         files += _documents(output, calibration, groups, report)
+        page = comparison_page(
+            comparison,
+            title=f"Demo: {material.noun} with and without a cache",
+            report=report,
+            schedules=schedules,
+            calibration=calibration,
+            sampling_rate=material.sampling_rate,
+            inputs=material.inputs,
+            environment=environment(material.pipeline),
+            command=material.command,
+        )
+        write_page(page, output / PAGE)
+        files.append(output / PAGE)
     return DemoResult(
         report, comparison, calibration, schedules, output, tuple(files), stages.seconds
     )

@@ -101,6 +101,8 @@ def run_demo(
         scores={"class_accuracy": judge.accuracy, "frechet_distance": judge.distance},
         describe=lambda comparison: _report(comparison, judge, num_samples),
         show=_grids,
+        inputs=CLASS_NAMES,
+        command=f"smoothcache demo --samples {num_samples} --steps {num_steps} --seed {seed}",
     )
     return run_course(material, output, stages, progress=progress)
 

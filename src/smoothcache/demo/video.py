@@ -106,6 +106,11 @@ def run_demo(
         describe=lambda comparison: _report(comparison, judge, num_samples),
         show=_show,
         last=True,  # it ends on what the transformer predicts there, however far off that is
+        inputs=[caption(row) for row in labels],
+        command=(
+            f"smoothcache demo --modality video --samples {num_samples} --steps {num_steps} "
+            f"--seed {seed}"
+        ),
     )
     return run_course(material, output, stages, progress=progress)
 

@@ -20,7 +20,8 @@ from ..model.target import Target
 
 INDEX = "model_index.json"
 """Name of the file that makes a folder a pipeline."""
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""What the name of a repository on the hub looks like."""
 
 
 def load_pipeline(
@@ -28,6 +29,9 @@ def load_pipeline(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    quantization_config: Any = None,
 ) -> Any:
     """Loads a pipeline from a local folder or from the Hugging Face hub.
 
@@ -36,6 +40,9 @@ def load_pipeline(
             repository on the hub. A folder comes first where both exist.
         dtype: Of the weights; None for float32.
         device: Where to put the pipeline; None leaves it on the CPU.
+        revision: Branch, tag or commit on the hub; None for the newest.
+        variant: Of the files of weights, such as "fp16"; None for the plain ones.
+        quantization_config: How diffusers quantises parts of it while it loads them.
 
     Returns:
         A ``diffusers.DiffusionPipeline`` of the class that its index names; where diffusers has
@@ -52,16 +59,23 @@ def load_pipeline(
         'DiTPipeline'
     """
     source = _existing_source(os.fspath(name_or_path))
+    more = {
+        "revision": revision,
+        "variant": variant,
+        "quantization_config": quantization_config,
+    }
     try:
         with warnings.catch_warnings():
             # Newer versions call it dtype, the oldest that we support know this name alone.
             warnings.filterwarnings("ignore", "`torch_dtype`", FutureWarning)
             pipeline = _pipeline_class(source).from_pretrained(
-                source, torch_dtype=dtype or torch.float32
+                source,
+                torch_dtype=dtype or torch.float32,
+                **{name: value for name, value in more.items() if value is not None},
             )
     except Exception as error:  # a folder can be broken in any way
         raise PipelineLoadError(_why_not_loaded(source, error)) from error
-    return pipeline if device is None else _moved(pipeline, device)
+    return pipeline if device is None else moved(pipeline, device)
 
 
 def silence_libraries() -> None:
@@ -102,7 +116,7 @@ def _existing_source(name: str) -> str:
         return str(path)
     if path.exists():
         raise PipelineLoadError(f"'{name}' is a file; give the folder of a pipeline")
-    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+    if not HUB_ID.fullmatch(name) or name.startswith("."):
         raise PipelineLoadError(f"there is no folder '{name}'")
     return name
 
@@ -126,7 +140,7 @@ def _pipeline_class(source: str) -> Any:
 
 def _why_not_loaded(source: str, error: BaseException) -> str:
     if Path(source).is_dir():
-        return f"the pipeline in '{source}' cannot be loaded: {_first_sentence(error)}"
+        return f"the pipeline in '{source}' cannot be loaded: {first_sentence(error)}"
     causes = _causes(error)
     names = {cls.__name__ for cause in causes for cls in type(cause).__mro__}
     nowhere = f"there is no folder '{source}', and"
@@ -137,10 +151,10 @@ def _why_not_loaded(source: str, error: BaseException) -> str:
     if "OfflineModeIsEnabled" in names:
         return f"{nowhere} the hub is not asked, as HF_HUB_OFFLINE is set"
     if names & {"ConnectionError", "NetworkError", "TimeoutException", "ProxyError", "Timeout"}:
-        return f"{nowhere} the hub cannot be reached ({_first_sentence(causes[-1])})"
+        return f"{nowhere} the hub cannot be reached ({first_sentence(causes[-1])})"
     if "EntryNotFoundError" in names:
         return f"the repository '{source}' on the hub is no pipeline: it has no {INDEX}"
-    return f"'{source}' cannot be loaded from the hub: {_first_sentence(error)}"
+    return f"'{source}' cannot be loaded from the hub: {first_sentence(error)}"
 
 
 def _causes(error: BaseException) -> list[BaseException]:
@@ -153,17 +167,23 @@ def _causes(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def _first_sentence(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
+    """What an error of another package says first, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     first = re.split(r"(?<=[a-z)'\"])\. ", text)[0].rstrip(".")
     return first if len(first) <= 200 else f"{first[:197]}..."
 
 
-def _moved(pipeline: Any, device: str | torch.device) -> Any:
+def moved(pipeline: Any, device: str | torch.device) -> Any:
+    """The pipeline on a device.
+
+    Raises:
+        InvalidArgumentError: If the device cannot be used.
+    """
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InvalidArgumentError(
-            f"the device '{device}' cannot be used: {_first_sentence(error)}"
+            f"the device '{device}' cannot be used: {first_sentence(error)}"
         ) from error
     return pipeline.to(device)

@@ -5,9 +5,8 @@ The only file that imports diffusers, and only when a pipeline is loaded.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,9 +14,11 @@ from torch import Tensor
 
 from ..checks import check_count, check_number
 from ..errors import InvalidArgumentError
+from ..optional import optional_module
+from .call_arguments import image_arguments, parameters_of
 from .loading import known_classes
 
-_ANY_PROMPT = "a photograph"
+_ANY_PROMPT, _ANY_SIZE = "a photograph", 512
 
 
 def sampling_rate(pipeline: Any) -> int | None:
@@ -59,6 +60,10 @@ class PipelineSampler:
         num_steps: Solver steps; None for the pipeline's own default.
         guidance_scale: None for the pipeline's own default.
         seed: Generation i starts from the noise of seed + i, drawn on the CPU.
+        options: Further arguments of the pipeline's call, the same in every generation, such as
+            ``height`` or ``negative_prompt``.
+        images: Argument of the call -> images that are used in turn, for pipelines that start from
+            images or are controlled by them.
 
     Raises:
         InvalidArgumentError: If the pipeline needs what is not given, or does not take what is.
@@ -70,6 +75,8 @@ class PipelineSampler:
     num_steps: int | None = None
     guidance_scale: float | None = None
     seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    images: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_inputs()
@@ -82,22 +89,28 @@ class PipelineSampler:
         check_count("seed", self.seed, least=0)
 
     @classmethod
-    def with_any_input(cls, pipeline: Any, num_steps: int) -> PipelineSampler:
-        """A sampler for when only the cost matters: class 0, or some prompt.
+    def with_any_input(cls, pipeline: Any, num_steps: int, **given: Any) -> PipelineSampler:
+        """A sampler for when only the cost matters: class 0, or some prompt, or a grey image.
 
         Args:
             pipeline: A pipeline of diffusers.
             num_steps: Solver steps.
+            given: Other attributes of the sampler, such as ``options``.
 
         Returns:
             A sampler that the pipeline accepts.
         """
-        takes = _parameters(pipeline)
+        takes = parameters_of(pipeline)
+        images = dict(given.pop("images", {}))
+        for name in image_arguments(pipeline)[:2]:
+            images.setdefault(name, (_grey_image(given.get("options", {})),))
         return cls(
             pipeline,
             prompts=(_ANY_PROMPT,) if "prompt" in takes and "class_labels" not in takes else (),
             class_labels=(0,) if "class_labels" in takes else (),
             num_steps=num_steps,
+            images=images,
+            **given,
         )
 
     @property
@@ -106,11 +119,16 @@ class PipelineSampler:
         return self.class_labels or self.prompts
 
     @property
+    def count(self) -> int:
+        """How many different inputs there are: prompts, labels or images; at least 1."""
+        return max(1, len(self.inputs), *map(len, self.images.values()), 1)
+
+    @property
     def steps(self) -> int:
         """Solver steps of every generation."""
         if self.num_steps is not None:
             return self.num_steps
-        return int(_parameters(self.pipeline)["num_inference_steps"].default)
+        return int(parameters_of(self.pipeline)["num_inference_steps"].default)
 
     def __call__(self, i: int, num_steps: int | None = None) -> Tensor:
         """Runs generation number i from start to end.
@@ -172,7 +190,7 @@ class PipelineSampler:
             self.pipeline.scheduler = own
 
     def _arguments(self, i: int, num_steps: int) -> dict[str, Any]:
-        takes = _parameters(self.pipeline)
+        takes = parameters_of(self.pipeline)
         wanted: dict[str, Any] = {
             "generator": torch.Generator("cpu").manual_seed(self.seed + i),
             "num_inference_steps": num_steps,
@@ -186,15 +204,18 @@ class PipelineSampler:
             arguments["class_labels"] = [self.class_labels[i % len(self.class_labels)]]
         if self.guidance_scale is not None:
             arguments["guidance_scale"] = self.guidance_scale
-        return arguments
+        chosen = {name: values[i % len(values)] for name, values in self.images.items()}
+        return {**arguments, **chosen, **self.options}
 
     def _check_inputs(self) -> None:
-        takes = _parameters(self.pipeline)
+        takes = parameters_of(self.pipeline)
         name = type(self.pipeline).__name__
         given = {
             "prompt": bool(self.prompts),
             "class_labels": bool(self.class_labels),
             "guidance_scale": self.guidance_scale is not None,
+            **{name: True for name in self.options},
+            **{name: bool(images) for name, images in self.images.items()},
         }
         wrong = [_spoken(x) for x, is_given in given.items() if is_given and x not in takes]
         wanted = next((x for x in ("class_labels", "prompt") if x in takes), None)
@@ -241,11 +262,11 @@ class PipelineSampler:
                 )
 
 
-def _parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
-    """What the pipeline's call takes, by name."""
-    parameters = dict(inspect.signature(type(pipeline).__call__).parameters)
-    parameters.pop("self", None)
-    return parameters
+def _grey_image(options: Mapping[str, Any]) -> Any:
+    """An image of the size that is asked for, or of 512 pixels."""
+    image = optional_module("PIL.Image", extra="demo")
+    size = tuple(options.get(name) or _ANY_SIZE for name in ("width", "height"))
+    return image.new("RGB", size, (128, 128, 128))
 
 
 def _spoken(name: str | None) -> str:

@@ -8,30 +8,27 @@ from typing import Annotated
 
 import typer.core
 
-from ...diffusers_io.sampler import PipelineSampler
 from ...errors import InvalidArgumentError
 from ...files.document import write_atomically
 from ..app import app
-from ..inputs import (
-    AsJson,
-    ClassLabels,
-    Device,
-    Dtype,
-    DtypeOption,
-    Guidance,
-    ModelArgument,
-    Prompts,
-    Seed,
-    load_model,
+from ..inputs import AsJson, Html, ModelArgument
+from ..options import Setup, with_setup
+from ..outputs import (
+    check_html_file,
+    check_output_file,
+    picture_suffix,
+    show,
+    show_report,
+    write_html,
+    write_picture,
 )
-from ..outputs import check_output_file, picture_suffix, show, show_report, write_picture
 
 
 @app.command()
+@with_setup
 def benchmark(
     model: ModelArgument,
-    prompt: Prompts = None,
-    class_label: ClassLabels = None,
+    setup: Setup,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -65,8 +62,6 @@ def benchmark(
             "--converged/--no-converged", help="Also compare with ten times as many steps."
         ),
     ] = True,
-    guidance_scale: Guidance = None,
-    seed: Seed = 0,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Results to write (JSON)."),
@@ -75,8 +70,7 @@ def benchmark(
         Path | None,
         typer.Option(metavar="FILE", help="Also draw cost and quality, as png, svg or pdf."),
     ] = None,
-    device: Device = None,
-    dtype: DtypeOption = Dtype.float32,
+    html: Html = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure every method that needs no training on your own pipeline, at many costs.
@@ -99,22 +93,19 @@ def benchmark(
         )
     if output is not None:
         check_output_file(output)
+    check_html_file(html)
     kind = None if picture is None else picture_suffix(picture)
-    pipeline = load_model(model, device, dtype)
-    case = methods.pipeline_case(
-        PipelineSampler(
-            pipeline, tuple(prompt or ()), tuple(class_label or ()), steps, guidance_scale, seed
-        )
-    )
+    pipeline = setup.load(model)
+    sampler = setup.sampler(pipeline, steps)
+    case = methods.pipeline_case(sampler)
     shown = sys.stderr.isatty()
     calibration = methods.calibrated(case, methods.CALIBRATION_SAMPLES, progress=shown)
     entries = methods.training_free(case, calibration)
     entries += methods.searched(case, budgets, max_cost=max_cost)
     if joint:
         entries += methods.searched(case, budgets, joint=True, max_cost=max_cost)
-    inputs = len(prompt or class_label or ()) or 1
     result = run_benchmark(
-        case, entries, num_generations=samples or inputs, converged=converged, progress=shown
+        case, entries, num_generations=samples or sampler.count, converged=converged, progress=shown
     )
     report = result.report()
     if output is not None:
@@ -124,9 +115,16 @@ def benchmark(
         rows = [row for row in result.rows if row.family != REFERENCE]
         drawn = plot_methods(rows, emphasised=own, title=result.name)
         write_picture(drawn, picture, kind)
+    if html is not None:
+        from ...report import benchmark_page, environment
+
+        page = benchmark_page(
+            result, title=f"Benchmark of {model}", environment=environment(pipeline)
+        )
+        write_html(html, page)
     if as_json:
         typer.echo(report.to_json())
         return
     show_report(report)
-    for file in filter(None, (output, picture)):
+    for file in filter(None, (output, picture, html)):
         show(f"written to {file}")

@@ -10,29 +10,18 @@ from typing import Annotated
 import typer.core
 
 from ...calibration.calibrate import calibrate as run_calibration
-from ...diffusers_io.sampler import PipelineSampler
 from .. import tables as tables
 from ..app import app
-from ..inputs import (
-    AsJson,
-    ClassLabels,
-    Device,
-    Dtype,
-    DtypeOption,
-    Grain,
-    GrainOption,
-    Guidance,
-    ModelArgument,
-    Prompts,
-    Seed,
-    load_model,
-)
+from ..inputs import AsJson, Grain, GrainOption, ModelArgument
+from ..options import Setup, with_setup
 from ..outputs import check_output_file, show, show_json
 
 
 @app.command()
+@with_setup
 def calibrate(
     model: ModelArgument,
+    setup: Setup,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="Calibration to write.")
     ],
@@ -46,10 +35,6 @@ def calibrate(
     max_gap: Annotated[
         int, typer.Option(metavar="N", min=1, help="Largest gap to measure, in steps.")
     ] = 3,
-    prompt: Prompts = None,
-    class_label: ClassLabels = None,
-    guidance_scale: Guidance = None,
-    seed: Seed = 0,
     tokens: Annotated[
         int | None,
         typer.Option(
@@ -57,8 +42,6 @@ def calibrate(
         ),
     ] = None,
     granularity: GrainOption = Grain.auto,
-    device: Device = None,
-    dtype: DtypeOption = Dtype.float32,
     as_json: AsJson = False,
 ) -> None:
     """Measure on a few samples what reusing each layer would cost.
@@ -69,10 +52,8 @@ def calibrate(
     [bold]Example:[/bold] smoothcache calibrate ./my-dit -o dit.safetensors --class-label 0
     """
     check_output_file(output)
-    pipeline = load_model(model, device, dtype)
-    sampler = PipelineSampler(
-        pipeline, tuple(prompt or ()), tuple(class_label or ()), steps, guidance_scale, seed
-    )
+    pipeline = setup.load(model)
+    sampler = setup.sampler(pipeline, steps)
     started = time.perf_counter()
     calibration = run_calibration(
         pipeline,

@@ -8,43 +8,34 @@ from typing import Annotated
 
 import typer.core
 
-from ...diffusers_io.sampler import PipelineSampler, sampling_rate
+from ...diffusers_io.sampler import sampling_rate
 from ...errors import InvalidArgumentError
 from ..app import app
-from ..inputs import (
-    AsJson,
-    ClassLabels,
-    Device,
-    Dtype,
-    DtypeOption,
-    Guidance,
-    ModelArgument,
-    Prompts,
-    Seed,
-    load_model,
-    variants_of_files,
-)
+from ..inputs import AsJson, Html, ModelArgument, variants_of_files
+from ..options import Setup, with_setup
 from ..outputs import (
+    check_html_file,
     check_output_folder,
     draw_samples,
     picture_suffix,
     show,
     show_report,
     write_files,
+    write_html,
 )
 
 
 @app.command()
+@with_setup
 def compare(
     model: ModelArgument,
+    setup: Setup,
     schedule: Annotated[
         list[Path],
         typer.Option(
             "--schedule", metavar="FILE", help="What plan wrote, or a 0/1 file. Repeatable."
         ),
     ],
-    prompt: Prompts = None,
-    class_label: ClassLabels = None,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -57,8 +48,6 @@ def compare(
             metavar="N", min=1, help="Steps of the uncached run. Default: those of the schedules."
         ),
     ] = None,
-    guidance_scale: Guidance = None,
-    seed: Seed = 0,
     picture: Annotated[
         Path | None,
         typer.Option(
@@ -73,8 +62,7 @@ def compare(
             "--output", "-o", metavar="DIR", help="Also write the samples, a folder for each row."
         ),
     ] = None,
-    device: Device = None,
-    dtype: DtypeOption = Dtype.float32,
+    html: Html = None,
     as_json: AsJson = False,
 ) -> None:
     """Set schedules beside the uncached run and beside plain fewer steps, with the same seeds.
@@ -90,26 +78,22 @@ def compare(
     kind = None if picture is None else picture_suffix(picture, ("png", "svg", "pdf", "gif"))
     if output is not None:
         check_output_folder(output)
-    pipeline = load_model(model, device, dtype)
+    check_html_file(html)
+    pipeline = setup.load(model)
     rate = sampling_rate(pipeline)
     if kind == "gif" and rate is not None:
         raise InvalidArgumentError(
             f"the picture '{picture}' must end in .png, .svg or .pdf: that of sounds does not move"
         )
-    sampler = PipelineSampler(
-        pipeline,
-        tuple(prompt or ()),
-        tuple(class_label or ()),
-        steps or max(x.schedule.num_steps for x in variants if x.schedule),
-        guidance_scale,
-        seed,
+    sampler = setup.sampler(
+        pipeline, steps or max(x.schedule.num_steps for x in variants if x.schedule)
     )
     comparison = run_comparison(
         pipeline,
         sampler,
         variants,
         num_steps=sampler.steps,
-        num_samples=samples or max(1, len(sampler.inputs)),
+        num_samples=samples or sampler.count,
         progress=sys.stderr.isatty(),
     )
     report = comparison.report()
@@ -121,6 +105,19 @@ def compare(
         write_files(output, comparison, rate)
     if picture is not None and kind is not None:
         draw_samples(picture, kind, comparison, rate)
-    for what, path in {"samples": output, "picture": picture}.items():
+    if html is not None:
+        from ...report import comparison_page, environment
+
+        page = comparison_page(
+            comparison,
+            title=f"{type(pipeline).__name__} under a schedule",
+            subtitle=model,
+            schedules={x.name: x.schedule for x in variants if x.schedule},
+            sampling_rate=rate,
+            inputs=[str(one) for one in sampler.inputs],
+            environment=environment(pipeline),
+        )
+        write_html(html, page)
+    for what, path in {"samples": output, "picture": picture, "report": html}.items():
         if path is not None and not as_json:
             show(f"{what} written to {path}")

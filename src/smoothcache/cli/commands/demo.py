@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer.core
 
+from ...demo.course import PAGE
 from ...diffusers_io.loading import silence_libraries
 from ..app import app
 from ..inputs import AsJson, Modality, Seed
@@ -76,3 +77,4 @@ def demo(
         return
     show_report(result.report)
     show(f"pictures, tables, calibration and schedules: {result.folder}")
+    show(f"open the report: {result.folder / PAGE}")

@@ -8,36 +8,26 @@ from typing import Annotated
 
 import typer.core
 
-from ...diffusers_io.sampler import PipelineSampler, sampling_rate
+from ...diffusers_io.sampler import sampling_rate
 from ...runtime.run import cached
 from ...schedule.schedule import Schedule
 from ..app import app
-from ..inputs import (
-    AsJson,
-    ClassLabels,
-    Device,
-    Dtype,
-    DtypeOption,
-    Guidance,
-    ModelArgument,
-    Prompts,
-    Seed,
-    load_model,
-)
+from ..inputs import AsJson, ModelArgument
+from ..options import Setup, with_setup
 from ..outputs import check_output_folder, show, show_json, with_progress, write_samples
 
 
 @app.command()
+@with_setup
 def generate(
     model: ModelArgument,
+    setup: Setup,
     schedule: Annotated[
         Path, typer.Option("--schedule", metavar="FILE", help="What plan wrote, or a 0/1 file.")
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the samples.")
     ],
-    prompt: Prompts = None,
-    class_label: ClassLabels = None,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -48,10 +38,6 @@ def generate(
         int | None,
         typer.Option(metavar="N", min=1, help="Solver steps. Default: those of the schedule."),
     ] = None,
-    guidance_scale: Guidance = None,
-    seed: Seed = 0,
-    device: Device = None,
-    dtype: DtypeOption = Dtype.float32,
     as_json: AsJson = False,
 ) -> None:
     """Run a pipeline under a schedule; write images as PNG, clips as GIF, sounds as WAV.
@@ -60,19 +46,12 @@ def generate(
     """
     planned = Schedule.load(schedule)
     check_output_folder(output)
-    pipeline = load_model(model, device, dtype)
-    sampler = PipelineSampler(
-        pipeline,
-        tuple(prompt or ()),
-        tuple(class_label or ()),
-        planned.num_steps if steps is None else steps,
-        guidance_scale,
-        seed,
-    )
+    pipeline = setup.load(model)
+    sampler = setup.sampler(pipeline, planned.num_steps if steps is None else steps)
     files: list[Path] = []
     started = time.perf_counter()
     with cached(pipeline, planned) as run:
-        for i in with_progress(range(samples or max(1, len(sampler.inputs))), "generating"):
+        for i in with_progress(range(samples or sampler.count), "generating"):
             files += write_samples(output, i, sampler(i), sampling_rate(pipeline))
     seconds = time.perf_counter() - started
     summary = run.summary()

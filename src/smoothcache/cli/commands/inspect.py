@@ -8,35 +8,26 @@ from typing import Annotated
 import typer.core
 
 from ...calibration.calibrate import calibrate as run_calibration
-from ...diffusers_io.sampler import PipelineSampler
 from ...layers.find import find_layers
 from ...layers.modules import identify
 from ...model.costs import human_macs
 from .. import tables as tables
 from ..app import app
-from ..inputs import (
-    AsJson,
-    Device,
-    Dtype,
-    DtypeOption,
-    Grain,
-    GrainOption,
-    ModelArgument,
-    load_model,
-)
+from ..inputs import AsJson, Grain, GrainOption, ModelArgument
+from ..options import Setup, with_setup
 from ..outputs import show, show_json, status_line
 
 
 @app.command()
+@with_setup
 def inspect(
     model: ModelArgument,
+    setup: Setup,
     layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
     costs: Annotated[
         bool, typer.Option("--costs/--no-costs", help="Run two steps to count what layers cost.")
     ] = True,
     granularity: GrainOption = Grain.auto,
-    device: Device = None,
-    dtype: DtypeOption = Dtype.float32,
     as_json: AsJson = False,
 ) -> None:
     """Show which layers of a model can be reused, and their share of its cost.
@@ -46,10 +37,10 @@ def inspect(
 
     [bold]Example:[/bold] smoothcache inspect ./my-dit --layers
     """
-    pipeline = load_model(model, device, dtype)
+    pipeline = setup.load(model)
     found, total = find_layers(pipeline, granularity=granularity.value), 0
     if costs:
-        sampler = PipelineSampler.with_any_input(pipeline, num_steps=2)
+        sampler = setup.any_sampler(pipeline, 2)
         with status_line("running two steps"):
             observed = run_calibration(
                 pipeline, sampler, 1, 1, granularity=granularity.value, progress=False

@@ -16,10 +16,12 @@ from ...steps.resample import CARRIED_OVER
 from .. import tables as tables
 from ..app import app
 from ..inputs import AsJson, Per
+from ..options import with_setup
 from ..outputs import check_output_file, picture_suffix, show, show_json, to_stderr, write_picture
 
 
 @app.command()
+@with_setup
 def plan(
     calibration: Annotated[
         Path,

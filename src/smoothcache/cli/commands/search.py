@@ -9,29 +9,20 @@ from typing import Annotated
 import typer.core
 
 from ...calibration.curves import Calibration
-from ...diffusers_io.sampler import PipelineSampler
 from ...errors import InvalidArgumentError
 from ...searching.search import search as run_search
 from .. import tables as tables
 from ..app import app
-from ..inputs import (
-    AsJson,
-    ClassLabels,
-    Device,
-    Dtype,
-    DtypeOption,
-    Guidance,
-    ModelArgument,
-    Prompts,
-    Seed,
-    load_model,
-)
-from ..outputs import check_output_file, show, show_json
+from ..inputs import AsJson, Html, ModelArgument
+from ..options import Setup, with_setup
+from ..outputs import check_html_file, check_output_file, show, show_json, write_html
 
 
 @app.command()
+@with_setup
 def search(
     model: ModelArgument,
+    setup: Setup,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="Schedule to write.")
     ],
@@ -72,12 +63,7 @@ def search(
         Path | None,
         typer.Option(metavar="FILE", help="Results; an interrupted search goes on from it."),
     ] = None,
-    prompt: Prompts = None,
-    class_label: ClassLabels = None,
-    guidance_scale: Guidance = None,
-    seed: Seed = 0,
-    device: Device = None,
-    dtype: DtypeOption = Dtype.float32,
+    html: Html = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the best schedule for a budget by trying, and say whether a cache pays at all.
@@ -88,11 +74,10 @@ def search(
     [bold]Example:[/bold] smoothcache search ./my-dit --speedup 2 -o fast.json --class-label 0
     """
     check_output_file(output)
+    check_html_file(html)
     known = None if calibration is None else Calibration.load(calibration)
-    pipeline = load_model(model, device, dtype)
-    sampler = PipelineSampler(
-        pipeline, tuple(prompt or ()), tuple(class_label or ()), steps, guidance_scale, seed
-    )
+    pipeline = setup.load(model)
+    sampler = setup.sampler(pipeline, steps)
     found = run_search(
         pipeline,
         sampler.sample,
@@ -104,13 +89,24 @@ def search(
         seconds=seconds,
         max_cost=max_cost,
         journal=journal,
-        seed=seed,
+        seed=setup.seed,
         progress=sys.stderr.isatty(),
     )
     found.save(output)
     result = found.result
     if result is None:
         raise InvalidArgumentError("the search returned no result")
+    if html is not None:
+        from ...report import environment, search_page
+
+        page = search_page(
+            found,
+            title=f"Search for a schedule of {type(pipeline).__name__}",
+            subtitle=model,
+            calibration=known,
+            environment=environment(pipeline),
+        )
+        write_html(html, page)
     if as_json:
         show_json(
             {
@@ -132,3 +128,5 @@ def search(
         f"{result.rollouts} rollouts, as much as {result.cost:.1f} uncached generations; "
         f"written to {output}"
     )
+    if html is not None:
+        show(f"report written to {html}")
