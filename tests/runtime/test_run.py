@@ -112,22 +112,6 @@ def test_dtypes_stay(predictor: str, dtype: torch.dtype) -> None:
         assert got.dtype == dtype
 
 
-@every_toy
-@every_predictor
-def test_what_does_not_change_can_be_reused_without_error(toy_name: str, predictor: str) -> None:
-    """The same input at every step, to layers that ignore the time: caching is exact."""
-    toy = build(toy_name, depth=2)
-    toy.condition = lambda t, y: torch.zeros(len(t), WIDTH)  # type: ignore[method-assign]
-    x, y = torch.randn(2, 6, WIDTH), torch.tensor([0, 1])
-    plain = toy.denoise(x, torch.zeros(2), y)
-    for interval in (2, 3, STEPS):
-        with sc.cached(toy, uniform(toy, interval, predictor)) as run:
-            for time in times():
-                got = toy.denoise(x, torch.full((2,), time), y)
-                torch.testing.assert_close(got, plain)
-        assert run.summary().reused
-
-
 def test_a_layer_called_twice_has_two_values() -> None:
     toy = build("shared", depth=1)
     layers = tuple(sc.find_layers(toy))
