@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.pairwise import pairwise
 from support.reference import STEPS, ByHand, levels, same, sample, times
 from support.toys import TOYS, WIDTH, Attention, Block, Mlp, SharedLayerToy, Toy, build
 from torch import Tensor, nn
@@ -268,11 +268,12 @@ def test_a_batch_at_several_timesteps_is_refused(toy: Toy) -> None:
         toy(torch.zeros(2, 6, WIDTH), torch.tensor([900.0, 100.0]), torch.tensor([0, 1]))
 
 
-@every_toy
-@pytest.mark.parametrize(
-    "mode", [nullcontext, torch.no_grad, torch.inference_mode, torch.enable_grad]
+@pairwise(
+    "toy_name, predictor, mode",
+    TOYS,
+    sc.PREDICTORS,
+    (nullcontext, torch.no_grad, torch.inference_mode, torch.enable_grad),
 )
-@every_predictor
 def test_modes(toy_name: str, mode: Callable[[], Any], predictor: str) -> None:
     toy = build(toy_name, depth=2)
     schedule = uniform(toy, 3, predictor)
@@ -307,32 +308,6 @@ def test_precisions(toy_name: str, dtype: torch.dtype) -> None:
             outputs.append([toy.denoise(x, torch.tensor([t]), torch.tensor([0])) for t in times()])
     assert all(out.dtype == dtype and out.isfinite().all() for out in outputs[1])
     assert same(outputs[0][::2], outputs[1][::2]) or toy_name == "parallel-block"
-
-
-@pytest.mark.parametrize(("toy_name", "when"), [("dual", "before"), ("single", "after")])
-def test_compiled_models(toy_name: str, when: str) -> None:
-    toy = build(toy_name, depth=1)
-    schedule = uniform(toy, 4)
-    with sc.cached(toy, schedule):
-        expected = sample(toy)
-    torch.compiler.reset()
-    compiled: Any = SimpleNamespace()
-
-    def denoise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        out: Tensor = compiled.model(x, t, y)
-        return out
-
-    compiled.denoise = denoise
-    if when == "before":
-        compiled.model = torch.compile(toy, backend="eager")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with sc.cached(toy if when == "after" else compiled.model, schedule) as run:
-            if when == "after":
-                compiled.model = torch.compile(toy, backend="eager")
-            got = sample(compiled)
-    torch.testing.assert_close(got, expected)
-    assert run.summary().reused == schedule.reused
 
 
 def test_the_summary_counts(toy: Toy) -> None:
