@@ -324,9 +324,6 @@ def test_the_summary_counts(toy: Toy) -> None:
     assert (summary.computed, summary.reused) == ((2 + 4) * layers, (1 + 4) * layers)
     assert summary.reused_fraction == pytest.approx(5 / 11)
     assert summary.held_bytes == 0
-    text = str(summary)
-    for words in ("1 generation(s) of 8 steps finished, 1 broken off", "20 reused", "MiB"):
-        assert words in text
 
 
 def test_a_schedule_that_reused_nothing_is_reported(toy: Toy) -> None:
