@@ -98,7 +98,7 @@ def reuses_one_late_layer(
     late, early = layers[-1], model.get_submodule(layers[0].path)
     results, macs = [], []
     for reuse in (False, True):
-        schedule = sc.Schedule(2, {late.path: sc.Row((True, not reuse))}, (late,))
+        schedule = sc.Schedule(3, {late.path: sc.Row((True, not reuse, True))}, (late,))
         with sc.cached(model, schedule) as run, altered(early) as factor:
             for change in (1.0, 1.5):
                 factor(1.0)
@@ -107,6 +107,7 @@ def reuses_one_late_layer(
                 with MacCounter() as counter:
                     results.append(call(800.0))
                 macs.append(counter.total)
+                call(700.0)
         assert bool(run.summary().reused) == reuse
         assert run.summary().recomputed == {}
     full, altered_full, reused, altered_reused = results
