@@ -365,6 +365,28 @@ def test_what_is_not_finite_is_not_reused(predictor: str) -> None:
     assert run.summary().recomputed == {NOT_FINITE: 4}
 
 
+def test_a_generation_that_was_not_finite_does_no_harm_to_the_next() -> None:
+    """A kept value that weighs nothing is in the sum all the same, and 0 times infinity is NaN."""
+
+    class Spoilt(Toy):
+        def condition(self, t: Tensor, y: Tensor) -> Tensor:
+            return super().condition(t, y) + self.spoils
+
+        spoils = torch.zeros(())
+
+    torch.manual_seed(0)
+    toy = Spoilt(depth=1).eval().requires_grad_(False)
+    schedule = uniform(toy, 2, "taylor")
+    wanted = expected(toy, schedule)
+    with sc.cached(toy, schedule):
+        toy.compile(backend="eager", fullgraph=True)
+        first = denoised(toy)
+        toy.spoils.fill_(torch.inf)
+        assert not denoised(toy).isfinite().any()
+        toy.spoils.zero_()
+        assert close([first, denoised(toy, 1)], wanted)
+
+
 class FewerTokens(Toy):
     """Its blocks see fewer tokens in later steps, for inputs of one shape."""
 
