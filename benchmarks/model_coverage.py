@@ -48,9 +48,15 @@ def build(tiny: TinyModel) -> nn.Module:
     return tiny.build().eval().requires_grad_(False)
 
 
-def measure(tiny: TinyModel, granularity: str = "auto") -> Coverage:
-    """Runs a model once in full and once under reuse, and counts."""
+def measure(tiny: TinyModel, *granularities: str) -> list[Coverage]:
+    """Runs a model once in full and, for each granularity, once under reuse, and counts."""
     model = build(tiny)
+    total, inside = _counted(tiny, model)
+    return [_covered(tiny, model, granularity, total, inside) for granularity in granularities]
+
+
+def _counted(tiny: TinyModel, model: nn.Module) -> tuple[int, int]:
+    """MACs of one call, and of those the ones inside the repeated blocks."""
     x, t = noise(1, *tiny.shape), torch.full((1,), 900.0)
     inside = Counter[str]()
     with MacCounter() as counter:
@@ -63,6 +69,13 @@ def measure(tiny: TinyModel, granularity: str = "auto") -> Coverage:
         tiny.call(model, x, t)
     for hook in hooks:
         hook.remove()
+    return counter.total, sum(inside.values())
+
+
+def _covered(
+    tiny: TinyModel, model: nn.Module, granularity: str, total: int, inside: int
+) -> Coverage:
+    x, t = noise(1, *tiny.shape), torch.full((1,), 900.0)
     layers = tuple(sc.find_layers(model, granularity=granularity))
     schedule = sc.Schedule(3, {layer.path: sc.Row((True, False, True)) for layer in layers}, layers)
     with sc.cached(model, schedule) as run:
@@ -72,8 +85,8 @@ def measure(tiny: TinyModel, granularity: str = "auto") -> Coverage:
         tiny.call(model, x, t - 200)
     return Coverage(
         kinds=dict(Counter(layer.kind for layer in layers)),
-        skipped=(counter.total - reused.total) / sum(inside.values()),
-        inside=sum(inside.values()) / counter.total,
+        skipped=(total - reused.total) / inside,
+        inside=inside / total,
         never_ran=len(run.summary().never_ran),
     )
 
@@ -138,7 +151,7 @@ def main() -> None:
     with torch.no_grad():
         for name, tiny in all_models().items():
             if not chosen.names or name in chosen.names:
-                found[name] = measure(tiny, chosen.granularity)
+                (found[name],) = measure(tiny, chosen.granularity)
                 print(table({name: found[name]})[-1], flush=True)
     print(f"least skipped: {min(x.skipped for x in found.values()):.3f} of {len(found)} models")
     if chosen.write:

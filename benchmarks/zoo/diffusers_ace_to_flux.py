@@ -11,43 +11,14 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_rotary_p
 from diffusers.models.unets.unet_dreamlite import DreamLiteAttnProcessor2_0
 from torch import Tensor, nn
 
-from ._tiny import TinyModel, noise
+from ._tiny import TinyModel, diffusers_model, grid_ids, named, noise, per_thousand, redraw
 
 _SIDE = 12
 _TEXT = 8
 
 
-def _grid_ids(axes: int = 3, side: int = _SIDE, plane: int = 0) -> Tensor:
-    ids = torch.zeros(side, side, axes)
-    ids[..., 0] = plane
-    ids[..., 1] = torch.arange(side)[:, None]
-    ids[..., 2] = torch.arange(side)
-    return ids.flatten(0, 1)
-
-
 def _text(x: Tensor, width: int = 32, length: int = _TEXT) -> Tensor:
     return noise(len(x), length, width)
-
-
-def _awaken(*parameters: Tensor) -> None:
-    """Gives random values to what starts at zero, where zeros would hide a branch or the output."""
-    for parameter in parameters:
-        nn.init.normal_(parameter, std=0.1)
-
-
-def _build_ace_step() -> nn.Module:
-    return diffusers.AceStepTransformer1DModel(
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        in_channels=24,
-        audio_acoustic_hidden_dim=8,
-        sliding_window=16,
-        encoder_hidden_size=32,
-    )
 
 
 def _call_ace_step(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -59,19 +30,6 @@ def _call_ace_step(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         context_latents=noise(len(x), x.shape[1], 16, seed=2),
         return_dict=False,
     )[0]
-
-
-def _build_allegro() -> nn.Module:
-    return diffusers.AllegroTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        num_layers=3,
-        cross_attention_dim=48,
-        sample_height=16,
-        sample_width=16,
-        sample_frames=2,
-        caption_channels=32,
-    )
 
 
 def _call_allegro(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -94,20 +52,6 @@ def _call_allegro(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     )[0]
 
 
-def _build_any_flow() -> nn.Module:
-    return diffusers.AnyFlowTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=64,
-        ffn_dim=192,
-        num_layers=3,
-        rope_max_seq_len=32,
-    )
-
-
 def _call_any_flow(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     timestep = t[:, None].expand(-1, x.shape[1])
     return model(
@@ -117,21 +61,6 @@ def _call_any_flow(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         encoder_hidden_states=_text(x),
         return_dict=False,
     )[0]
-
-
-def _build_any_flow_far() -> nn.Module:
-    return diffusers.AnyFlowFARTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=64,
-        ffn_dim=192,
-        num_layers=3,
-        rope_max_seq_len=32,
-        chunk_partition=(1, 2),
-    )
 
 
 def _call_any_flow_far(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -158,75 +87,6 @@ def _call_any_flow_far(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         )[0]
 
 
-def _build_aura_flow() -> nn.Module:
-    return diffusers.AuraFlowTransformer2DModel(
-        sample_size=24,
-        num_mmdit_layers=3,
-        num_single_dit_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=4,
-        joint_attention_dim=32,
-        caption_projection_dim=64,
-    )
-
-
-def _call_aura_flow(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        encoder_hidden_states=_text(x),
-        timestep=t / 1000,
-        return_dict=False,
-    )[0]
-
-
-def _build_bria() -> nn.Module:
-    return diffusers.BriaTransformer2DModel(
-        in_channels=16,
-        num_layers=3,
-        num_single_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=4,
-        joint_attention_dim=32,
-        axes_dims_rope=[4, 6, 6],
-    )
-
-
-def _build_bria_fibo() -> nn.Module:
-    return diffusers.BriaFiboTransformer2DModel(
-        in_channels=16,
-        num_layers=3,
-        num_single_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=4,
-        joint_attention_dim=32,
-        axes_dims_rope=[4, 6, 6],
-        text_encoder_dim=16,
-    )
-
-
-def _call_bria(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=t,
-        encoder_hidden_states=_text(x),
-        txt_ids=torch.zeros(_TEXT, 3),
-        img_ids=_grid_ids(),
-        return_dict=False,
-    )[0]
-
-
-def _call_bria_fibo(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=t,
-        encoder_hidden_states=_text(x),
-        text_encoder_layers=[noise(len(x), _TEXT, 16, seed=2 + layer) for layer in range(6)],
-        txt_ids=torch.zeros(_TEXT, 3),
-        img_ids=_grid_ids(),
-        return_dict=False,
-    )[0]
-
-
 def _build_bria_fibo2() -> nn.Module:
     model = diffusers.BriaFibo2Transformer2DModel(
         in_channels=4,
@@ -245,62 +105,7 @@ def _build_bria_fibo2() -> nn.Module:
         axes_dims=(4, 6, 6),
         axes_lens=(32, 16, 16),
     )
-    _awaken(*(block.cross_attn_gate for block in model.layers if block.cross_attention is not None))
-    return model
-
-
-def _call_bria_fibo2(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=t / 1000,
-        encoder_hidden_states=noise(len(x), 3, _TEXT, 32),
-        encoder_attention_mask=None,
-        context_latents=None,
-        return_dict=False,
-    )[0]
-
-
-def _build_chroma() -> nn.Module:
-    return diffusers.ChromaTransformer2DModel(
-        in_channels=16,
-        num_layers=3,
-        num_single_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=4,
-        joint_attention_dim=32,
-        axes_dims_rope=(4, 6, 6),
-        approximator_num_channels=32,
-        approximator_hidden_dim=64,
-        approximator_layers=2,
-    )
-
-
-def _call_chroma(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=t / 1000,
-        encoder_hidden_states=_text(x),
-        txt_ids=torch.zeros(_TEXT, 3),
-        img_ids=_grid_ids(),
-        attention_mask=torch.ones(len(x), _TEXT + x.shape[1], dtype=torch.bool),
-        return_dict=False,
-    )[0]
-
-
-def _build_chrono_edit() -> nn.Module:
-    return diffusers.ChronoEditTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=9,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=64,
-        ffn_dim=144,
-        num_layers=3,
-        image_dim=32,
-        added_kv_proj_dim=48,
-        rope_max_seq_len=32,
-    )
+    return redraw(model, "cross_attn_gate")
 
 
 def _call_chrono_edit(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -314,23 +119,6 @@ def _call_chrono_edit(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     )[0]
 
 
-def _build_cog_video_x() -> nn.Module:
-    return diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=32,
-        text_embed_dim=32,
-        num_layers=3,
-        sample_width=16,
-        sample_height=16,
-        sample_frames=9,
-        max_text_seq_length=_TEXT,
-        use_rotary_positional_embeddings=True,
-    )
-
-
 def _video_rope(x: Tensor) -> tuple[Tensor, Tensor]:
     height, width = x.shape[-2] // 2, x.shape[-1] // 2
     return get_3d_rotary_pos_embed(
@@ -340,16 +128,6 @@ def _video_rope(x: Tensor) -> tuple[Tensor, Tensor]:
         temporal_size=x.shape[1],
         device=x.device,
     )
-
-
-def _call_cog_video_x(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        encoder_hidden_states=_text(x),
-        timestep=t,
-        image_rotary_emb=_video_rope(x),
-        return_dict=False,
-    )[0]
 
 
 def _build_cog_view(model_class: str, **config: object) -> nn.Module:
@@ -381,37 +159,6 @@ def _call_cog_view(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     )[0]
 
 
-def _build_consis_id() -> nn.Module:
-    return diffusers.ConsisIDTransformer3DModel(
-        num_attention_heads=3,
-        attention_head_dim=16,
-        in_channels=8,
-        out_channels=4,
-        time_embed_dim=32,
-        text_embed_dim=32,
-        num_layers=6,
-        sample_width=16,
-        sample_height=16,
-        sample_frames=9,
-        max_text_seq_length=_TEXT,
-        use_rotary_positional_embeddings=True,
-        is_train_face=True,
-        is_kps=False,
-        cross_attn_interval=2,
-        cross_attn_dim_head=16,
-        cross_attn_num_heads=2,
-        LFE_id_dim=24,
-        LFE_vit_dim=16,
-        LFE_depth=2,
-        LFE_dim_head=8,
-        LFE_num_heads=2,
-        LFE_num_id_token=2,
-        LFE_num_querie=4,
-        LFE_output_dim=32,
-        LFE_num_scale=2,
-    )
-
-
 def _call_consis_id(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     return model(
         hidden_states=torch.cat([x, noise(*x.shape, seed=2)], dim=2),
@@ -422,21 +169,6 @@ def _call_consis_id(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         id_vit_hidden=[noise(len(x), 6, 16, seed=4), noise(len(x), 6, 16, seed=5)],
         return_dict=False,
     )[0]
-
-
-def _build_cosmos3() -> nn.Module:
-    return diffusers.Cosmos3OmniTransformer(
-        head_dim=16,
-        hidden_size=64,
-        intermediate_size=192,
-        latent_channel=4,
-        num_attention_heads=4,
-        num_hidden_layers=3,
-        num_key_value_heads=2,
-        patch_latent_dim=16,
-        rope_axes_dim=(4, 2, 2),
-        vocab_size=64,
-    )
 
 
 def _call_cosmos3(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -478,8 +210,7 @@ def _build_cosmos() -> nn.Module:
         concat_padding_mask=False,
         extra_pos_embed_type="learnable",
     )
-    _awaken(*model.learnable_pos_embed.parameters())
-    return model
+    return redraw(model, "pos_emb_t", "pos_emb_h", "pos_emb_w")
 
 
 def _call_cosmos(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -490,18 +221,6 @@ def _call_cosmos(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         fps=30,
         return_dict=False,
     )[0]
-
-
-def _build_dit() -> nn.Module:
-    return diffusers.DiTTransformer2DModel(
-        num_attention_heads=4,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=8,
-        num_layers=3,
-        sample_size=24,
-        num_embeds_ada_norm=10,
-    )
 
 
 def _call_dit(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -532,23 +251,6 @@ def _call_dream_lite(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     return model(x, encoder_hidden_states=_text(x), timestep=t, return_dict=False)[0]
 
 
-def _build_easy_animate() -> nn.Module:
-    return diffusers.EasyAnimateTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        patch_size=2,
-        sample_width=16,
-        sample_height=16,
-        num_layers=3,
-        mmdit_layers=3,
-        time_embed_dim=32,
-        add_norm_text_encoder=True,
-        text_embed_dim=32,
-    )
-
-
 def _call_easy_animate(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     return model(x, t, encoder_hidden_states=_text(x), return_dict=False)[0]
 
@@ -564,58 +266,8 @@ def _build_ernie_image() -> nn.Module:
         text_in_dim=32,
         rope_axes_dim=(4, 6, 6),
     )
-    _awaken(*model.adaLN_modulation.parameters(), *model.final_linear.parameters())
-    return model
-
-
-def _call_ernie_image(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=t,
-        text_bth=_text(x),
-        text_lens=torch.full((len(x),), _TEXT),
-        return_dict=False,
-    )[0]
-
-
-def _build_flux() -> nn.Module:
-    return diffusers.FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=3,
-        num_single_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=4,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6),
-    )
-
-
-def _call_flux(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=t / 1000,
-        guidance=torch.full((len(x),), 3.5),
-        pooled_projections=noise(len(x), 32, seed=2),
-        encoder_hidden_states=_text(x),
-        txt_ids=torch.zeros(_TEXT, 3),
-        img_ids=_grid_ids(),
-        return_dict=False,
-    )[0]
-
-
-def _build_flux2() -> nn.Module:
-    return diffusers.Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=3,
-        num_single_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=4,
-        joint_attention_dim=32,
-        timestep_guidance_channels=64,
-        axes_dims_rope=(4, 4, 4, 4),
-    )
+    linears = ("adaLN_modulation.1", "final_linear")
+    return redraw(model, *(f"{x}.weight" for x in linears), *(f"{x}.bias" for x in linears))
 
 
 def _text_ids() -> Tensor:
@@ -624,51 +276,24 @@ def _text_ids() -> Tensor:
     return ids
 
 
-def _call_flux2(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=t / 1000,
-        guidance=torch.full((len(x),), 4.0),
-        encoder_hidden_states=_text(x),
-        txt_ids=_text_ids().expand(len(x), -1, -1),
-        img_ids=_grid_ids(4).expand(len(x), -1, -1),
-        return_dict=False,
-    )[0]
-
-
-def _build_flux3() -> nn.Module:
-    return diffusers.Flux3Transformer2DModel(
-        in_channels=16,
-        cond_in_channels=16,
-        num_layers=3,
-        num_single_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=4,
-        joint_attention_dim=32,
-        timestep_channels=64,
-        axes_dims_rope=(4, 4, 4, 4),
-    )
-
-
-def _call_flux3(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=t / 1000,
-        encoder_hidden_states=_text(x),
-        txt_ids=_text_ids(),
-        img_ids=_grid_ids(4),
-        image_cond_hidden_states=noise(len(x), 16, 16, seed=2),
-        image_cond_ids=_grid_ids(4, side=4, plane=10),
-        return_dict=False,
-    )[0]
-
-
 _TOKENS = (_SIDE * _SIDE, 16)
 _DUAL_AND_SINGLE = ("transformer_blocks", "single_transformer_blocks")
 
 MODELS: dict[str, TinyModel] = {
     "AceStepTransformer1DModel": TinyModel(
-        build=_build_ace_step,
+        build=diffusers_model(
+            "AceStepTransformer1DModel",
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            in_channels=24,
+            audio_acoustic_hidden_dim=8,
+            sliding_window=16,
+            encoder_hidden_size=32,
+        ),
         call=_call_ace_step,
         shape=(256, 8),
         blocks=("layers",),
@@ -678,14 +303,35 @@ MODELS: dict[str, TinyModel] = {
         ),
     ),
     "AllegroTransformer3DModel": TinyModel(
-        build=_build_allegro,
+        build=diffusers_model(
+            "AllegroTransformer3DModel",
+            num_attention_heads=2,
+            attention_head_dim=24,
+            num_layers=3,
+            cross_attention_dim=48,
+            sample_height=16,
+            sample_width=16,
+            sample_frames=2,
+            caption_channels=32,
+        ),
         call=_call_allegro,
         shape=(4, 2, 16, 16),
-        blocks=("transformer_blocks",),
         note="norm3 of each block is never called; cross-attention has no norm before it.",
     ),
     "AnyFlowFARTransformer3DModel": TinyModel(
-        build=_build_any_flow_far,
+        build=diffusers_model(
+            "AnyFlowFARTransformer3DModel",
+            num_attention_heads=4,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            text_dim=32,
+            freq_dim=64,
+            ffn_dim=192,
+            num_layers=3,
+            rope_max_seq_len=32,
+            chunk_partition=(1, 2),
+        ),
         call=_call_any_flow_far,
         shape=(2, 4, 16, 16),
         blocks=("blocks",),
@@ -698,15 +344,35 @@ MODELS: dict[str, TinyModel] = {
         ),
     ),
     "AnyFlowTransformer3DModel": TinyModel(
-        build=_build_any_flow,
+        build=diffusers_model(
+            "AnyFlowTransformer3DModel",
+            num_attention_heads=4,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            text_dim=32,
+            freq_dim=64,
+            ffn_dim=192,
+            num_layers=3,
+            rope_max_seq_len=32,
+        ),
         call=_call_any_flow,
         shape=(3, 4, 16, 16),
         blocks=("blocks",),
         note="Takes a second, target timestep. Timesteps per frame, modulation per token.",
     ),
     "AuraFlowTransformer2DModel": TinyModel(
-        build=_build_aura_flow,
-        call=_call_aura_flow,
+        build=diffusers_model(
+            "AuraFlowTransformer2DModel",
+            sample_size=24,
+            num_mmdit_layers=3,
+            num_single_dit_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=4,
+            joint_attention_dim=32,
+            caption_projection_dim=64,
+        ),
+        call=named(text=(_TEXT, 32), time=per_thousand),
         shape=(4, 24, 24),
         blocks=("joint_transformer_blocks", "single_transformer_blocks"),
         note=(
@@ -718,7 +384,12 @@ MODELS: dict[str, TinyModel] = {
     ),
     "BriaFibo2Transformer2DModel": TinyModel(
         build=_build_bria_fibo2,
-        call=_call_bria_fibo2,
+        call=named(
+            time=per_thousand,
+            encoder_hidden_states=lambda x: noise(len(x), 3, _TEXT, 32),
+            encoder_attention_mask=None,
+            context_latents=None,
+        ),
         shape=(4, 24, 24),
         blocks=("noise_refiner", "layers"),
         refiners=("perceiver.layers",),
@@ -734,8 +405,25 @@ MODELS: dict[str, TinyModel] = {
         ),
     ),
     "BriaFiboTransformer2DModel": TinyModel(
-        build=_build_bria_fibo,
-        call=_call_bria_fibo,
+        build=diffusers_model(
+            "BriaFiboTransformer2DModel",
+            in_channels=16,
+            num_layers=3,
+            num_single_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=4,
+            joint_attention_dim=32,
+            axes_dims_rope=[4, 6, 6],
+            text_encoder_dim=16,
+        ),
+        call=named(
+            text=(_TEXT, 32),
+            text_encoder_layers=lambda x: [
+                noise(len(x), _TEXT, 16, seed=2 + layer) for layer in range(6)
+            ],
+            txt_ids=lambda x: torch.zeros(_TEXT, 3),
+            img_ids=lambda x: grid_ids(_SIDE, _SIDE),
+        ),
         shape=_TOKENS,
         blocks=_DUAL_AND_SINGLE,
         note=(
@@ -745,8 +433,21 @@ MODELS: dict[str, TinyModel] = {
         ),
     ),
     "BriaTransformer2DModel": TinyModel(
-        build=_build_bria,
-        call=_call_bria,
+        build=diffusers_model(
+            "BriaTransformer2DModel",
+            in_channels=16,
+            num_layers=3,
+            num_single_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=4,
+            joint_attention_dim=32,
+            axes_dims_rope=[4, 6, 6],
+        ),
+        call=named(
+            text=(_TEXT, 32),
+            txt_ids=lambda x: torch.zeros(_TEXT, 3),
+            img_ids=lambda x: grid_ids(_SIDE, _SIDE),
+        ),
         shape=_TOKENS,
         blocks=_DUAL_AND_SINGLE,
         note=(
@@ -755,8 +456,26 @@ MODELS: dict[str, TinyModel] = {
         ),
     ),
     "ChromaTransformer2DModel": TinyModel(
-        build=_build_chroma,
-        call=_call_chroma,
+        build=diffusers_model(
+            "ChromaTransformer2DModel",
+            in_channels=16,
+            num_layers=3,
+            num_single_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=4,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 6, 6),
+            approximator_num_channels=32,
+            approximator_hidden_dim=64,
+            approximator_layers=2,
+        ),
+        call=named(
+            text=(_TEXT, 32),
+            time=per_thousand,
+            txt_ids=lambda x: torch.zeros(_TEXT, 3),
+            img_ids=lambda x: grid_ids(_SIDE, _SIDE),
+            attention_mask=lambda x: torch.ones(len(x), _TEXT + x.shape[1], dtype=torch.bool),
+        ),
         shape=_TOKENS,
         blocks=_DUAL_AND_SINGLE,
         refiners=("distilled_guidance_layer.layers",),
@@ -767,7 +486,20 @@ MODELS: dict[str, TinyModel] = {
         ),
     ),
     "ChronoEditTransformer3DModel": TinyModel(
-        build=_build_chrono_edit,
+        build=diffusers_model(
+            "ChronoEditTransformer3DModel",
+            num_attention_heads=2,
+            attention_head_dim=24,
+            in_channels=9,
+            out_channels=4,
+            text_dim=32,
+            freq_dim=64,
+            ffn_dim=144,
+            num_layers=3,
+            image_dim=32,
+            added_kv_proj_dim=48,
+            rope_max_seq_len=32,
+        ),
         call=_call_chrono_edit,
         shape=(4, 3, _SIDE, _SIDE),
         blocks=("blocks",),
@@ -778,10 +510,23 @@ MODELS: dict[str, TinyModel] = {
         ),
     ),
     "CogVideoXTransformer3DModel": TinyModel(
-        build=_build_cog_video_x,
-        call=_call_cog_video_x,
+        build=diffusers_model(
+            "CogVideoXTransformer3DModel",
+            num_attention_heads=4,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=32,
+            text_embed_dim=32,
+            num_layers=3,
+            sample_width=16,
+            sample_height=16,
+            sample_frames=9,
+            max_text_seq_length=_TEXT,
+            use_rotary_positional_embeddings=True,
+        ),
+        call=named(text=(_TEXT, 32), image_rotary_emb=lambda x: _video_rope(x)),
         shape=(3, 4, 16, 16),
-        blocks=("transformer_blocks",),
         note=(
             "Blocks return (latents, text), as does their attention; the feed-forward part runs "
             "once, on text and latents joined. Attention writes into its queries in place."
@@ -791,7 +536,6 @@ MODELS: dict[str, TinyModel] = {
         build=partial(_build_cog_view, "CogView3PlusTransformer2DModel"),
         call=_call_cog_view,
         shape=(4, 24, 24),
-        blocks=("transformer_blocks",),
         note=(
             "Blocks return (latents, text), as does their attention; the feed-forward part runs "
             "once, on text and latents joined."
@@ -801,7 +545,6 @@ MODELS: dict[str, TinyModel] = {
         build=partial(_build_cog_view, "CogView4Transformer2DModel", rope_axes_dim=(16, 16)),
         call=_call_cog_view,
         shape=(4, 24, 24),
-        blocks=("transformer_blocks",),
         note=(
             "The feed-forward part of a block runs twice in every forward: on latents, then on "
             "text. Blocks return (latents, text), as does their attention, which writes into its "
@@ -809,7 +552,35 @@ MODELS: dict[str, TinyModel] = {
         ),
     ),
     "ConsisIDTransformer3DModel": TinyModel(
-        build=_build_consis_id,
+        build=diffusers_model(
+            "ConsisIDTransformer3DModel",
+            num_attention_heads=3,
+            attention_head_dim=16,
+            in_channels=8,
+            out_channels=4,
+            time_embed_dim=32,
+            text_embed_dim=32,
+            num_layers=6,
+            sample_width=16,
+            sample_height=16,
+            sample_frames=9,
+            max_text_seq_length=_TEXT,
+            use_rotary_positional_embeddings=True,
+            is_train_face=True,
+            is_kps=False,
+            cross_attn_interval=2,
+            cross_attn_dim_head=16,
+            cross_attn_num_heads=2,
+            LFE_id_dim=24,
+            LFE_vit_dim=16,
+            LFE_depth=2,
+            LFE_dim_head=8,
+            LFE_num_heads=2,
+            LFE_num_id_token=2,
+            LFE_num_querie=4,
+            LFE_output_dim=32,
+            LFE_num_scale=2,
+        ),
         call=_call_consis_id,
         shape=(3, 4, 16, 16),
         blocks=("transformer_blocks", "perceiver_cross_attention"),
@@ -822,7 +593,19 @@ MODELS: dict[str, TinyModel] = {
         ),
     ),
     "Cosmos3OmniTransformer": TinyModel(
-        build=_build_cosmos3,
+        build=diffusers_model(
+            "Cosmos3OmniTransformer",
+            head_dim=16,
+            hidden_size=64,
+            intermediate_size=192,
+            latent_channel=4,
+            num_attention_heads=4,
+            num_hidden_layers=3,
+            num_key_value_heads=2,
+            patch_latent_dim=16,
+            rope_axes_dim=(4, 2, 2),
+            vocab_size=64,
+        ),
         call=_call_cosmos3,
         shape=(4, 2, 16, 16),
         blocks=("layers",),
@@ -838,7 +621,6 @@ MODELS: dict[str, TinyModel] = {
         build=_build_cosmos,
         call=_call_cosmos,
         shape=(4, 2, 16, 16),
-        blocks=("transformer_blocks",),
         note=(
             "Each block first adds a learned position embedding to its input, so the residual of "
             "the block contains it. All block arguments are positional. Published checkpoints also "
@@ -846,10 +628,18 @@ MODELS: dict[str, TinyModel] = {
         ),
     ),
     "DiTTransformer2DModel": TinyModel(
-        build=_build_dit,
+        build=diffusers_model(
+            "DiTTransformer2DModel",
+            num_attention_heads=4,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=8,
+            num_layers=3,
+            sample_size=24,
+            num_embeds_ada_norm=10,
+        ),
         call=_call_dit,
         shape=(4, 24, 24),
-        blocks=("transformer_blocks",),
         note=(
             "Every block embeds the raw timestep itself, in norm1. After the last block, the model "
             "calls transformer_blocks[0].norm1.emb once more for the final modulation: the first "
@@ -860,7 +650,6 @@ MODELS: dict[str, TinyModel] = {
         build=_build_dream_lite,
         call=_call_dream_lite,
         shape=(64, _SIDE, _SIDE),
-        blocks=("transformer_blocks",),
         note=(
             "Part of a U-Net, no denoiser by itself: the timestep is ignored, and the input is "
             "added to the output. attn1 is None in the stages without self-attention. The U-Net "
@@ -868,10 +657,23 @@ MODELS: dict[str, TinyModel] = {
         ),
     ),
     "EasyAnimateTransformer3DModel": TinyModel(
-        build=_build_easy_animate,
+        build=diffusers_model(
+            "EasyAnimateTransformer3DModel",
+            num_attention_heads=4,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            patch_size=2,
+            sample_width=16,
+            sample_height=16,
+            num_layers=3,
+            mmdit_layers=3,
+            time_embed_dim=32,
+            add_norm_text_encoder=True,
+            text_embed_dim=32,
+        ),
         call=_call_easy_animate,
         shape=(4, 2, 16, 16),
-        blocks=("transformer_blocks",),
         note=(
             "Blocks return (latents, text), as does their attention, which writes into its queries "
             "and keys in place. Blocks from mmdit_layers on, if there are any, use one "
@@ -880,7 +682,7 @@ MODELS: dict[str, TinyModel] = {
     ),
     "ErnieImageTransformer2DModel": TinyModel(
         build=_build_ernie_image,
-        call=_call_ernie_image,
+        call=named(text_bth=lambda x: _text(x), text_lens=lambda x: torch.full((len(x),), _TEXT)),
         shape=(8, _SIDE, _SIDE),
         blocks=("layers",),
         note=(
@@ -891,8 +693,24 @@ MODELS: dict[str, TinyModel] = {
         ),
     ),
     "Flux2Transformer2DModel": TinyModel(
-        build=_build_flux2,
-        call=_call_flux2,
+        build=diffusers_model(
+            "Flux2Transformer2DModel",
+            in_channels=16,
+            num_layers=3,
+            num_single_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=4,
+            joint_attention_dim=32,
+            timestep_guidance_channels=64,
+            axes_dims_rope=(4, 4, 4, 4),
+        ),
+        call=named(
+            text=(_TEXT, 32),
+            time=per_thousand,
+            guidance=lambda x: torch.full((len(x),), 4.0),
+            txt_ids=lambda x: _text_ids().expand(len(x), -1, -1),
+            img_ids=lambda x: grid_ids(_SIDE, _SIDE, 4).expand(len(x), -1, -1),
+        ),
         shape=_TOKENS,
         blocks=_DUAL_AND_SINGLE,
         note=(
@@ -903,8 +721,26 @@ MODELS: dict[str, TinyModel] = {
         ),
     ),
     "Flux3Transformer2DModel": TinyModel(
-        build=_build_flux3,
-        call=_call_flux3,
+        build=diffusers_model(
+            "Flux3Transformer2DModel",
+            in_channels=16,
+            cond_in_channels=16,
+            num_layers=3,
+            num_single_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=4,
+            joint_attention_dim=32,
+            timestep_channels=64,
+            axes_dims_rope=(4, 4, 4, 4),
+        ),
+        call=named(
+            text=(_TEXT, 32),
+            time=per_thousand,
+            txt_ids=lambda x: _text_ids(),
+            img_ids=lambda x: grid_ids(_SIDE, _SIDE, 4),
+            image_cond_hidden_states=lambda x: noise(len(x), 16, 16, seed=2),
+            image_cond_ids=lambda x: grid_ids(4, 4, 4, plane=10),
+        ),
         shape=_TOKENS,
         blocks=("mode_blocks.image", "single_transformer_blocks"),
         refiners=("txt_mode_blocks", "mode_blocks.image_cond"),
@@ -916,8 +752,26 @@ MODELS: dict[str, TinyModel] = {
         ),
     ),
     "FluxTransformer2DModel": TinyModel(
-        build=_build_flux,
-        call=_call_flux,
+        build=diffusers_model(
+            "FluxTransformer2DModel",
+            in_channels=16,
+            num_layers=3,
+            num_single_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=4,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        call=named(
+            text=(_TEXT, 32),
+            time=per_thousand,
+            guidance=lambda x: torch.full((len(x),), 3.5),
+            pooled_projections=lambda x: noise(len(x), 32, seed=2),
+            txt_ids=lambda x: torch.zeros(_TEXT, 3),
+            img_ids=lambda x: grid_ids(_SIDE, _SIDE),
+        ),
         shape=_TOKENS,
         blocks=_DUAL_AND_SINGLE,
         note=(

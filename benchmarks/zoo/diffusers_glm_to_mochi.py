@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_ideogram4 import (
 )
 from torch import Tensor, nn
 
-from ._tiny import TinyModel, noise
+from ._tiny import TinyModel, diffusers_model, grid_ids, named, noise, rising
 
 
 def _text_mask(x: Tensor, tokens: int) -> Tensor:
@@ -29,21 +29,6 @@ def _grid(*sizes: int) -> Tensor:
     return torch.stack(axes, dim=-1).flatten(0, -2)
 
 
-def _build_glm() -> nn.Module:
-    return diffusers.GlmImageTransformer2DModel(
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        text_embed_dim=16,
-        time_embed_dim=32,
-        condition_dim=8,
-        prior_vq_quantizer_codebook_size=16,
-    )
-
-
 def _call_glm(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     prior = (torch.arange(64) % 16).expand(len(x), -1)
     return model(
@@ -56,21 +41,6 @@ def _call_glm(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         crop_coords=torch.zeros(len(x), 2),
         return_dict=False,
     )[0]
-
-
-def _build_helios() -> nn.Module:
-    return diffusers.HeliosTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=64,
-        num_layers=3,
-        rope_dim=(4, 6, 6),
-    )
 
 
 def _call_helios(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -89,24 +59,6 @@ def _call_helios(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         latents_history_long=noise(len(x), 4, 16, 8, 8, seed=4),
         return_dict=False,
     )[0]
-
-
-def _build_hidream() -> nn.Module:
-    return diffusers.HiDreamImageTransformer2DModel(
-        patch_size=2,
-        in_channels=4,
-        num_layers=3,
-        num_single_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        caption_channels=[16, 16],
-        text_emb_dim=16,
-        num_routed_experts=4,
-        num_activated_experts=2,
-        axes_dims_rope=(8, 4, 4),
-        max_resolution=(16, 16),
-        llama_layers=[0, 1, 2, 3, 3, 3],
-    )
 
 
 def _call_hidream(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -136,20 +88,6 @@ def _build_hunyuan_image() -> nn.Module:
     )
     model.context_embedder_2 = type(model.context_embedder_2)(16, 32, 32)  # else 2048 wide
     return model
-
-
-def _call_hunyuan_image(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=t,
-        timestep_r=None,
-        guidance=None,
-        encoder_hidden_states=noise(len(x), 8, 16),
-        encoder_attention_mask=_text_mask(x, 8),
-        encoder_hidden_states_2=noise(len(x), 4, 16, seed=2),
-        encoder_attention_mask_2=_text_mask(x, 4),
-        return_dict=False,
-    )[0]
 
 
 def _build_hunyuan_video_15() -> nn.Module:
@@ -184,25 +122,6 @@ def _call_hunyuan_video_15(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     )[0]
 
 
-def _build_framepack() -> nn.Module:
-    return diffusers.HunyuanVideoFramepackTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=3,
-        num_single_layers=3,
-        num_refiner_layers=2,
-        guidance_embeds=True,
-        text_embed_dim=16,
-        pooled_projection_dim=16,
-        rope_axes_dim=(4, 6, 6),
-        has_image_proj=True,
-        image_proj_dim=16,
-        has_clean_x_embedder=True,
-    )
-
-
 def _call_framepack(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     first, window, before, half, quarter = torch.arange(1 + 4 + 1 + 2 + 16).split([1, 4, 1, 2, 16])
     return model(
@@ -224,53 +143,6 @@ def _call_framepack(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     )[0]
 
 
-def _build_hunyuan_video() -> nn.Module:
-    return diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=3,
-        num_single_layers=3,
-        num_refiner_layers=2,
-        guidance_embeds=True,
-        text_embed_dim=16,
-        pooled_projection_dim=16,
-        rope_axes_dim=(4, 6, 6),
-    )
-
-
-def _call_hunyuan_video(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=t,
-        encoder_hidden_states=noise(len(x), 8, 16),
-        encoder_attention_mask=_text_mask(x, 8),
-        pooled_projections=noise(len(x), 16, seed=2),
-        guidance=torch.full((len(x),), 6000.0),
-        return_dict=False,
-    )[0]
-
-
-def _build_hunyuan_dit() -> nn.Module:
-    return diffusers.HunyuanDiT2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        patch_size=2,
-        sample_size=16,
-        hidden_size=32,
-        num_layers=8,
-        mlp_ratio=4.3637,
-        cross_attention_dim=16,
-        cross_attention_dim_t5=16,
-        pooled_projection_dim=16,
-        text_len=4,
-        text_len_t5=8,
-        use_style_cond_and_image_meta_size=False,
-    )
-
-
 def _call_hunyuan_dit(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     predicted = model(
         x,
@@ -285,19 +157,6 @@ def _call_hunyuan_dit(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         return_dict=False,
     )[0]
     return predicted.chunk(2, dim=1)[0]
-
-
-def _build_ideogram() -> nn.Module:
-    return diffusers.Ideogram4Transformer2DModel(
-        in_channels=8,
-        num_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        intermediate_size=64,
-        adaln_dim=16,
-        llm_features_dim=16,
-        mrope_section=(4, 2, 2),
-    )
 
 
 def _call_ideogram(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -324,18 +183,6 @@ def _call_ideogram(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     return predicted[:, padding + text :]
 
 
-def _build_joy_image_edit() -> nn.Module:
-    return diffusers.JoyImageEditTransformer3DModel(
-        patch_size=[1, 2, 2],
-        in_channels=4,
-        hidden_size=32,
-        num_attention_heads=2,
-        text_dim=16,
-        num_layers=3,
-        rope_dim_list=[4, 6, 6],
-    )
-
-
 def _call_joy_image_edit(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     picture = noise(len(x), 1, *x.shape[1:], seed=2)
     return model(
@@ -344,18 +191,6 @@ def _call_joy_image_edit(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         encoder_hidden_states=noise(len(x), 6, 16),
         return_dict=False,
     )[0][:, -1]
-
-
-def _build_joy_image_edit_plus() -> nn.Module:
-    return diffusers.JoyImageEditPlusTransformer3DModel(
-        patch_size=[1, 2, 2],
-        in_channels=4,
-        hidden_size=32,
-        num_attention_heads=2,
-        text_dim=16,
-        num_layers=3,
-        rope_dim_list=[4, 6, 6],
-    )
 
 
 def _call_joy_image_edit_plus(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -406,23 +241,6 @@ def _call_kandinsky_5(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     ).sample
 
 
-def _build_kandinsky_6() -> nn.Module:
-    return diffusers.Kandinsky6Transformer3DModel(
-        in_visual_dim=4,
-        out_visual_dim=4,
-        in_text_dim=16,
-        in_text_dim2=8,
-        time_dim=32,
-        model_dim=32,
-        ff_dim=128,
-        num_text_blocks=2,
-        num_visual_blocks=3,
-        axes_dims=(4, 6, 6),
-        in_audio_dim=4,
-        out_audio_dim=4,
-    )
-
-
 def _call_kandinsky_6(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     no_picture = torch.zeros_like(x)
     return model(
@@ -433,19 +251,6 @@ def _call_kandinsky_6(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         timestep=t,
         return_dict=False,
     )[0]
-
-
-def _build_kandinsky_6_sr() -> nn.Module:
-    return diffusers.Kandinsky6SRTransformer3DModel(
-        in_visual_dim=4,
-        out_visual_dim=4,
-        time_dim=32,
-        model_dim=32,
-        ff_dim=128,
-        num_visual_blocks=3,
-        axes_dims=(4, 6, 6),
-        nabla_window=(1, 1, 1),
-    )
 
 
 def _call_kandinsky_6_sr(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -459,26 +264,8 @@ def _call_kandinsky_6_sr(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         )[0]
 
 
-def _build_krea_2() -> nn.Module:
-    return diffusers.Krea2Transformer2DModel(
-        in_channels=8,
-        num_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=64,
-        timestep_embed_dim=32,
-        text_hidden_dim=16,
-        num_text_layers=3,
-        text_num_attention_heads=2,
-        text_num_key_value_heads=2,
-        text_intermediate_size=32,
-        axes_dims_rope=(4, 6, 6),
-    )
-
-
 def _call_krea_2(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    image_places = torch.cat([torch.zeros(64, 1), _grid(8, 8)], dim=1)
+    image_places = grid_ids(8, 8)
     return model(
         hidden_states=x,
         encoder_hidden_states=noise(len(x), 8, 3, 16),
@@ -487,24 +274,6 @@ def _call_krea_2(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         encoder_attention_mask=_text_mask(x, 8).bool(),
         return_dict=False,
     )[0]
-
-
-def _build_ltx_2() -> nn.Module:
-    return diffusers.LTX2VideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        cross_attention_dim=32,
-        audio_in_channels=8,
-        audio_out_channels=8,
-        audio_num_attention_heads=2,
-        audio_attention_head_dim=8,
-        audio_cross_attention_dim=16,
-        num_layers=3,
-        caption_channels=16,
-        rope_type="split",
-    )
 
 
 def _call_ltx_2(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -526,53 +295,6 @@ def _call_ltx_2(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         isolate_modalities=False,
         return_dict=False,
     )[0]
-
-
-def _build_ltx() -> nn.Module:
-    return diffusers.LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        cross_attention_dim=32,
-        num_layers=3,
-        caption_channels=16,
-    )
-
-
-def _call_ltx(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        encoder_hidden_states=noise(len(x), 8, 16),
-        timestep=t,
-        encoder_attention_mask=_text_mask(x, 8),
-        num_frames=2,
-        height=4,
-        width=8,
-        rope_interpolation_scale=(8 / 25, 32, 32),
-        return_dict=False,
-    )[0]
-
-
-def _build_latte() -> nn.Module:
-    return diffusers.LatteTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=8,
-        num_layers=3,
-        cross_attention_dim=32,
-        attention_bias=True,
-        sample_size=16,
-        patch_size=2,
-        activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000,
-        norm_type="ada_norm_single",
-        norm_elementwise_affine=False,
-        norm_eps=1e-6,
-        caption_channels=16,
-        video_length=4,
-    )
 
 
 def _call_latte(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -610,19 +332,6 @@ def _call_longcat_audio(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     ).sample
 
 
-def _build_longcat_image() -> nn.Module:
-    return diffusers.LongCatImageTransformer2DModel(
-        in_channels=8,
-        num_layers=3,
-        num_single_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=[4, 6, 6],
-    )
-
-
 def _call_longcat_image(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     text_places = torch.arange(8)[:, None] * torch.tensor([[0, 1, 1]])
     return model(
@@ -634,51 +343,6 @@ def _call_longcat_image(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         img_ids=torch.cat([torch.ones(64, 1), _grid(8, 8) + 8], dim=1),
         return_dict=False,
     )[0]
-
-
-def _build_lumina_2() -> nn.Module:
-    return diffusers.Lumina2Transformer2DModel(
-        sample_size=16,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=32,
-        num_layers=3,
-        num_refiner_layers=3,
-        num_attention_heads=2,
-        num_kv_heads=1,
-        multiple_of=16,
-        axes_dim_rope=(4, 6, 6),
-        axes_lens=(32, 16, 16),
-        cap_feat_dim=16,
-    )
-
-
-def _call_lumina_2(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=1 - t / 1000,
-        encoder_hidden_states=noise(len(x), 8, 16),
-        encoder_attention_mask=_text_mask(x, 8),
-        return_dict=False,
-    )[0]
-
-
-def _build_minimax_h3() -> nn.Module:
-    return diffusers.MiniMaxH3Transformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        hidden_size=32,
-        num_layers=3,
-        num_refiner_layers=2,
-        ffn_dim=64,
-        in_channels=2,
-        audio_in_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        time_embed_hidden_dim=32,
-        time_embed_dim=16,
-        rope_freq_dim=2,
-    )
 
 
 def _call_minimax_h3(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -704,42 +368,6 @@ def _call_minimax_h3(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     )[0]
 
 
-def _build_minimax_music_3() -> nn.Module:
-    return diffusers.MiniMaxMusic3Transformer1DModel(
-        in_channels=8,
-        condition_dim=16,
-        num_layers=3,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        ff_inner_dim=64,
-        rotary_dim=8,
-        fourier_embedding_dim=32,
-    )
-
-
-def _call_minimax_music_3(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=1 - t / 1000,
-        encoder_hidden_states=noise(len(x), x.shape[-1], 16),
-        return_dict=False,
-    )[0]
-
-
-def _build_mochi() -> nn.Module:
-    return diffusers.MochiTransformer3DModel(
-        patch_size=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=3,
-        pooled_projection_dim=16,
-        in_channels=4,
-        text_embed_dim=16,
-        time_embed_dim=32,
-        max_sequence_length=8,
-    )
-
-
 def _call_mochi(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
@@ -756,15 +384,38 @@ CANNOT_RUN: dict[str, str] = {}
 
 MODELS: dict[str, TinyModel] = {
     "GlmImageTransformer2DModel": TinyModel(
-        build=_build_glm,
+        build=diffusers_model(
+            "GlmImageTransformer2DModel",
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            text_embed_dim=16,
+            time_embed_dim=32,
+            condition_dim=8,
+            prior_vq_quantizer_codebook_size=16,
+        ),
         call=_call_glm,
         shape=(4, 16, 16),
-        blocks=("transformer_blocks",),
         note="A block calls its one `ff` twice, on the image and on the text; with input images "
         "the pipeline calls the model before the loop to fill `kv_caches` that all steps read.",
     ),
     "HeliosTransformer3DModel": TinyModel(
-        build=_build_helios,
+        build=diffusers_model(
+            "HeliosTransformer3DModel",
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=32,
+            ffn_dim=64,
+            num_layers=3,
+            rope_dim=(4, 6, 6),
+        ),
         call=_call_helios,
         shape=(4, 4, 8, 8),
         blocks=("blocks",),
@@ -772,7 +423,22 @@ MODELS: dict[str, TinyModel] = {
         "and `attn2` skips them. The pipeline runs the denoising loop once for every chunk.",
     ),
     "HiDreamImageTransformer2DModel": TinyModel(
-        build=_build_hidream,
+        build=diffusers_model(
+            "HiDreamImageTransformer2DModel",
+            patch_size=2,
+            in_channels=4,
+            num_layers=3,
+            num_single_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            caption_channels=[16, 16],
+            text_emb_dim=16,
+            num_routed_experts=4,
+            num_activated_experts=2,
+            axes_dims_rope=(8, 4, 4),
+            max_resolution=(16, 16),
+            llama_layers=[0, 1, 2, 3, 3, 3],
+        ),
         call=_call_hidream,
         shape=(4, 16, 16),
         blocks=("double_stream_blocks", "single_stream_blocks"),
@@ -782,7 +448,14 @@ MODELS: dict[str, TinyModel] = {
     ),
     "HunyuanImageTransformer2DModel": TinyModel(
         build=_build_hunyuan_image,
-        call=_call_hunyuan_image,
+        call=named(
+            text=(8, 16),
+            timestep_r=None,
+            guidance=None,
+            encoder_attention_mask=lambda x: _text_mask(x, 8),
+            encoder_hidden_states_2=lambda x: noise(len(x), 4, 16, seed=2),
+            encoder_attention_mask_2=lambda x: _text_mask(x, 4),
+        ),
         shape=(8, 8, 8),
         blocks=("transformer_blocks", "single_transformer_blocks"),
         refiners=("context_embedder.token_refiner.refiner_blocks",),
@@ -792,12 +465,27 @@ MODELS: dict[str, TinyModel] = {
         build=_build_hunyuan_video_15,
         call=_call_hunyuan_video_15,
         shape=(4, 2, 8, 8),
-        blocks=("transformer_blocks",),
         refiners=("context_embedder.token_refiner.refiner_blocks",),
         note="The refiner takes the timestep.",
     ),
     "HunyuanVideoFramepackTransformer3DModel": TinyModel(
-        build=_build_framepack,
+        build=diffusers_model(
+            "HunyuanVideoFramepackTransformer3DModel",
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=3,
+            num_single_layers=3,
+            num_refiner_layers=2,
+            guidance_embeds=True,
+            text_embed_dim=16,
+            pooled_projection_dim=16,
+            rope_axes_dim=(4, 6, 6),
+            has_image_proj=True,
+            image_proj_dim=16,
+            has_clean_x_embedder=True,
+        ),
         call=_call_framepack,
         shape=(4, 4, 8, 8),
         blocks=("transformer_blocks", "single_transformer_blocks"),
@@ -807,15 +495,49 @@ MODELS: dict[str, TinyModel] = {
         "runs the denoising loop once for every section.",
     ),
     "HunyuanVideoTransformer3DModel": TinyModel(
-        build=_build_hunyuan_video,
-        call=_call_hunyuan_video,
+        build=diffusers_model(
+            "HunyuanVideoTransformer3DModel",
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=3,
+            num_single_layers=3,
+            num_refiner_layers=2,
+            guidance_embeds=True,
+            text_embed_dim=16,
+            pooled_projection_dim=16,
+            rope_axes_dim=(4, 6, 6),
+        ),
+        call=named(
+            text=(8, 16),
+            encoder_attention_mask=lambda x: _text_mask(x, 8),
+            pooled_projections=lambda x: noise(len(x), 16, seed=2),
+            guidance=lambda x: torch.full((len(x),), 6000.0),
+        ),
         shape=(4, 4, 8, 8),
         blocks=("transformer_blocks", "single_transformer_blocks"),
         refiners=("context_embedder.token_refiner.refiner_blocks",),
         note="The refiner takes the timestep.",
     ),
     "HunyuanDiT2DModel": TinyModel(
-        build=_build_hunyuan_dit,
+        build=diffusers_model(
+            "HunyuanDiT2DModel",
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            patch_size=2,
+            sample_size=16,
+            hidden_size=32,
+            num_layers=8,
+            mlp_ratio=4.3637,
+            cross_attention_dim=16,
+            cross_attention_dim_t5=16,
+            pooled_projection_dim=16,
+            text_len=4,
+            text_len_t5=8,
+            use_style_cond_and_image_meta_size=False,
+        ),
         call=_call_hunyuan_dit,
         shape=(4, 16, 16),
         blocks=("blocks",),
@@ -823,7 +545,17 @@ MODELS: dict[str, TinyModel] = {
         "it as `skip`, the last in first out.",
     ),
     "Ideogram4Transformer2DModel": TinyModel(
-        build=_build_ideogram,
+        build=diffusers_model(
+            "Ideogram4Transformer2DModel",
+            in_channels=8,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            intermediate_size=64,
+            adaln_dim=16,
+            llm_features_dim=16,
+            mrope_section=(4, 2, 2),
+        ),
         call=_call_ideogram,
         shape=(64, 8),
         blocks=("layers",),
@@ -831,7 +563,16 @@ MODELS: dict[str, TinyModel] = {
         "class for the unconditional prediction, which sees the image tokens alone.",
     ),
     "JoyImageEditPlusTransformer3DModel": TinyModel(
-        build=_build_joy_image_edit_plus,
+        build=diffusers_model(
+            "JoyImageEditPlusTransformer3DModel",
+            patch_size=[1, 2, 2],
+            in_channels=4,
+            hidden_size=32,
+            num_attention_heads=2,
+            text_dim=16,
+            num_layers=3,
+            rope_dim_list=[4, 6, 6],
+        ),
         call=_call_joy_image_edit_plus,
         shape=(64, 4, 1, 2, 2),
         blocks=("double_blocks",),
@@ -839,7 +580,16 @@ MODELS: dict[str, TinyModel] = {
         "target; the pipeline writes those back into the latents in place at every step.",
     ),
     "JoyImageEditTransformer3DModel": TinyModel(
-        build=_build_joy_image_edit,
+        build=diffusers_model(
+            "JoyImageEditTransformer3DModel",
+            patch_size=[1, 2, 2],
+            in_channels=4,
+            hidden_size=32,
+            num_attention_heads=2,
+            text_dim=16,
+            num_layers=3,
+            rope_dim_list=[4, 6, 6],
+        ),
         call=_call_joy_image_edit,
         shape=(4, 1, 16, 16),
         blocks=("double_blocks",),
@@ -857,7 +607,17 @@ MODELS: dict[str, TinyModel] = {
         "the same tensor at every step.",
     ),
     "Kandinsky6SRTransformer3DModel": TinyModel(
-        build=_build_kandinsky_6_sr,
+        build=diffusers_model(
+            "Kandinsky6SRTransformer3DModel",
+            in_visual_dim=4,
+            out_visual_dim=4,
+            time_dim=32,
+            model_dim=32,
+            ff_dim=128,
+            num_visual_blocks=3,
+            axes_dims=(4, 6, 6),
+            nabla_window=(1, 1, 1),
+        ),
         call=_call_kandinsky_6_sr,
         shape=(2, 16, 8, 4),
         blocks=("visual_transformer_blocks",),
@@ -865,7 +625,21 @@ MODELS: dict[str, TinyModel] = {
         "queries and keys. The pipeline runs the denoising loop once for every group of tiles.",
     ),
     "Kandinsky6Transformer3DModel": TinyModel(
-        build=_build_kandinsky_6,
+        build=diffusers_model(
+            "Kandinsky6Transformer3DModel",
+            in_visual_dim=4,
+            out_visual_dim=4,
+            in_text_dim=16,
+            in_text_dim2=8,
+            time_dim=32,
+            model_dim=32,
+            ff_dim=128,
+            num_text_blocks=2,
+            num_visual_blocks=3,
+            axes_dims=(4, 6, 6),
+            in_audio_dim=4,
+            out_audio_dim=4,
+        ),
         call=_call_kandinsky_6,
         shape=(4, 8, 8, 4),
         blocks=("visual_transformer_blocks",),
@@ -875,31 +649,92 @@ MODELS: dict[str, TinyModel] = {
         "Returns video and audio. The blocks on the text take the timestep.",
     ),
     "Krea2Transformer2DModel": TinyModel(
-        build=_build_krea_2,
+        build=diffusers_model(
+            "Krea2Transformer2DModel",
+            in_channels=8,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=64,
+            timestep_embed_dim=32,
+            text_hidden_dim=16,
+            num_text_layers=3,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=2,
+            text_intermediate_size=32,
+            axes_dims_rope=(4, 6, 6),
+        ),
         call=_call_krea_2,
         shape=(64, 8),
-        blocks=("transformer_blocks",),
         refiners=("text_fusion.layerwise_blocks", "text_fusion.refiner_blocks"),
         note="Attention of the layerwise blocks runs over layers of the text encoder, with "
         "batch x text tokens as its batch. No timestep reaches the text.",
     ),
     "LTX2VideoTransformer3DModel": TinyModel(
-        build=_build_ltx_2,
+        build=diffusers_model(
+            "LTX2VideoTransformer3DModel",
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
+            audio_in_channels=8,
+            audio_out_channels=8,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=8,
+            audio_cross_attention_dim=16,
+            num_layers=3,
+            caption_channels=16,
+            rope_type="split",
+        ),
         call=_call_ltx_2,
         shape=(64, 8),
-        blocks=("transformer_blocks",),
         note="Six attentions and two feed-forwards in a block, for video and audio; returns both. "
         "With `isolate_modalities` the two attentions between them are not called, and the "
         "pipeline makes up to three calls a step with batches of different size.",
     ),
     "LTXVideoTransformer3DModel": TinyModel(
-        build=_build_ltx,
-        call=_call_ltx,
+        build=diffusers_model(
+            "LTXVideoTransformer3DModel",
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
+            num_layers=3,
+            caption_channels=16,
+        ),
+        call=named(
+            text=(8, 16),
+            encoder_attention_mask=lambda x: _text_mask(x, 8),
+            num_frames=2,
+            height=4,
+            width=8,
+            rope_interpolation_scale=(8 / 25, 32, 32),
+        ),
         shape=(64, 8),
-        blocks=("transformer_blocks",),
     ),
     "LatteTransformer3DModel": TinyModel(
-        build=_build_latte,
+        build=diffusers_model(
+            "LatteTransformer3DModel",
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=8,
+            num_layers=3,
+            cross_attention_dim=32,
+            attention_bias=True,
+            sample_size=16,
+            patch_size=2,
+            activation_fn="gelu-approximate",
+            num_embeds_ada_norm=1000,
+            norm_type="ada_norm_single",
+            norm_elementwise_affine=False,
+            norm_eps=1e-6,
+            caption_channels=16,
+            video_length=4,
+        ),
         call=_call_latte,
         shape=(4, 4, 16, 16),
         blocks=("transformer_blocks", "temporal_transformer_blocks"),
@@ -914,42 +749,99 @@ MODELS: dict[str, TinyModel] = {
         note="The rotary embedding is kept between calls by an lru_cache on a method.",
     ),
     "LongCatImageTransformer2DModel": TinyModel(
-        build=_build_longcat_image,
+        build=diffusers_model(
+            "LongCatImageTransformer2DModel",
+            in_channels=8,
+            num_layers=3,
+            num_single_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            axes_dims_rope=[4, 6, 6],
+        ),
         call=_call_longcat_image,
         shape=(64, 8),
         blocks=("transformer_blocks", "single_transformer_blocks"),
         note="Blocks return the text first, then the image.",
     ),
     "Lumina2Transformer2DModel": TinyModel(
-        build=_build_lumina_2,
-        call=_call_lumina_2,
+        build=diffusers_model(
+            "Lumina2Transformer2DModel",
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            hidden_size=32,
+            num_layers=3,
+            num_refiner_layers=3,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=16,
+            axes_dim_rope=(4, 6, 6),
+            axes_lens=(32, 16, 16),
+            cap_feat_dim=16,
+        ),
+        call=named(text=(8, 16), time=rising, encoder_attention_mask=lambda x: _text_mask(x, 8)),
         shape=(4, 16, 16),
         blocks=("noise_refiner", "layers"),
         refiners=("context_refiner",),
         note="`noise_refiner` works on the latents alone, `layers` on text and latents.",
     ),
     "MiniMaxH3Transformer3DModel": TinyModel(
-        build=_build_minimax_h3,
+        build=diffusers_model(
+            "MiniMaxH3Transformer3DModel",
+            num_attention_heads=2,
+            attention_head_dim=16,
+            hidden_size=32,
+            num_layers=3,
+            num_refiner_layers=2,
+            ffn_dim=64,
+            in_channels=2,
+            audio_in_channels=4,
+            text_dim=16,
+            freq_dim=32,
+            time_embed_hidden_dim=32,
+            time_embed_dim=16,
+            rope_freq_dim=2,
+        ),
         call=_call_minimax_h3,
         shape=(64, 8),
-        blocks=("transformer_blocks",),
         refiners=("token_refiner.refiner_blocks",),
         note="`timestep` holds the distinct times in the sequence, not one for every sample, and "
         "their number can change between steps. Returns video and audio.",
     ),
     "MiniMaxMusic3Transformer1DModel": TinyModel(
-        build=_build_minimax_music_3,
-        call=_call_minimax_music_3,
+        build=diffusers_model(
+            "MiniMaxMusic3Transformer1DModel",
+            in_channels=8,
+            condition_dim=16,
+            num_layers=3,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            ff_inner_dim=64,
+            rotary_dim=8,
+            fourier_embedding_dim=32,
+        ),
+        call=named(time=rising, encoder_hidden_states=lambda x: noise(len(x), x.shape[-1], 16)),
         shape=(8, 64),
-        blocks=("transformer_blocks",),
         note="The timestep is a token before the latents, nothing is modulated; the feed-forward "
         "is two layers of the block itself, no module of its own.",
     ),
     "MochiTransformer3DModel": TinyModel(
-        build=_build_mochi,
+        build=diffusers_model(
+            "MochiTransformer3DModel",
+            patch_size=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=3,
+            pooled_projection_dim=16,
+            in_channels=4,
+            text_embed_dim=16,
+            time_embed_dim=32,
+            max_sequence_length=8,
+        ),
         call=_call_mochi,
         shape=(4, 4, 8, 8),
-        blocks=("transformer_blocks",),
         note="Attention runs sample by sample without the padding; the last block leaves the text "
         "as it is.",
     ),

@@ -4,53 +4,16 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
 
 import diffusers
 import torch
 from torch import Tensor, nn
 
-from ._tiny import TinyModel, noise
-
-Build = Callable[[], nn.Module]
-
-
-def _builder(name: str, **config: object) -> Build:
-    return lambda: getattr(diffusers, name)(**config)
-
-
-def _redraw(model: nn.Module, *names: str) -> nn.Module:
-    """Draw afresh the parameters whose paths end in one of the names."""
-    for path, parameter in model.named_parameters():
-        if path.endswith(names):
-            nn.init.normal_(parameter, std=0.1)
-    return model
+from ._tiny import TinyModel, diffusers_model, grid_ids, named, noise, per_thousand, redraw
 
 
 def _mask(x: Tensor, length: int) -> Tensor:
     return torch.ones(len(x), length, dtype=torch.bool)
-
-
-def _grid(height: int, width: int) -> Tensor:
-    """Positions [height * width, 3] of the tokens of a picture: 0, row, column."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack((torch.zeros_like(rows), rows, columns), dim=-1).reshape(-1, 3).float()
-
-
-_build_motif_video = _builder(
-    "MotifVideoTransformer3DModel",
-    in_channels=9,
-    out_channels=4,
-    num_attention_heads=2,
-    attention_head_dim=24,
-    num_layers=3,
-    num_single_layers=6,
-    num_decoder_layers=3,
-    text_embed_dim=32,
-    rope_axes_dim=(8, 8, 8),
-    enable_text_cross_attention_dual=True,
-    enable_text_cross_attention_single=True,
-)
 
 
 def _call_motif_video(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -78,33 +41,7 @@ def _build_nucleus() -> nn.Module:
         moe_intermediate_dim=32,
         capacity_factors=2.0,
     )
-    return _redraw(model, "experts.gate_up_proj", "experts.down_proj")
-
-
-def _call_nucleus(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=t / 1000,
-        encoder_hidden_states=noise(len(x), 8, 32),
-        encoder_hidden_states_mask=_mask(x, 8),
-        img_shapes=[(1, 8, 8)] * len(x),
-        return_dict=False,
-    )[0]
-
-
-_build_omnigen = _builder(
-    "OmniGenTransformer2DModel",
-    hidden_size=48,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    intermediate_size=128,
-    num_layers=3,
-    pad_token_id=0,
-    vocab_size=32,
-    rope_scaling={"short_factor": [1.0] * 12, "long_factor": [1.0] * 12},
-    pos_embed_max_size=16,
-    time_step_dim=32,
-)
+    return redraw(model, "experts.gate_up_proj", "experts.down_proj")
 
 
 def _call_omnigen(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -124,30 +61,6 @@ def _call_omnigen(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     )[0]
 
 
-_build_ovis = _builder(
-    "OvisImageTransformer2DModel",
-    in_channels=16,
-    out_channels=16,
-    num_layers=3,
-    num_single_layers=3,
-    attention_head_dim=16,
-    num_attention_heads=3,
-    joint_attention_dim=32,
-    axes_dims_rope=(4, 6, 6),
-)
-
-
-def _call_ovis(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=t / 1000,
-        encoder_hidden_states=noise(len(x), 8, 32),
-        txt_ids=torch.zeros(8, 3),
-        img_ids=_grid(8, 8),
-        return_dict=False,
-    )[0]
-
-
 def _build_prx() -> nn.Module:
     model = diffusers.PRXTransformer2DModel(
         in_channels=4,
@@ -157,28 +70,7 @@ def _build_prx() -> nn.Module:
         depth=3,
         axes_dim=[12, 12],
     )
-    return _redraw(model, "modulation.lin.weight", "modulation.lin.bias")
-
-
-def _call_prx(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=t / 1000,
-        encoder_hidden_states=noise(len(x), 8, 32),
-        attention_mask=_mask(x, 8),
-        return_dict=False,
-    )[0]
-
-
-_build_pixart = _builder(
-    "PixArtTransformer2DModel",
-    num_attention_heads=2,
-    attention_head_dim=24,
-    num_layers=3,
-    cross_attention_dim=48,
-    sample_size=16,
-    caption_channels=32,
-)
+    return redraw(model, "modulation.lin.weight", "modulation.lin.bias")
 
 
 def _call_pixart(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -193,15 +85,6 @@ def _call_pixart(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     return sample.chunk(2, dim=1)[0]
 
 
-_build_prior = _builder(
-    "PriorTransformer",
-    num_attention_heads=2,
-    attention_head_dim=24,
-    num_layers=3,
-    embedding_dim=32,
-)
-
-
 def _call_prior(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     return model(
         x,
@@ -210,18 +93,6 @@ def _call_prior(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         encoder_hidden_states=noise(len(x), 77, 32, seed=2),
         attention_mask=_mask(x, 77),
     ).predicted_image_embedding
-
-
-_build_qwen_image_21 = _builder(
-    "QwenImage21Transformer2DModel",
-    in_channels=16,
-    out_channels=16,
-    num_layers=3,
-    attention_head_dim=16,
-    num_attention_heads=3,
-    context_in_dim=32,
-    axes_dims_rope=(4, 6, 6),
-)
 
 
 def _call_qwen_image_21(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -236,47 +107,6 @@ def _call_qwen_image_21(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         return_dict=False,
     )[0]
     return sample[:, -x.shape[1] :]
-
-
-_build_qwen_image = _builder(
-    "QwenImageTransformer2DModel",
-    in_channels=16,
-    out_channels=4,
-    num_layers=3,
-    attention_head_dim=16,
-    num_attention_heads=3,
-    joint_attention_dim=32,
-    axes_dims_rope=(4, 6, 6),
-)
-
-
-def _call_qwen_image(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=t / 1000,
-        encoder_hidden_states=noise(len(x), 8, 32),
-        encoder_hidden_states_mask=_mask(x, 8),
-        img_shapes=[[(1, 8, 8)]] * len(x),
-        return_dict=False,
-    )[0]
-
-
-_build_rfd4 = _builder(
-    "RFD4ProteinaTransformer",
-    nlayers=6,
-    token_dim=48,
-    nheads=2,
-    dim_cond=32,
-    pair_repr_dim=16,
-    latent_dim=8,
-    token_type_emb_dim=8,
-    cath_emb_dim=8,
-    t_emb_dim=32,
-    seq_sep_dim=16,
-    xt_pair_dist_dim=16,
-    tri_mult_c=16,
-    recycle_conditioning_dim=4,
-)
 
 
 def _call_rfd4(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -310,61 +140,6 @@ def _call_rfd4(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     return torch.cat((output.backbone, output.local_latents), dim=-1)
 
 
-_build_sd3 = _builder(
-    "SD3Transformer2DModel",
-    sample_size=16,
-    in_channels=4,
-    num_layers=4,
-    attention_head_dim=24,
-    num_attention_heads=2,
-    joint_attention_dim=32,
-    caption_projection_dim=48,
-    pooled_projection_dim=32,
-    out_channels=4,
-    pos_embed_max_size=16,
-    dual_attention_layers=(0, 1),
-    qk_norm="rms_norm",
-)
-
-
-def _call_sd3(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=t,
-        encoder_hidden_states=noise(len(x), 8, 32, seed=1),
-        pooled_projections=noise(len(x), 32, seed=2),
-        return_dict=False,
-    )[0]
-
-
-_build_sana = _builder(
-    "SanaTransformer2DModel",
-    in_channels=8,
-    out_channels=8,
-    num_attention_heads=3,
-    attention_head_dim=16,
-    num_layers=3,
-    num_cross_attention_heads=2,
-    cross_attention_head_dim=24,
-    cross_attention_dim=48,
-    caption_channels=32,
-    sample_size=8,
-)
-_build_sana_video = _builder(
-    "SanaVideoTransformer3DModel",
-    in_channels=4,
-    out_channels=4,
-    num_attention_heads=2,
-    attention_head_dim=24,
-    num_layers=3,
-    num_cross_attention_heads=2,
-    cross_attention_head_dim=24,
-    cross_attention_dim=48,
-    caption_channels=32,
-    rope_max_seq_len=32,
-)
-
-
 def _call_sana(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     return model(
         x,
@@ -373,24 +148,6 @@ def _call_sana(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         timestep=t,
         return_dict=False,
     )[0]
-
-
-_build_refiner = _builder(
-    "SanaWMLTX2RefinerTransformer3DModel",
-    in_channels=8,
-    out_channels=8,
-    num_attention_heads=2,
-    attention_head_dim=24,
-    cross_attention_dim=48,
-    audio_in_channels=8,
-    audio_out_channels=8,
-    audio_num_attention_heads=2,
-    audio_attention_head_dim=12,
-    audio_cross_attention_dim=24,
-    num_layers=3,
-    caption_channels=32,
-    rope_type="split",
-)
 
 
 def _call_refiner(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -426,7 +183,7 @@ def _build_sana_wm() -> nn.Module:
         chunk_plucker_channels=12,
         caption_channels=32,
     )
-    return _redraw(model, "conv_k.weight", "conv_k_cam.weight", "plucker_embedder.proj.weight")
+    return redraw(model, "conv_k.weight", "conv_k_cam.weight", "plucker_embedder.proj.weight")
 
 
 def _call_sana_wm(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -456,55 +213,9 @@ _WAN = {
     "ffn_dim": 128,
     "rope_max_seq_len": 32,
 }
-_build_wan = _builder("WanTransformer3DModel", **_WAN, in_channels=4, num_layers=3)
-_build_sky_reels = _builder("SkyReelsV2Transformer3DModel", **_WAN, in_channels=4, num_layers=3)
-_build_vace = _builder(
-    "WanVACETransformer3DModel",
-    **_WAN,
-    in_channels=4,
-    num_layers=6,
-    vace_layers=[0, 2, 4],
-    vace_in_channels=12,
-)
 
 
-def _call_wan(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=t,
-        encoder_hidden_states=noise(len(x), 8, 32),
-        return_dict=False,
-    )[0]
-
-
-def _call_vace(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    return model(
-        hidden_states=x,
-        timestep=t,
-        encoder_hidden_states=noise(len(x), 8, 32, seed=1),
-        control_hidden_states=noise(len(x), 12, *x.shape[2:], seed=2),
-        control_hidden_states_scale=torch.ones(3),
-        return_dict=False,
-    )[0]
-
-
-_build_wan_animate = _builder(
-    "WanAnimateTransformer3DModel",
-    **_WAN,
-    in_channels=12,
-    latent_channels=4,
-    num_layers=6,
-    image_dim=32,
-    added_kv_proj_dim=48,
-    motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
-    motion_encoder_size=16,
-    motion_style_dim=16,
-    motion_dim=4,
-    motion_encoder_dim=16,
-    face_encoder_hidden_dim=16,
-    face_encoder_num_heads=2,
-    inject_face_latents_blocks=2,
-)
+_call_wan = named(text=(8, 32))
 
 
 def _call_wan_animate(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -566,22 +277,6 @@ def _call_wan_animate_2(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     return torch.stack(sample)
 
 
-_build_stable_audio = _builder(
-    "StableAudioDiTModel",
-    sample_size=64,
-    in_channels=8,
-    num_layers=3,
-    attention_head_dim=16,
-    num_attention_heads=4,
-    num_key_value_attention_heads=2,
-    out_channels=8,
-    cross_attention_dim=32,
-    time_proj_dim=32,
-    global_states_input_dim=64,
-    cross_attention_input_dim=32,
-)
-
-
 def _call_stable_audio(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
@@ -598,57 +293,16 @@ def _call_stable_audio(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     )[0]
 
 
-_build_transformer_2d = _builder(
-    "Transformer2DModel",
-    num_attention_heads=2,
-    attention_head_dim=24,
-    in_channels=4,
-    out_channels=8,
-    num_layers=3,
-    attention_bias=True,
-    sample_size=16,
-    patch_size=2,
-    activation_fn="gelu-approximate",
-    num_embeds_ada_norm=10,
-    norm_type="ada_norm_zero",
-    norm_elementwise_affine=False,
-)
-
-
 def _call_transformer_2d(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     labels = torch.arange(len(x))
     sample = model(x, timestep=t, class_labels=labels, return_dict=False)[0]
     return sample.chunk(2, dim=1)[0]
 
 
-_build_temporal = _builder(
-    "TransformerTemporalModel",
-    num_attention_heads=2,
-    attention_head_dim=24,
-    in_channels=32,
-    num_layers=3,
-    norm_num_groups=8,
-)
-
-
 def _call_temporal(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     frames = x.transpose(1, 2).flatten(0, 1)
     sample = model(frames, timestep=t, num_frames=x.shape[2], return_dict=False)[0]
     return sample.unflatten(0, (len(x), -1)).transpose(1, 2)
-
-
-_build_z_image = _builder(
-    "ZImageTransformer2DModel",
-    in_channels=4,
-    dim=48,
-    n_layers=3,
-    n_refiner_layers=3,
-    n_heads=2,
-    n_kv_heads=2,
-    cap_feat_dim=32,
-    axes_dims=[8, 8, 8],
-    axes_lens=[64, 16, 16],
-)
 
 
 def _call_z_image(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -669,7 +323,20 @@ _BOTH = ("transformer_blocks", "single_transformer_blocks")
 
 MODELS: dict[str, TinyModel] = {
     "MotifVideoTransformer3DModel": TinyModel(
-        build=_build_motif_video,
+        build=diffusers_model(
+            "MotifVideoTransformer3DModel",
+            in_channels=9,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=24,
+            num_layers=3,
+            num_single_layers=6,
+            num_decoder_layers=3,
+            text_embed_dim=32,
+            rope_axes_dim=(8, 8, 8),
+            enable_text_cross_attention_dual=True,
+            enable_text_cross_attention_single=True,
+        ),
         call=_call_motif_video,
         shape=_VIDEO,
         blocks=_BOTH,
@@ -678,15 +345,31 @@ MODELS: dict[str, TinyModel] = {
     ),
     "NucleusMoEImageTransformer2DModel": TinyModel(
         build=_build_nucleus,
-        call=_call_nucleus,
+        call=named(
+            text=(8, 32),
+            time=per_thousand,
+            encoder_hidden_states_mask=lambda x: _mask(x, 8),
+            img_shapes=lambda x: [(1, 8, 8)] * len(x),
+        ),
         shape=_TOKENS,
-        blocks=_BLOCKS,
         note="img_mlp is a FeedForward or, from the fourth block to the last but one, a mixture "
         "of experts that takes three tensors, the timestep embedding among them; experts are "
         "bare parameters over uninitialised memory, drawn here",
     ),
     "OmniGenTransformer2DModel": TinyModel(
-        build=_build_omnigen,
+        build=diffusers_model(
+            "OmniGenTransformer2DModel",
+            hidden_size=48,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            intermediate_size=128,
+            num_layers=3,
+            pad_token_id=0,
+            vocab_size=32,
+            rope_scaling={"short_factor": [1.0] * 12, "long_factor": [1.0] * 12},
+            pos_embed_max_size=16,
+            time_step_dim=32,
+        ),
         call=_call_omnigen,
         shape=_PICTURE,
         blocks=("layers",),
@@ -694,8 +377,23 @@ MODELS: dict[str, TinyModel] = {
         "modulated by the timestep; guidance branches are one batch",
     ),
     "OvisImageTransformer2DModel": TinyModel(
-        build=_build_ovis,
-        call=_call_ovis,
+        build=diffusers_model(
+            "OvisImageTransformer2DModel",
+            in_channels=16,
+            out_channels=16,
+            num_layers=3,
+            num_single_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=3,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        call=named(
+            text=(8, 32),
+            time=per_thousand,
+            txt_ids=lambda x: torch.zeros(8, 3),
+            img_ids=lambda x: grid_ids(8, 8),
+        ),
         shape=_TOKENS,
         blocks=_BOTH,
         note="blocks return (text, latents); the single attn returns one tensor, not yet "
@@ -703,45 +401,93 @@ MODELS: dict[str, TinyModel] = {
     ),
     "PRXTransformer2DModel": TinyModel(
         build=_build_prx,
-        call=_call_prx,
+        call=named(text=(8, 32), time=per_thousand, attention_mask=lambda x: _mask(x, 8)),
         shape=_PICTURE,
         blocks=("blocks",),
         note="no module for the feed-forward: gate_proj, up_proj and down_proj lie loose in the "
         "block; gates are zero when a model is made and drawn here",
     ),
     "PixArtTransformer2DModel": TinyModel(
-        build=_build_pixart,
+        build=diffusers_model(
+            "PixArtTransformer2DModel",
+            num_attention_heads=2,
+            attention_head_dim=24,
+            num_layers=3,
+            cross_attention_dim=48,
+            sample_size=16,
+            caption_channels=32,
+        ),
         call=_call_pixart,
         shape=_PICTURE,
-        blocks=_BLOCKS,
         note="returns a variance too",
     ),
     "PriorTransformer": TinyModel(
-        build=_build_prior,
+        build=diffusers_model(
+            "PriorTransformer",
+            num_attention_heads=2,
+            attention_head_dim=24,
+            num_layers=3,
+            embedding_dim=32,
+        ),
         call=_call_prior,
         shape=(32,),
-        blocks=_BLOCKS,
         note="the latent is one token among 77 of text, one of the timestep and two more; "
         "only the last token is read at the end",
     ),
     "QwenImage21Transformer2DModel": TinyModel(
-        build=_build_qwen_image_21,
+        build=diffusers_model(
+            "QwenImage21Transformer2DModel",
+            in_channels=16,
+            out_channels=16,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=3,
+            context_in_dim=32,
+            axes_dims_rope=(4, 6, 6),
+        ),
         call=_call_qwen_image_21,
         shape=_TOKENS,
-        blocks=_BLOCKS,
         note="with kv_cache, as the pipeline does, the first step runs text and latents and "
         "writes keys and values, later steps run the latents alone: outputs change their length "
         "after the first step; here always text and latents, without kv_cache",
     ),
     "QwenImageTransformer2DModel": TinyModel(
-        build=_build_qwen_image,
-        call=_call_qwen_image,
+        build=diffusers_model(
+            "QwenImageTransformer2DModel",
+            in_channels=16,
+            out_channels=4,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=3,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        call=named(
+            text=(8, 32),
+            time=per_thousand,
+            encoder_hidden_states_mask=lambda x: _mask(x, 8),
+            img_shapes=lambda x: [[(1, 8, 8)]] * len(x),
+        ),
         shape=_TOKENS,
-        blocks=_BLOCKS,
         note="blocks return (text, latents)",
     ),
     "RFD4ProteinaTransformer": TinyModel(
-        build=_build_rfd4,
+        build=diffusers_model(
+            "RFD4ProteinaTransformer",
+            nlayers=6,
+            token_dim=48,
+            nheads=2,
+            dim_cond=32,
+            pair_repr_dim=16,
+            latent_dim=8,
+            token_type_emb_dim=8,
+            cath_emb_dim=8,
+            t_emb_dim=32,
+            seq_sep_dim=16,
+            xt_pair_dist_dim=16,
+            tri_mult_c=16,
+            recycle_conditioning_dim=4,
+        ),
         call=_call_rfd4,
         shape=(64, 11),
         blocks=("transformer_layers", "pair_update_layers"),
@@ -750,32 +496,81 @@ MODELS: dict[str, TinyModel] = {
         "called between the layers; takes and returns two latents",
     ),
     "SD3Transformer2DModel": TinyModel(
-        build=_build_sd3,
-        call=_call_sd3,
+        build=diffusers_model(
+            "SD3Transformer2DModel",
+            sample_size=16,
+            in_channels=4,
+            num_layers=4,
+            attention_head_dim=24,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=48,
+            pooled_projection_dim=32,
+            out_channels=4,
+            pos_embed_max_size=16,
+            dual_attention_layers=(0, 1),
+            qk_norm="rms_norm",
+        ),
+        call=named(text=(8, 32), pooled_projections=lambda x: noise(len(x), 32, seed=2)),
         shape=_PICTURE,
-        blocks=_BLOCKS,
         note="blocks return (text, latents), the last (None, latents); attn2 of the first blocks "
         "is attention of the latents only; skip_layers leaves blocks out in extra calls",
     ),
     "SanaTransformer2DModel": TinyModel(
-        build=_build_sana,
+        build=diffusers_model(
+            "SanaTransformer2DModel",
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=3,
+            attention_head_dim=16,
+            num_layers=3,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=24,
+            cross_attention_dim=48,
+            caption_channels=32,
+            sample_size=8,
+        ),
         call=_call_sana,
         shape=(8, 8, 8),
-        blocks=_BLOCKS,
         note="ff is convolutions over [batch, channels, height, width]",
     ),
     "SanaVideoTransformer3DModel": TinyModel(
-        build=_build_sana_video,
+        build=diffusers_model(
+            "SanaVideoTransformer3DModel",
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=24,
+            num_layers=3,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=24,
+            cross_attention_dim=48,
+            caption_channels=32,
+            rope_max_seq_len=32,
+        ),
         call=_call_sana,
         shape=_VIDEO,
-        blocks=_BLOCKS,
         note="ff is convolutions over [batch, frames, height, width, channels]",
     ),
     "SanaWMLTX2RefinerTransformer3DModel": TinyModel(
-        build=_build_refiner,
+        build=diffusers_model(
+            "SanaWMLTX2RefinerTransformer3DModel",
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=24,
+            cross_attention_dim=48,
+            audio_in_channels=8,
+            audio_out_channels=8,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=12,
+            audio_cross_attention_dim=24,
+            num_layers=3,
+            caption_channels=32,
+            rope_type="split",
+        ),
         call=_call_refiner,
         shape=(64, 8),
-        blocks=_BLOCKS,
         note="attn1 reads, and in calls at timestep 0 between the runs also writes, a key and "
         "value cache that grows from run to run; a pipeline call runs the steps once per chunk of "
         "frames; audio layers of the blocks are never called",
@@ -790,7 +585,12 @@ MODELS: dict[str, TinyModel] = {
         "integers; short convolutions are zero when a model is made and drawn here",
     ),
     "SkyReelsV2Transformer3DModel": TinyModel(
-        build=_build_sky_reels,
+        build=diffusers_model(
+            "SkyReelsV2Transformer3DModel",
+            **_WAN,
+            in_channels=4,
+            num_layers=3,
+        ),
         call=_call_wan,
         shape=_VIDEO,
         blocks=("blocks",),
@@ -798,25 +598,56 @@ MODELS: dict[str, TinyModel] = {
         "window of frames: tokens change in number and in meaning from step to step",
     ),
     "StableAudioDiTModel": TinyModel(
-        build=_build_stable_audio,
+        build=diffusers_model(
+            "StableAudioDiTModel",
+            sample_size=64,
+            in_channels=8,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=4,
+            num_key_value_attention_heads=2,
+            out_channels=8,
+            cross_attention_dim=32,
+            time_proj_dim=32,
+            global_states_input_dim=64,
+            cross_attention_input_dim=32,
+        ),
         call=_call_stable_audio,
         shape=(8, 64),
-        blocks=_BLOCKS,
         note="the timestep enters as a token before the latents; blocks are not modulated",
     ),
     "Transformer2DModel": TinyModel(
-        build=_build_transformer_2d,
+        build=diffusers_model(
+            "Transformer2DModel",
+            num_attention_heads=2,
+            attention_head_dim=24,
+            in_channels=4,
+            out_channels=8,
+            num_layers=3,
+            attention_bias=True,
+            sample_size=16,
+            patch_size=2,
+            activation_fn="gelu-approximate",
+            num_embeds_ada_norm=10,
+            norm_type="ada_norm_zero",
+            norm_elementwise_affine=False,
+        ),
         call=_call_transformer_2d,
         shape=_PICTURE,
-        blocks=_BLOCKS,
         note="norm1.emb of the first block is called once more, from outside of the block, after "
         "the last; returns a variance too",
     ),
     "TransformerTemporalModel": TinyModel(
-        build=_build_temporal,
+        build=diffusers_model(
+            "TransformerTemporalModel",
+            num_attention_heads=2,
+            attention_head_dim=24,
+            in_channels=32,
+            num_layers=3,
+            norm_num_groups=8,
+        ),
         call=_call_temporal,
         shape=(32, 8, 4, 4),
-        blocks=_BLOCKS,
         note="not a denoiser: the timestep is ignored; blocks see one sequence of frames per "
         "position, so their batch is batch * height * width; attn2 is self-attention",
     ),
@@ -830,7 +661,23 @@ MODELS: dict[str, TinyModel] = {
         "noise here); with is_uncondtion block 9 is left out",
     ),
     "WanAnimateTransformer3DModel": TinyModel(
-        build=_build_wan_animate,
+        build=diffusers_model(
+            "WanAnimateTransformer3DModel",
+            **_WAN,
+            in_channels=12,
+            latent_channels=4,
+            num_layers=6,
+            image_dim=32,
+            added_kv_proj_dim=48,
+            motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
+            motion_encoder_size=16,
+            motion_style_dim=16,
+            motion_dim=4,
+            motion_encoder_dim=16,
+            face_encoder_hidden_dim=16,
+            face_encoder_num_heads=2,
+            inject_face_latents_blocks=2,
+        ),
         call=_call_wan_animate,
         shape=_VIDEO,
         blocks=("blocks", "face_adapter"),
@@ -841,22 +688,49 @@ MODELS: dict[str, TinyModel] = {
         "output of patch_embedding is written in place",
     ),
     "WanTransformer3DModel": TinyModel(
-        build=_build_wan,
+        build=diffusers_model(
+            "WanTransformer3DModel",
+            **_WAN,
+            in_channels=4,
+            num_layers=3,
+        ),
         call=_call_wan,
         shape=_VIDEO,
         blocks=("blocks",),
         note="blocks take everything by position; attn1 gets None for text",
     ),
     "WanVACETransformer3DModel": TinyModel(
-        build=_build_vace,
-        call=_call_vace,
+        build=diffusers_model(
+            "WanVACETransformer3DModel",
+            **_WAN,
+            in_channels=4,
+            num_layers=6,
+            vace_layers=[0, 2, 4],
+            vace_in_channels=12,
+        ),
+        call=named(
+            text=(8, 32),
+            control_hidden_states=lambda x: noise(len(x), 12, *x.shape[2:], seed=2),
+            control_hidden_states_scale=lambda x: torch.ones(3),
+        ),
         shape=_VIDEO,
         blocks=("blocks", "vace_blocks"),
         note="all vace_blocks run first and see the latents, each returns (hint, control); the "
         "hints are added after the blocks of vace_layers",
     ),
     "ZImageTransformer2DModel": TinyModel(
-        build=_build_z_image,
+        build=diffusers_model(
+            "ZImageTransformer2DModel",
+            in_channels=4,
+            dim=48,
+            n_layers=3,
+            n_refiner_layers=3,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=32,
+            axes_dims=[8, 8, 8],
+            axes_lens=[64, 16, 16],
+        ),
         call=_call_z_image,
         shape=_PICTURE,
         blocks=("noise_refiner", "layers"),

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from support.golden import assert_golden
 from support.made_up import calibration_of, calibrations, errors_of, layers_of
 
 from smoothcache.calibration.curves import Calibration
@@ -103,10 +104,10 @@ def test_kind_that_a_block_lacks_is_refused() -> None:
 
 
 def test_text_tells_the_essentials() -> None:
-    text = str(calibration_of(samples=4, layers=layers_of(2)))
-    assert "ToyDiT" in text and "4 samples" in text and "8 steps" in text
-    assert "ffn: 2 layers, 20.0% of the MACs, error after one step 0.1 to 0.1" in text
-    assert "1 steps" in str(calibration_of(steps=1))
+    several = calibration_of(samples=4, layers=layers_of(2))
+    unknown = calibration_of(steps=1, model=None, total_macs=0)
+    texts = (several, several.resample(12), unknown)
+    assert_golden("\n\n".join(map(str, texts)), "calibration/calibration")
 
 
 def with_error(value: float, index: tuple[int, int, int, int]) -> np.ndarray[Any, Any]:

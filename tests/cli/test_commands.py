@@ -13,6 +13,7 @@ import sys
 import warnings
 import wave
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from smoothcache.cli import tables
 from smoothcache.cli.app import app
 from smoothcache.cli.inputs import Modality
 from smoothcache.cli.options import Setup
+from smoothcache.comparison import methods
 from smoothcache.comparison.result import Comparison
 from smoothcache.diffusers_io import PipelineSampler, preparing
 from smoothcache.metrics.report import Report, ReportRow
@@ -116,7 +118,7 @@ def test_the_version() -> None:
 
 def test_search_finds_a_schedule_and_says_whether_it_pays(model: Path, calibration: Path) -> None:
     file = model.parent / "searched.json"
-    options = ("--calibration", calibration, "--steps", STEPS, "--class-label", 1, "--max-cost", 30)
+    options = ("--calibration", calibration, "--steps", STEPS, "--class-label", 1, "--max-cost", 12)
     shown = succeed("search", model, "-o", file, "--speedup", 2, *options).stdout
     assert "way of sampling" in shown and "rollouts" in shown and "3 steps" in shown
     schedule = Schedule.load(file)
@@ -564,7 +566,9 @@ def test_comparison_names_schedules_by_their_files(
     assert names == [str(schedule), str(same), "other"]
 
 
-def test_benchmark_shows_every_family(model: Path) -> None:
+def test_benchmark_shows_every_family(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = partial(methods.training_free, budgets=(0.5,), intervals=(2,), costs=(0.5, 0.9))
+    monkeypatch.setattr(methods, "training_free", few)
     results, picture = model.parent / "results.json", model.parent / "results.png"
     options = ("--class-label", 1, "--steps", STEPS, "--no-converged")
     shown = succeed("benchmark", model, *options, "-o", results, "--picture", picture).stdout
@@ -633,7 +637,7 @@ def test_comparing_a_schedule_of_any_granularity(
 def test_comparing_what_was_searched(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     options = ("--class-label", 1, "--steps", STEPS)
-    succeed("search", model, "-o", file, "--compute", 0.6, "--max-cost", 20, *options)
+    succeed("search", model, "-o", file, "--compute", 0.6, "--max-cost", 5, *options)
     shown = json.loads(succeed("compare", model, "--schedule", file, *options, "--json").stdout)
     cost = {row["name"]: row["compute"] for row in shown["rows"]}["found"]
     assert cost == pytest.approx(Schedule.load(file).compute, abs=0.02)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.block_models import Pipe, every_toy, paths, run_reference, uniform
-from support.reference import STEPS, same, sample
+from support.block_models import Pipe, every_toy, paths, uniform
+from support.reference import STEPS, run_by_hand, same, sample
 from support.toys import WIDTH, Block, Toy, build
 from torch import Tensor, nn
 from zoo import all_models
@@ -128,7 +128,7 @@ def test_the_residual_of_a_refiner_block_is_what_is_reused() -> None:
     toy = Refined().eval()
     schedule = uniform(toy, "block", 3)
     assert [x.kind for x in schedule.layers] == ["block", "refiner_block"]
-    expected, by_hand = run_reference(toy, schedule)
+    expected, by_hand = run_by_hand(toy, schedule)
     with sc.cached(toy, schedule) as run:
         assert same(sample(toy), expected)
     assert run.summary().reused == by_hand.reused == schedule.reused

@@ -9,7 +9,8 @@ import pytest
 import torch
 from support.reference import STEPS, same, sample
 from support.toys import Mlp, build
-from support.unusual_models import calibrated, every_toy, refused, unaltered, uniform
+from support.traces import unaltered
+from support.unusual_models import calibrated, every_toy, refused, uniform
 from torch import Tensor, nn
 
 import smoothcache as sc

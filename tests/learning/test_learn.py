@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from learned_cache import learned_schedule
 from support.reference import STEPS, times
 from support.toys import TOYS, WIDTH, Block, Toy, build
-from test_invariants import assert_same_traces, traces
+from support.traces import assert_same_traces, traces
 from torch import Tensor, nn
 
 import smoothcache as sc

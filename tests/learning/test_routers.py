@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from support.golden import assert_golden
 from support.made_up import MODEL, calibration_of, layers_of
 
 from smoothcache import FileFormatError, InvalidArgumentError, Routers, Schedule, plan_learned
@@ -89,11 +90,8 @@ def test_what_is_no_table_is_refused(values: Any) -> None:
 
 
 def test_the_text_tells_what_was_learned() -> None:
-    assert str(routers_of(0.25, interval=3)) == (
-        "Routers of ToyDiT: 8 steps, 2 of 3 of them free to reuse with hold\n"
-        "  self_attn: 2 layers, beta 0.25 on average\n"
-        "  ffn: 2 layers, beta 0.25 on average"
-    )
+    texts = [str(routers_of(0.25, interval=interval)) for interval in (2, 3, 4)]
+    assert_golden("\n\n".join(texts), "learning/routers")
 
 
 @given(routers=some_routers())

@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+from support.golden import assert_golden
 
 from smoothcache.errors import InvalidArgumentError
 from smoothcache.metrics.report import COLUMNS, Report, ReportRow
@@ -28,32 +29,15 @@ REPORT = Report(
     title="Shapes, 100 samples",
     notes=("Against the uncached samples of the same seeds.",),
 )  # fmt: skip
-TEXT = """\
-Shapes, 100 samples
-          steps  compute    time  seconds  PSNR, dB    SSIM  relative error  class accuracy  Frechet distance  memory kept
-uncached     50  100.0 %  × 1.00    12.35       inf  1.0000               0          97.0 %              3.14          0 B
-α = 0.08     50   61.3 %  × 0.66     8.10      41.3  0.9912          0.0123          96.5 %              3.30      7.0 MiB
-31 steps     31   62.0 %  × 0.63     7.80      39.9  0.9800          0.0567               -               123            -
-Against the uncached samples of the same seeds."""  # noqa: E501
-MARKDOWN = """\
-**Shapes, 100 samples**
-
-|  | steps | compute | time | seconds | PSNR, dB | SSIM | relative error | class accuracy | Frechet distance | memory kept |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| uncached | 50 | 100.0 % | × 1.00 | 12.35 | inf | 1.0000 | 0 | 97.0 % | 3.14 | 0 B |
-| α = 0.08 | 50 | 61.3 % | × 0.66 | 8.10 | 41.3 | 0.9912 | 0.0123 | 96.5 % | 3.30 | 7.0 MiB |
-| 31 steps | 31 | 62.0 % | × 0.63 | 7.80 | 39.9 | 0.9800 | 0.0567 | - | 123 | - |
-
-Against the uncached samples of the same seeds."""  # noqa: E501
 
 
 def test_text() -> None:
-    assert REPORT.to_text() == TEXT
-    assert str(REPORT) == TEXT
+    assert_golden(REPORT.to_text(), "metrics/report")
+    assert str(REPORT) == REPORT.to_text()
 
 
 def test_markdown() -> None:
-    assert REPORT.to_markdown() == MARKDOWN
+    assert_golden(REPORT.to_markdown(), "metrics/report_markdown")
 
 
 def test_json_is_strict_and_keeps_every_digit() -> None:

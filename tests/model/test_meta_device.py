@@ -9,7 +9,8 @@ import pytest
 import torch
 from support.reference import times
 from support.toys import TOKENS, WIDTH, Toy, build
-from support.unusual_models import calibrated, every_toy, made, refused, unaltered, uniform
+from support.traces import unaltered
+from support.unusual_models import calibrated, every_toy, made, refused, uniform
 from torch import Tensor
 
 import smoothcache as sc

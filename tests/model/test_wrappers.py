@@ -10,7 +10,8 @@ import pytest
 import torch
 from support.reference import STEPS, sample, times
 from support.toys import TOKENS, WIDTH, build
-from support.unusual_models import calibrated, paths, refused, unaltered, uniform
+from support.traces import unaltered
+from support.unusual_models import calibrated, paths, refused, uniform
 from torch import nn
 
 import smoothcache as sc

@@ -13,10 +13,9 @@ from support.block_models import (
     coarse,
     every_toy,
     paths,
-    run_reference,
     steps,
 )
-from support.reference import STEPS, levels, same, sample, times
+from support.reference import STEPS, levels, run_by_hand, same, sample, times
 from support.toys import WIDTH, Block, Toy, build
 from torch import Tensor
 
@@ -54,7 +53,7 @@ def mixed(toy: Toy, outer: str, predictor: str = "hold") -> sc.Schedule:
 def test_mixed_schedules_are_never_stale(toy: Toy, granularity: str, calls: int) -> None:
     """A layer whose block skipped its computed step computes at its next one, and that counts."""
     schedule = mixed(toy, granularity)
-    expected, by_hand = run_reference(toy, schedule, calls=calls)
+    expected, by_hand = run_by_hand(toy, schedule, calls=calls)
     with sc.cached(toy, schedule) as run:
         got = [sample(toy, calls=calls) for _ in range(2)]
     assert same(got, [expected, expected])
@@ -71,7 +70,7 @@ def test_the_model_the_blocks_and_the_layers_at_once(toy: Toy) -> None:
     layers = (sc.CacheLayer("", "model", ""), *(schedule.layers or ()))
     rows = {"": sc.Row(steps("##.##..#")), **schedule.rows}
     schedule = sc.Schedule(STEPS, rows, layers)
-    expected, by_hand = run_reference(toy, schedule)
+    expected, by_hand = run_by_hand(toy, schedule)
     with sc.cached(toy, schedule) as run:
         assert same(sample(toy), expected)
     assert run.summary().reused == by_hand.reused

@@ -11,7 +11,8 @@ import pytest
 import torch
 from support.reference import STEPS, ByHand, same, sample
 from support.toys import Toy
-from support.unusual_models import made, paths, refused, unaltered, uniform
+from support.traces import unaltered
+from support.unusual_models import made, paths, refused, uniform
 
 import smoothcache as sc
 

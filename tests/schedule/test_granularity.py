@@ -15,11 +15,10 @@ from support.block_models import (
     coarse,
     every_granularity,
     every_toy,
-    run_reference,
     steps,
     uniform,
 )
-from support.reference import STEPS, same, sample
+from support.reference import STEPS, run_by_hand, same, sample
 from support.toys import Toy, build
 
 import smoothcache as sc
@@ -57,7 +56,7 @@ def test_uniform_schedules_of_chosen_layers() -> None:
     toy = build("single", depth=3)
     chosen = sc.find_layers(toy, select=lambda path, module: path == "blocks.1")
     schedule = sc.Schedule.uniform(toy, STEPS, 2, layers=chosen)
-    expected, _ = run_reference(toy, schedule)
+    expected, _ = run_by_hand(toy, schedule)
     with sc.cached(toy, schedule) as run:
         assert same(sample(toy), expected)
     assert run.summary().reused == STEPS // 2

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given
+from support.golden import assert_golden
 from support.made_up import MODEL, layers_of, schedules
 from torch import nn
 
@@ -138,13 +139,8 @@ def test_contradictions_are_refused(changes: dict[str, Any], words: list[str]) -
 
 
 def test_text_draws_each_distinct_row_once() -> None:
-    assert [line.split() for line in str(make()).splitlines()] == [
-        "Schedule of 4 steps for ToyDiT, 75.0% of the uncached MACs".split(),
-        ["self_attn", "x2", "hold", "#.#."],
-        ["ffn", "x1", "taylor", "#..."],
-        ["ffn", "x1", "hold", "####"],
-    ]
-    assert "yet to be bound" in str(Schedule(1, {"attn": Row((True,))}))
+    unbound = Schedule(3, {"attn": Row((True, False, True))})
+    assert_golden(f"{make()}\n\n{unbound}", "schedule/schedule")
 
 
 def test_compute_fraction_counts_layers_and_the_rest() -> None:

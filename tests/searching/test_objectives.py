@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.searches import Sampler, calibrated, distance, search
+from support.searches import Sampler, calibrated, distance, found, search
 from support.toys import Toy
 from torch import Tensor
 
@@ -23,8 +23,8 @@ def test_an_objective_that_is_given(toy: Toy) -> None:
         given.append((isinstance(output, Tensor), isinstance(reference, Tensor)))
         return torch.tensor(3 + distance(output, reference), dtype=torch.float64)
 
-    ours = search(toy, Sampler(toy).alone, calibrated(), speedup=2, objective=objective)
-    theirs = search(toy, Sampler(toy).alone, calibrated(), speedup=2)
+    ours = search(toy, Sampler(toy).alone, speedup=2, objective=objective)
+    theirs, _ = found("alone", speedup=2)
     assert ours.rows == theirs.rows and set(given) == {(True, True)}
     assert ours.quality["error"] == pytest.approx(3 + theirs.quality["error"])
 
@@ -45,8 +45,8 @@ def test_an_objective_below_zero_is_improved_too(toy: Toy) -> None:
     def objective(output: Tensor, reference: Tensor) -> float:
         return distance(output, reference) - 1
 
-    ours = search(toy, Sampler(toy).alone, calibrated(), speedup=2, objective=objective)
-    theirs = search(toy, Sampler(toy).alone, calibrated(), speedup=2)
+    ours = search(toy, Sampler(toy).alone, speedup=2, objective=objective)
+    theirs, _ = found("alone", speedup=2)
     assert ours.quality["error"] == pytest.approx(theirs.quality["error"] - 1)
 
 

@@ -25,9 +25,10 @@ def what_was_found(rank: int) -> dict[str, Any]:
     """A search in this process, and one in which a sample fails in the last process alone."""
     toy = build("single", depth=2)
     sampler = Sampler(toy)
-    schedule = search(toy, sampler.full, compute=0.4, solvers=SOLVERS, journal="journal.jsonl")
+    options = {"compute": 0.4, "solvers": SOLVERS, "journal": "journal.jsonl"}
+    schedule = search(toy, sampler.full, **options)
     again = Sampler(toy)
-    repeated = search(toy, again.full, compute=0.4, solvers=SOLVERS, journal="journal.jsonl")
+    repeated = search(toy, again.full, **options)
     failing = Sampler(toy)
 
     def sample(i: int) -> Tensor:

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.golden import assert_golden
 from support.searches import Sampler, found, result_of, same, search
 from support.toys import Toy
 
 import smoothcache as sc
-from smoothcache.searching.result import Measured, verdict_on
+from smoothcache.searching.result import Measured, SearchResult, verdict_on
 
 
 def test_a_saved_schedule_is_a_plain_one(toy: Toy, tmp_path: Path) -> None:
@@ -46,15 +47,16 @@ def test_a_searched_schedule_can_be_copied(twice: Callable[[Any], Any]) -> None:
 
 
 def test_a_result_is_a_short_text() -> None:
-    result = result_of(found("stepped", speedup=2.0)[0])
-    head, best, fewer, spent, verdict = str(result).splitlines()
-    assert head.split() == ["compute", "error", "to", "converged"]
-    assert best.startswith(result.best.name[:32]) and f"{result.best.error:.4f}" in best
-    assert fewer.startswith("4 steps ") and "50.0%" in fewer
-    assert fewer.endswith(f"{result.baselines[0].converged_error:.4f}")
-    expected = f"{result.rollouts} rollouts, as much as {result.cost:.1f} uncached generations"
-    assert spent == expected
-    assert verdict == result.verdict
+    best = replace(CACHED, name="every 3, moved, gains, taylor2-angle, layers")
+    baselines = (measured("4 steps", 0.5, 0.1, 0.2), measured("4 steps of UniPC", 0.5, 0.05, 0.1))
+    texts = []
+    for joint in (False, True):
+        rows = (best, *baselines)
+        if not joint:
+            rows = tuple(replace(row, converged_error=None) for row in rows)
+        verdict = verdict_on(rows[0], rows[1:], joint=joint)
+        texts.append(str(SearchResult(rows[0], rows[1:], (), 96, 52.96, verdict)))
+    assert_golden("\n\n".join(texts), "searching/result")
 
 
 def test_where_the_cache_pays() -> None:

@@ -32,12 +32,10 @@ import smoothcache as sc
     ("toy_name", "branches", "target"),
     [
         ("single", 1, {"speedup": 1}),
-        ("single", 1, {"speedup": 1.3}),
         ("single", 1, {"speedup": 2.0}),
         ("single", 1, {"speedup": 3.7}),
         ("single", 1, {"compute": 0.125}),
         ("single", 1, {"compute": 0.9}),
-        ("single", 1, {"compute": 1}),
         ("single", 2, {"compute": 0.45}),
         ("dual", 1, {"speedup": 2.5}),
         ("shared", 1, {"compute": np.float32(0.6)}),
@@ -54,7 +52,7 @@ def test_the_budget_is_kept_in_a_real_run(
     toy = build(toy_name, depth=2)
     before = state_of(toy)
     sample = Sampler(toy, branches=branches).alone
-    schedule = search(toy, sample, max_cost=25, **target)
+    schedule = search(toy, sample, max_cost=12, **target)
     best = result_of(schedule).best
     budget = target.get("compute", 1 / target.get("speedup", 1))
     assert schedule.compute == best.compute <= budget + 1e-9
@@ -94,8 +92,16 @@ def test_a_pipeline_whose_budget_nothing_meets() -> None:
         search(pipe, sample, compute=0.2)
 
 
-@pytest.mark.parametrize(("toy_name", "num_steps"), [("single", 8), ("dual", 9)])
-@pytest.mark.parametrize("budget", [0.7, 0.5, 0.4, 0.3, 0.2])
+@pytest.mark.parametrize(
+    ("toy_name", "num_steps", "budget"),
+    [
+        ("single", 8, 0.7),
+        ("dual", 9, 0.5),
+        ("single", 8, 0.4),
+        ("dual", 9, 0.3),
+        ("single", 8, 0.2),
+    ],
+)
 def test_no_uniform_schedule_is_better(toy_name: str, num_steps: int, budget: float) -> None:
     toy = build(toy_name, depth=2)
     sample = Sampler(toy, num_steps).alone

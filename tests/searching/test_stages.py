@@ -30,10 +30,10 @@ import smoothcache as sc
 @cache
 def cheapest(max_error: float) -> sc.SearchedSchedule:
     toy = build("single", depth=2)
-    return search(toy, Sampler(toy).alone, calibrated(), max_error=max_error)
+    return search(toy, Sampler(toy).alone, calibrated(), max_error=max_error, max_cost=60)
 
 
-ERRORS = (0.1, 0.02, 0.005, 0.001, 1e-5, 0.0)
+ERRORS = (0.1, 0.02, 0.001, 0.0)
 
 
 @pytest.mark.parametrize("max_error", ERRORS)

@@ -9,7 +9,7 @@ from support.searches import Sampler, error_of, found, result_of
 from support.toys import Toy
 
 
-@pytest.mark.parametrize("options", [{"speedup": 2.0}, {"max_error": 0.01}])
+@pytest.mark.parametrize("options", [{"speedup": 2.0}, {"max_error": 0.01, "max_cost": 60}])
 def test_the_front_is_what_was_measured_and_a_pareto_front(
     toy: Toy, options: dict[str, float]
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.reference import STEPS, levels, places_of, polynomial_weights, sample, times
+from support.reference import STEPS, levels, times
 from support.toys import TOYS, WIDTH, Block, Toy
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 import smoothcache as sc
 
@@ -42,81 +40,6 @@ def paths(layers: Sequence[sc.CacheLayer]) -> list[str]:
 def steps(pattern: str) -> tuple[bool, ...]:
     """A row from text: # is a computed step, a dot a reused one."""
     return tuple(mark == "#" for mark in pattern)
-
-
-class Reference:
-    """A copy of a toy under a schedule of layers, blocks and models, told its steps by the test.
-
-    Attributes:
-        toy: The copy.
-        computed: Layer calls that ran as planned.
-        reused: Layer calls answered with a held output.
-        recomputed: Layer calls that had nothing to reuse from the last step that was to compute.
-    """
-
-    def __init__(self, toy: Toy, schedule: sc.Schedule) -> None:
-        self.toy = copy.deepcopy(toy)
-        self.computed = self.reused = self.recomputed = 0
-        self._schedule = schedule
-        self._held: dict[tuple[str, int, int], list[tuple[int, list[Any], Any]]] = {}
-        for layer in schedule.layers or ():
-            module = self.toy.get_submodule(layer.path)
-            row = schedule.rows[layer.path]
-            module.forward = self._replacement(layer, row, module.forward)
-
-    def begin(self, step: int, branch: int) -> None:
-        self._step, self._branch = step, branch
-        self._uses: dict[str, int] = {}
-
-    def forget(self) -> None:
-        self._held.clear()
-
-    def _replacement(
-        self, layer: sc.CacheLayer, row: sc.Row, forward: Callable[..., Any]
-    ) -> Callable[..., Any]:
-        order = sc.PREDICTORS[row.predictor].order
-        places = places_of(row.predictor, self._schedule)
-
-        def replacement(*args: Any, **kwargs: Any) -> Any:
-            use = self._uses[layer.path] = self._uses.get(layer.path, -1) + 1
-            history = self._held.setdefault((layer.path, self._branch, use), [])
-            streams = [x.clone() for x in pytree.tree_leaves((args, kwargs)) if _is_stream(x)]
-            due = max(step for step in range(self._step + 1) if row.computed[step])
-            if row.computed[self._step] or not history or history[-1][0] < due:
-                self.computed += row.computed[self._step]
-                self.recomputed += not row.computed[self._step]
-                output = forward(*args, **kwargs)
-                leaves, spec = pytree.tree_flatten(output)
-                kept = [leaf.clone() - _base(layer, leaf, streams) for leaf in leaves]
-                history.append((self._step, kept, spec))
-                return output
-            self.reused += 1
-            known = history[-order - 1 :]
-            weights = polynomial_weights([places[s] for s, _, _ in known], places[self._step])
-            values = [
-                sum(weight * leaf for weight, leaf in zip(weights, leaves, strict=True))
-                for leaves in zip(*(leaves for _, leaves, _ in known), strict=True)
-            ]
-            leaves = [value + _base(layer, value, streams) for value in values]
-            return pytree.tree_unflatten(leaves, known[-1][2])
-
-        return replacement
-
-
-def _is_stream(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _base(layer: sc.CacheLayer, leaf: Any, streams: Sequence[Tensor]) -> Any:
-    """What a block's output continues; nothing for any other layer."""
-    if not layer.kind.endswith("block"):
-        return 0
-    return next(stream for stream in streams if stream.shape == leaf.shape)
-
-
-def run_reference(toy: Toy, schedule: sc.Schedule, **options: Any) -> tuple[Any, Reference]:
-    by_hand = Reference(toy, schedule)
-    return sample(by_hand.toy, begin=by_hand.begin, **options), by_hand
 
 
 def _bypassing(block: Any, x: Tensor) -> Tensor:

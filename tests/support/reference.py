@@ -76,12 +76,22 @@ def same(a: Any, b: Any) -> bool:
 
 
 class ByHand:
-    """A copy of a toy under a schedule; call ``begin`` before each call of the model."""
+    """A copy of a toy under a schedule of layers, blocks and models, told its steps by the test.
+
+    Call ``begin`` before each call of the model.
+
+    Attributes:
+        toy: The copy.
+        outputs: What has been computed, by path, branch and use in the call: step, leaves, form.
+        computed: Layer calls that ran as planned.
+        reused: Layer calls answered with a held output.
+        recomputed: Layer calls that had nothing to reuse from the last step that was to compute.
+    """
 
     def __init__(self, toy: Toy, schedule: Schedule) -> None:
         self.toy = copy.deepcopy(toy)
         self.outputs: dict[tuple[str, int, int], list[tuple[int, list[Any], Any]]] = {}
-        self.recomputed = 0
+        self.computed = self.reused = self.recomputed = 0
         self._schedule = schedule
         for layer in schedule.layers or ():
             module = self.toy.get_submodule(layer.path)
@@ -94,28 +104,48 @@ class ByHand:
     def _replacement(self, path: str, kind: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         row = self._schedule.rows[path]
         order = PREDICTORS[row.predictor].order
+        places = places_of(row.predictor, self._schedule)
+        continues = kind.endswith("block") or (kind != "model" and self.toy.adds_inside)
 
         def replacement(*args: Any, **kwargs: Any) -> Any:
             use = self._uses[path] = self._uses.get(path, -1) + 1
             history = self.outputs.setdefault((path, self._branch, use), [])
-            stream = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).clone()
-            base = stream if kind == "block" or self.toy.adds_inside else torch.zeros(())
-            if row.computed[self._step] or not history:
+            streams = [x.clone() for x in pytree.tree_leaves((args, kwargs)) if _is_stream(x)]
+            due = max(step for step in range(self._step + 1) if row.computed[step])
+            if row.computed[self._step] or not history or history[-1][0] < due:
+                self.computed += row.computed[self._step]
                 self.recomputed += not row.computed[self._step]
                 output = forward(*args, **kwargs)
                 leaves, spec = pytree.tree_flatten(output)
-                history.append((self._step, [leaf.clone() - base for leaf in leaves], spec))
+                kept = [leaf.clone() - _base(leaf, streams, continues) for leaf in leaves]
+                history.append((self._step, kept, spec))
                 return output
+            self.reused += 1
             known = history[-order - 1 :]
-            places = places_of(row.predictor, self._schedule)
             weights = polynomial_weights([places[s] for s, _, _ in known], places[self._step])
-            leaves = [
-                sum(w * v for w, v in zip(weights, values, strict=True)) + base
-                for values in zip(*(leaves for _, leaves, _ in known), strict=True)
+            values = [
+                sum(weight * leaf for weight, leaf in zip(weights, leaves, strict=True))
+                for leaves in zip(*(leaves for _, leaves, _ in known), strict=True)
             ]
+            leaves = [value + _base(value, streams, continues) for value in values]
             return pytree.tree_unflatten(leaves, known[-1][2])
 
         return replacement
+
+
+def _is_stream(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _base(leaf: Any, streams: Sequence[Tensor], continues: bool) -> Any:
+    """What a leaf continues, if the layer's output continues its inputs."""
+    return next(x for x in streams if x.shape == leaf.shape) if continues else 0
+
+
+def run_by_hand(toy: Toy, schedule: Schedule, **options: Any) -> tuple[list[Tensor], ByHand]:
+    """The latents after every step of ``sample``, and what made them."""
+    by_hand = ByHand(toy, schedule)
+    return sample(by_hand.toy, begin=by_hand.begin, **options), by_hand
 
 
 def places_of(predictor: str, schedule: Schedule) -> list[float]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.reference import STEPS, ByHand, levels, same, sample
 from support.toys import TOKENS, TOYS, Toy
+from support.traces import unaltered
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -43,27 +44,6 @@ def calibrated(model: Any, generate: Callable[[int], Any], **options: Any) -> sc
 
 
 @contextmanager
-def unaltered(model: Any) -> Iterator[None]:
-    """Classes, attributes and hooks of all modules are afterwards what they were."""
-
-    def traces() -> Any:
-        return {
-            path: (
-                type(module),
-                {
-                    name: list(value.items()) if isinstance(value, dict) else value
-                    for name, value in vars(module).items()
-                },
-            )
-            for path, module in model.named_modules(remove_duplicate=False)
-        }
-
-    before = traces()
-    yield
-    assert traces() == before
-
-
-@contextmanager
 def refused(model: nn.Module, error: type[Exception], words: str) -> Iterator[None]:
     """Refused in these words, before or after anything ran, and the model is as it was."""
     with unaltered(model), pytest.raises(error, match=words):
@@ -71,7 +51,7 @@ def refused(model: nn.Module, error: type[Exception], words: str) -> Iterator[No
 
 
 class CarefulByHand(ByHand):
-    """Drops what is stale, and what was computed for inputs of another form."""
+    """Drops what was computed for inputs of another form."""
 
     def __init__(self, toy: Toy, schedule: sc.Schedule) -> None:
         self._forms: dict[tuple[str, int, int], Any] = {}
@@ -79,15 +59,11 @@ class CarefulByHand(ByHand):
 
     def _replacement(self, path: str, kind: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         inner = super()._replacement(path, kind, forward)
-        computed = self._schedule.rows[path].computed
 
         def careful(*args: Any, **kwargs: Any) -> Any:
             place = (path, self._branch, self._uses.get(path, -1) + 1)
             form = [(x.shape, x.dtype) for x in pytree.tree_leaves((args, kwargs))]
-            due = max(step for step in range(self._step + 1) if computed[step])
-            history = self.outputs.get(place, [])
-            is_stale = not computed[self._step] and history and history[-1][0] < due
-            if self._forms.get(place, form) != form or is_stale:
+            if self._forms.get(place, form) != form:
                 self.outputs.pop(place, None)
             self._forms[place] = form
             return inner(*args, **kwargs)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from support.reference import ByHand, same, sample
 from support.toys import build
-from support.unusual_models import every_toy, unaltered, uniform
+from support.traces import unaltered
+from support.unusual_models import every_toy, uniform
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
