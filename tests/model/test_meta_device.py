@@ -64,7 +64,7 @@ def test_calibrating_on_the_meta_device_is_refused(granularity: Any) -> None:
 def test_timesteps_on_the_meta_device_are_refused() -> None:
     toy = build("single", depth=2).to("meta")
     given = [torch.tensor([time], device="meta") for time in times()]
-    words = r"timestep is on the meta device.*pass it as a number or on the CPU"
+    words = r"timestep is on the meta device.*pass a number or a CPU tensor"
     with refused(toy, sc.SmoothCacheError, words):
         calibrated(toy, lambda i: on_meta(toy, given))
     with refused(toy, sc.ScheduleMismatchError, words), sc.cached(toy, uniform(toy)):

@@ -195,6 +195,6 @@ class ViewToy(SilentBlockToy):
 @MODES
 def test_writes_into_what_is_not_returned_are_refused_in_any_mode(mode: Callable[[], Any]) -> None:
     toy = made(ViewToy)
-    with mode(), refused(toy, sc.ScheduleMismatchError, "writes into a tensor that it is given"):
+    with mode(), refused(toy, sc.ScheduleMismatchError, "writes into an input tensor in place"):
         with sc.cached(toy, uniform(toy, granularity="block")):
             sample(toy)

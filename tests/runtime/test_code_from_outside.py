@@ -285,7 +285,7 @@ def test_two_calls_a_step_at_unequal_times_are_refused_by_name(steps: int) -> No
 
     schedule = sc.Schedule.uniform(model, num_steps=steps, interval=2)
     with (
-        pytest.raises(sc.SmoothCacheError, match="twice a step at unequal times"),
+        pytest.raises(sc.SmoothCacheError, match="two calls per step at different timesteps"),
         sc.cached(model, schedule),
     ):
         sample()

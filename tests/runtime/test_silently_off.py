@@ -47,7 +47,7 @@ def test_a_denoiser_exchanged_after_a_generation() -> None:
     sample(model)
     pipe.components["transformer"] = other
     sample(other)
-    with pytest.warns(sc.SmoothCacheWarning, match="exchanged"):
+    with pytest.warns(sc.SmoothCacheWarning, match="replaced while enabled"):
         run.disable()
 
 

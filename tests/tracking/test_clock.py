@@ -344,7 +344,7 @@ def test_a_scheduler_that_is_never_stepped(times: list[float]) -> None:
 def test_timesteps_that_turn_back_while_the_latents_go_on_are_refused(times: list[float]) -> None:
     x = torch.randn(1, 4, 8, 8)
     clock = clock_of()
-    with pytest.raises(ScheduleMismatchError, match=r"turn back from .* restart sampling"):
+    with pytest.raises(ScheduleMismatchError, match=r"timesteps reverse from .* restart sampling"):
         for t in times:
             x = x + 0.1 * torch.randn_like(x)
             clock.tick(t, x)
@@ -354,7 +354,7 @@ def test_timesteps_that_turn_back_while_the_latents_go_on_are_refused(times: lis
 
 
 def test_an_embedding_is_no_time() -> None:
-    with pytest.raises(ScheduleMismatchError, match="embedding of a time"):
+    with pytest.raises(ScheduleMismatchError, match="timestep embedding"):
         timestep_value(torch.linspace(-1, 1, 32)[None])
 
 

@@ -1,10 +1,10 @@
-"""What one call of a layer keeps where ``torch.compile`` traces it: tensors at fixed places.
+"""Static buffers for the kept values of a layer under ``torch.compile``.
 
-Compiled code must not read what differs at every step, or it would be compiled anew at each. So
-all that a graph sees of a layer is one flag, compute or reuse, and tensors: it writes what it
-computes into a row of a buffer, and a reuse is a sum over all rows; which row, and how much each of
-them weighs, are tensors too. Everything else happens between the calls of the denoiser. Buffers
-stay where they are as long as shapes do, so CUDA graphs neither copy them nor overwrite them.
+Compiled code must not read Python values that differ between steps, which would trigger
+recompilation. A graph therefore sees one flag per layer, compute or reuse, and tensors. A computed
+value is written into a row of a buffer, and a reuse is a weighted sum over all rows; the row index
+and the weights are tensors too. Everything else happens between the calls of the denoiser. Buffers
+keep their addresses as long as shapes do, so CUDA graphs neither copy nor overwrite them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..model.residuals import are_swapped, bases_at, bases_of, copies_of, minus,
 
 
 class Output(Protocol):
-    """An output that was computed, as it is kept."""
+    """A computed output in the form in which it is kept."""
 
     leaves: list[Any]
     swapped: Tensor | None
@@ -31,24 +31,25 @@ class Output(Protocol):
 
     @property
     def rebuild(self) -> Callable[[list[Any]], Any]:
-        """Puts leaves in the place of its own."""
+        """Function that rebuilds the output from other leaves."""
 
 
 class Slots:
     """Keeps the outputs of one use of a layer in one branch.
 
     Args:
-        example: An output, for its form.
-        shapes: Those of the tensors that the layer was given for it.
-        order: Degree of the predictor's polynomial; one value more is kept.
-        weights: Those of what was computed at some steps, the newest last, in a reuse at another.
-        residual: Whether what is kept is what the layer adds to its inputs.
-        parts: In how many parts of the batch, where weights need not sum to 1, each has its own;
-            ``weights`` gives a list for each then. None for weights that sum to 1.
+        example: An output, whose structure and shapes the slots take.
+        shapes: Shapes of the input tensors of that output.
+        order: Degree of the predictor's polynomial; ``order + 1`` values are kept.
+        weights: ``weights(steps, at)`` returns the weights of the values computed at ``steps``,
+            the newest last, for a reuse at step ``at``.
+        residual: Whether to keep the difference between the layer's output and its input.
+        parts: Number of parts of the batch with separate weights, which need not sum to 1;
+            ``weights`` then returns one list per part. None for weights that sum to 1.
 
     Attributes:
         reuses: Whether the next call reuses.
-        is_misfit: Whether a call had tensors of other shapes, and kept nothing.
+        is_misfit: Whether the last call had tensors of other shapes, so that nothing was kept.
     """
 
     def __init__(
@@ -68,12 +69,12 @@ class Slots:
         self._dtypes = example.dtypes
         self._into = example.into
         self._weights_of = weights
-        self._rows: list[int | None] = [None] * (order + 1)  # the step that each is of
-        self._row = 0  # the one to be written next
+        self._rows: list[int | None] = [None] * (order + 1)  # the step of each row's value
+        self._row = 0  # the next row to write
         self._residual = residual
         self._parts = parts
         self._sources = example.sources
-        self._like = _first_alike(shapes, example.leaves)
+        self._same_shape = _first_of_same_shape(shapes, example.leaves)
         self._index: Tensor | None = None
         self._weights: Tensor | None = None
         self._tensors: dict[tuple[Any, ...], Tensor] = {}
@@ -90,7 +91,7 @@ class Slots:
         if self.reuses:
             return self._predicted(args, kwargs)
         inputs: list[Tensor] = []
-        if self._residual or self._sources:  # copies, because the layer may write into its input
+        if self._residual or self._sources:  # copies: the layer may write into its input in place
             inputs = float_tensors((args, kwargs))
             inputs = copies_of(inputs, range(len(inputs)) if self._residual else self._sources)
         output = forward(*args, **kwargs)
@@ -98,13 +99,14 @@ class Slots:
         return output
 
     def _has_shapes_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether what a layer is given is of the size of what was kept.
+        """Whether the inputs have the shapes of the kept value.
 
-        Compares tensors and no numbers, so that graphs for any batch size stay possible.
+        Shapes are compared with each other, not with numbers, so that graphs with a dynamic batch
+        size remain possible.
         """
-        if self._like is None:
+        if self._same_shape is None:
             return True
-        given, leaf = self._like
+        given, leaf = self._same_shape
         tensors = tensors_in((args, kwargs))
         return given < len(tensors) and tensors[given].shape == self._leaves[leaf].shape[1:]
 
@@ -147,20 +149,20 @@ class Slots:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
+        """Size of all buffers in bytes."""
         return sum(buffer.nbytes for buffer in self._buffers())
 
     @property
     def newest(self) -> int:
-        """The step of the newest value; -1 if there is none."""
+        """Step of the newest value; -1 if there is none."""
         return max((step for step in self._rows if step is not None), default=-1)
 
     def forget(self) -> None:
-        """Makes all values of no use."""
+        """Invalidates all values."""
         self._rows = [None] * len(self._rows)
 
     def prepare(self, step: int, *, reuses: bool) -> None:
-        """Says what the next call does."""
+        """Sets what the next call does: compute and keep, or reuse."""
         self.reuses, self.is_misfit = reuses, False
         if len(self._rows) == 1:
             return
@@ -172,14 +174,14 @@ class Slots:
             self._index = self._tensor([self._row], torch.int64)
 
     def wrote(self, step: int) -> None:
-        """Notes that the last call wrote the value of this step."""
+        """Records that the last call wrote the value of this step."""
         is_first = self.newest < 0
         self._rows[self._row] = step
-        if is_first:  # the other rows weigh nothing, but may hold what is not even a number
+        if is_first:  # the other rows have zero weight, but may hold NaN
             self._fill()
 
     def fill(self, values: Sequence[tuple[int, Sequence[Any]]]) -> None:
-        """Copies the leaves of values that were computed before there were slots, by their step."""
+        """Copies the leaves of values that were computed before the slots existed."""
         with torch.inference_mode(mode=False), torch.no_grad():
             for row, (step, leaves) in enumerate(values):
                 self._rows[row] = step
@@ -188,7 +190,7 @@ class Slots:
                         buffer[row] = leaf
 
     def are_finite(self) -> bool:
-        """Whether the last value has neither NaN nor infinity; costs a wait for it."""
+        """Whether the last value has neither NaN nor infinity; costs a host sync."""
         return are_finite([buffer[min(self._row, len(buffer) - 1)] for buffer in self._buffers()])
 
     def _fill(self) -> None:
@@ -198,9 +200,10 @@ class Slots:
                     buffer.copy_(buffer[self._row].clone().expand_as(buffer))
 
     def _weights_at(self, step: int) -> list[float]:
-        """The weights of all rows but the first, which has the rest to 1; what they sum to more.
+        """Returns the weights of all rows but the first, and the excess of their sum over 1.
 
-        All parts of the batch of a row come before the next row.
+        The weight of the first row is the remainder to 1. The excess is returned only with separate
+        weights per part of the batch. All parts of a row come before the next row.
         """
         known = sorted(known for known in self._rows if known is not None)
         given = self._weights_of(tuple(known), step)
@@ -214,7 +217,7 @@ class Slots:
         return [x for row in zip(*written, strict=True) for x in row]
 
     def _tensor(self, numbers: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
-        """Numbers as a tensor beside the buffers, the same one whenever they come again."""
+        """Returns numbers as a tensor on the buffers' device, cached by value."""
         key = (dtype, *numbers)
         if key not in self._tensors:
             like = next((x for x in self._buffers() if x.is_floating_point()), self._buffers()[0])
@@ -234,17 +237,20 @@ def _refuse_other_parts(leaves: Sequence[Any], parts: int | None) -> None:
 
 
 def refuse_indivisible(batch: int, parts: int) -> None:
-    """Refuses a batch that does not hold as many equal parts as weights were fitted for."""
+    """Refuses a batch that cannot be divided into the parts that weights were fitted for."""
     if batch % parts:
         raise ScheduleMismatchError(
-            f"the weights were fitted to {parts} branches of guidance in one batch, but a batch "
-            f"of {batch} cannot be divided so; sample with the guidance that they were fitted to, "
-            "or fit them anew"
+            f"the weights were fitted to {parts} guidance branches per batch, but the batch size "
+            f"{batch} is not a multiple of {parts}; sample with the guidance used for fitting, or "
+            "fit again"
         )
 
 
 def _buffer_for(value: Any, rows: int) -> Any:
-    """Copies of a tensor in the rows of a buffer, one if it is not of floats; else the value."""
+    """Returns a buffer with copies of a tensor as rows; other values are returned unchanged.
+
+    A tensor that is not floating-point gets a single row.
+    """
     if not isinstance(value, Tensor):
         return value
     rows = rows if value.is_floating_point() else 1
@@ -254,8 +260,10 @@ def _buffer_for(value: Any, rows: int) -> Any:
     return buffer
 
 
-def _first_alike(shapes: Sequence[torch.Size], leaves: Sequence[Any]) -> tuple[int, int] | None:
-    """An input and a leaf of the same shape, by their indices."""
+def _first_of_same_shape(
+    shapes: Sequence[torch.Size], leaves: Sequence[Any]
+) -> tuple[int, int] | None:
+    """Returns the indices of an input and a leaf of the same shape; None if there are none."""
     pairs = (
         (i, j)
         for j, leaf in enumerate(leaves)
@@ -280,12 +288,12 @@ def _write(buffer: Tensor, row: Tensor | None, value: Tensor) -> None:
 
 
 def _combined(buffer: Any, weights: Tensor | None, parts: int | None) -> Any:
-    """The weighted sum of a leaf's values; whoever gets it may write into it."""
+    """Returns the weighted sum of a leaf's values, a new tensor."""
     if not isinstance(buffer, Tensor):
         return buffer
     if len(buffer) == 1 or weights is None:
         return buffer[0].clone()
-    # Where weights sum to 1, only differences need them: equal values give that value exactly.
+    # Differences are weighted, so that equal values with weights summing to 1 give them exactly.
     if parts is not None:
         return _by_part(buffer, weights, parts)
     total = buffer[0]
@@ -295,7 +303,7 @@ def _combined(buffer: Any, weights: Tensor | None, parts: int | None) -> Any:
 
 
 def _by_part(buffer: Tensor, weights: Tensor, parts: int) -> Tensor:
-    """The sum with weights [rows, parts] that need not sum to 1; the last row is the excess."""
+    """Returns the sum with weights of shape [rows, parts]; the last row is the excess over 1."""
     shape = buffer.shape[1:]
     rows = buffer.reshape(len(buffer), parts, -1)
     factors = weights.reshape(len(buffer), parts, 1)

@@ -1,4 +1,4 @@
-"""The call of a denoiser that is under way, which all of its layers share."""
+"""The current call of a denoiser, shared by all of its layers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from itertools import count
 
 @dataclass
 class Call:
-    """The call of a denoiser that is under way.
+    """The current call of a denoiser.
 
     Attributes:
-        number: Another one for every call; 0 between calls, when layers run as they are.
+        number: Unique number of the call; 0 between calls, when layers run unchanged.
         step: Index of the solver step.
-        branch: Number of the guidance branch; None if it is not known, and nothing is kept or
+        branch: Number of the guidance branch; None if it is unknown, and nothing is kept or
             reused.
         reason: Why a kept value may be missing.
-        was_traced: Whether ``torch.compile`` has met a layer whose values are in no slots.
+        was_traced: Whether ``torch.compile`` has traced a layer that has no slots yet.
         on_outside: Called with the path of a layer that runs between calls.
     """
 
@@ -31,10 +31,10 @@ class Call:
     _numbers: Iterator[int] = field(default_factory=partial(count, 1))
 
     def begin(self, step: int, branch: int | None, reason: str = "") -> None:
-        """Begins another call."""
+        """Starts a call."""
         self.number, self.step, self.branch = next(self._numbers), step, branch
         self.reason = reason
 
     def end(self) -> None:
-        """Lets the layers run as they are until the next call."""
+        """Ends the call; layers run unchanged until the next one."""
         self.number = 0

@@ -1,4 +1,4 @@
-"""Runs a layer and takes from its output what a reuse needs."""
+"""Runs a layer and captures the value that later steps reuse."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from .kept import KeptValue
 
 
 class Capture:
-    """Runs one layer, and makes kept values of its outputs.
+    """Runs one layer and turns its outputs into kept values.
 
     Args:
         path: The layer's path, for messages.
-        residual: Keep what the module adds to its input instead of its output.
-        follow: Find out in the first call whether the layer adds to its input, and do likewise.
-        check_finite: Keep no value that has a NaN or an infinity; costs a wait for each.
+        residual: Keep the difference between the module's output and its input.
+        follow: Detect in the first call whether the layer adds to its input, and if so keep the
+            difference.
+        check_finite: Keep no value with a NaN or infinity; costs a host sync per value.
         on_host: Keep values in host memory.
 
     Attributes:
-        found_not_finite: Whether the last output was not kept because it is not finite.
+        found_not_finite: Whether the last output was discarded because it is not finite.
     """
 
     def __init__(
@@ -60,10 +61,10 @@ class Capture:
         """Runs the layer.
 
         Returns:
-            Its output, and what to keep of it; None if nothing can be kept.
+            The output and its kept value; None in place of the latter if nothing can be kept.
 
         Raises:
-            ScheduleMismatchError: If skipping the layer would lose what it does to its inputs.
+            ScheduleMismatchError: If the layer modifies its inputs, which a reuse would not do.
         """
         self.found_not_finite = False
         given = tensors_given(args, kwargs)
@@ -83,7 +84,7 @@ class Capture:
         leaves, rebuild = taken_apart(output)
         if written or not isinstance(output, Tensor):
             self._refuse_side_effects(list(written.values()), output, leaves)
-        if len(sources) not in (0, len(leaves)):  # returns something else than before
+        if len(sources) not in (0, len(leaves)):  # the structure of the output has changed
             self._sources.clear()
             return output, None
         if unknown:
@@ -120,7 +121,7 @@ class Capture:
     def _followed(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, tuple[int | None, ...]]:
-        """Runs the layer, and says which inputs its leaves add to."""
+        """Runs the layer; returns its output and the inputs that its leaves add to."""
         output, carried = residual_stream.followed(forward, args, kwargs)
         if carried.is_mixed:
             raise ScheduleMismatchError(residual_stream.sentence(self._path))
@@ -130,17 +131,17 @@ class Capture:
         name = self._path or "the model"
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
             raise ScheduleMismatchError(
-                f"{name!r} returned no tensor but {type(output).__name__}, so skipping it would "
-                "lose what it does to its input; leave it out of the schedule"
+                f"{name!r} returned no tensor but {type(output).__name__}, so a reuse would lose "
+                "its changes to the input; leave it out of the schedule"
             )
         if hiding := next(filter(hides_tensors, leaves), None):
             raise ScheduleMismatchError(
-                f"{name!r} returned a {type(hiding).__name__} with tensors in it that could not be "
-                "exchanged at reuse (as those in tuples, mappings and dataclasses are); leave it "
-                "out of the schedule"
+                f"{name!r} returned a {type(hiding).__name__} whose tensors cannot be replaced at "
+                "reuse (only tuples, lists, mappings and dataclasses are supported); leave it out "
+                "of the schedule"
             )
         if {id(x) for x in written} - {id(leaf) for leaf in leaves}:
             raise ScheduleMismatchError(
-                f"{name!r} writes into a tensor that it is given, which skipping it would "
-                "lose; leave it out of the schedule"
+                f"{name!r} writes into an input tensor in place, which a reuse would lose; leave "
+                "it out of the schedule"
             )

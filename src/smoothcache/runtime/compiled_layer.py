@@ -1,7 +1,7 @@
-"""One layer under a schedule, where ``torch.compile`` traces it: values lie in slots.
+"""One layer under a schedule in compiled code, with kept values in slots.
 
-What compiled code reads must not differ from step to step, so nothing here counts inside a graph:
-a graph sees flags and tensors, and what it did is counted when the call of the denoiser is over.
+Compiled code must not read Python values that differ between steps, so nothing is counted inside a
+graph. A graph sees flags and tensors; its layer calls are counted after the call of the denoiser.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class CompiledLayer:
     """Handler of one layer in compiled code.
 
     Args:
-        plan: What the schedule says of the layer.
-        call: The call under way.
-        tally: Where to count.
-        residual: Whether what is kept is what the layer adds to its inputs.
-        check_finite: Reuse no value that has a NaN or an infinity; costs a wait for each.
+        plan: The layer's row of the schedule.
+        call: The current call of the denoiser.
+        tally: Counters of the run.
+        residual: Whether to keep the difference between the layer's output and its input.
+        check_finite: Reuse no value with a NaN or infinity; costs a host sync per value.
 
     Attributes:
-        inner: Layers that do not run where this one is reused.
+        inner: Layers nested in this one, which do not run when it is reused.
     """
 
     def __init__(
@@ -39,37 +39,37 @@ class CompiledLayer:
         self._tally = tally
         self._residual = residual
         self._check_finite = check_finite
-        self._slots: dict[int | None, tuple[Slots, ...]] = {}  # of every branch, a slot for a use
-        self._here: tuple[Slots, ...] = ()  # those of the present call
+        self._slots: dict[int | None, tuple[Slots, ...]] = {}  # branch -> slots of each use
+        self._current: tuple[Slots, ...] = ()  # slots of the current call
         self._not_finite: set[Place] = set()
         self._use = 0
-        self._known_uses: int | None = None  # of which it is known which they are; None for all
-        self._active = self._passes = self._missed = False
+        self._known_uses: int | None = None  # number of uses that can be numbered; None for all
+        self._active = self._bypassed = self._missed = False
         self.inner: list[CompiledLayer] = []
 
     def __call__(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """What ``torch.compile`` traces."""
+        """Computes or reuses; this is the code that ``torch.compile`` traces."""
         if not self._active:
             return forward(*args, **kwargs)
         use = self._use
         self._use = use + 1
-        if self._passes:
+        if self._bypassed:
             return forward(*args, **kwargs)
-        if use >= len(self._here):
+        if use >= len(self._current):
             self._missed = True
             return forward(*args, **kwargs)
-        if self._here[use].reuses:
+        if self._current[use].reuses:
             for layer in self.inner:
                 layer.lose_count()
-        return self._here[use](forward, args, kwargs)
+        return self._current[use](forward, args, kwargs)
 
     def lose_count(self) -> None:
-        """Has the rest of this call compute: it is not known which uses these are."""
-        if not self._passes:
+        """Computes all later uses in this call, because they can no longer be numbered."""
+        if not self._bypassed:
             self._known_uses = self._use
-        self._passes = True
+        self._bypassed = True
 
     # ----------------------------------------------------------------------- between the calls
 
@@ -78,40 +78,40 @@ class CompiledLayer:
         call, plan = self._call, self._plan
         self._active, self._missed = True, False
         self._use = 0
-        self._passes = plan.never_reused or call.branch is None
-        self._known_uses = 0 if self._passes else None
-        self._here = self._slots.get(call.branch, ())
-        for slots in self._here:
+        self._bypassed = plan.never_reused or call.branch is None
+        self._known_uses = 0 if self._bypassed else None
+        self._current = self._slots.get(call.branch, ())
+        for slots in self._current:
             slots.prepare(call.step, reuses=slots.newest >= plan.reusable_from[call.step])
 
     def rest(self) -> None:
-        """Prepares for a call that runs uncompiled, without this."""
+        """Prepares for a call that runs uncompiled and bypasses this handler."""
         self._active = self._missed = False
-        self._here = ()
+        self._current = ()
 
     @property
     def must_be_seen(self) -> bool:
-        """Whether the last call had outputs that no slots fit, so that one must run uncompiled."""
-        return self._missed or any(slots.is_misfit for slots in self._here)
+        """Whether the last call had outputs without fitting slots, so one must run uncompiled."""
+        return self._missed or any(slots.is_misfit for slots in self._current)
 
     def end(self) -> bool:
-        """Counts what a call did, which graphs cannot; says whether the layer ran in it."""
+        """Counts the layer calls of a denoiser call and returns whether there were any."""
         was_called = self._active and self._use > 0
         self._active = False
         if not was_called:
             return False
         known = self._use if self._known_uses is None else self._known_uses
         self._count_as_computed(self._use - known)
-        for use, slots in enumerate(self._here[:known]):
+        for use, slots in enumerate(self._current[:known]):
             self._settle((self._call.branch, use), slots)
-        self._count_as_computed(max(0, known - len(self._here)))
+        self._count_as_computed(max(0, known - len(self._current)))
         return True
 
     def adopt(self, history: list[KeptValue]) -> None:
-        """Makes slots for the next use of this branch, and fills them with values.
+        """Creates slots for the next use of this branch and fills them with values.
 
         Args:
-            history: What an uncompiled call kept for it, the oldest first.
+            history: Values kept by an uncompiled call, the oldest first.
         """
         branch, plan = self._call.branch, self._plan
 
@@ -134,7 +134,7 @@ class CompiledLayer:
         self._tally.hold(slots.nbytes)
 
     def forget(self, branch: int | None = None) -> None:
-        """Drops all values, or those of one branch. Slots stay, without values."""
+        """Drops the values of one branch, or all values; the slots remain allocated."""
         self._not_finite = {place for place in self._not_finite if branch not in (None, place[0])}
         for number, uses in self._slots.items():
             if branch in (None, number):
@@ -142,13 +142,13 @@ class CompiledLayer:
                     slots.forget()
 
     def release(self, branch: int | None = None) -> None:
-        """Gives up slots, all or those of one branch, and what is in them."""
+        """Frees the slots of one branch, or all slots."""
         for number in list(self._slots):
             if branch in (None, number):
                 self._tally.hold(-sum(slots.nbytes for slots in self._slots.pop(number)))
 
     def _settle(self, place: Place, slots: Slots) -> None:
-        """Counts what a call did with its slots, and notes what is in them now."""
+        """Counts what a call did with its slots and updates their state."""
         if slots.is_misfit:
             slots.forget()
             self._count_as_computed(1, OTHER_SHAPES)

@@ -18,21 +18,22 @@ from .summary import Tally
 
 @dataclass(slots=True)
 class KeptValue:
-    """The output of a layer at one step, taken apart.
+    """The output of a layer at one step, flattened to leaves.
 
     Attributes:
-        step: At which it was computed.
-        last_use: The last step that reuses it.
-        leaves: What is kept of each leaf: a tensor, a difference, or a tensor in host memory.
-        nbytes: Bytes of the tensors among them.
-        rebuild: Puts leaves together to an output.
-        swapped: Of a block, in what order it returns its streams.
-        dtypes: Of the leaves that were returned.
-        form: Shapes and dtypes of the tensors that the layer was given.
-        residual: Whether the leaves are what a block adds to its inputs.
-        sources: The inputs that the leaves add to; of a block not known.
-        into: The input, by its number, that a leaf is and was written into.
-        is_plain: Whether it is one tensor of floats on its device, returned as it is predicted.
+        step: Step at which it was computed.
+        last_use: Last step that reuses it.
+        leaves: Kept value of each leaf: a tensor, a difference, or a tensor in host memory.
+        nbytes: Size of the tensors among the leaves in bytes.
+        rebuild: Function that rebuilds an output from leaves.
+        swapped: Whether a block returns its two streams in swapped order, as a tensor.
+        dtypes: Data types of the returned leaves.
+        form: Shapes and dtypes of the layer's input tensors.
+        residual: Whether the leaves are the differences that a block adds to its inputs.
+        sources: Index of the input that each leaf adds to; empty for blocks.
+        into: Index of the input that was modified in place and returned as this leaf.
+        is_plain: Whether the output is a single floating-point tensor on its device, to which
+            nothing is added at reuse.
     """
 
     step: int
@@ -49,16 +50,16 @@ class KeptValue:
     is_plain: bool
 
     def fetched(self) -> list[Any]:
-        """The leaves, on their device."""
+        """Returns the leaves on their device."""
         return [leaf.fetch() if isinstance(leaf, Parked) else leaf for leaf in self.leaves]
 
     def output(self, values: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a reuse returns.
+        """Returns the output of a reuse.
 
         Args:
-            values: In place of the leaves, predicted.
-            args: What the layer is given now; differences are added to it.
-            kwargs: The same, by keyword.
+            values: Predicted values of the leaves.
+            args: Positional inputs of this call; differences are added to them.
+            kwargs: Keyword inputs of this call.
         """
         if self.residual or self.sources:
             inputs = float_tensors((args, kwargs))
@@ -66,26 +67,26 @@ class KeptValue:
                 bases = bases_of(values, inputs, self.swapped)
             else:
                 bases = bases_at(self.sources, inputs, values)
-            values = [plus(*given) for given in zip(values, bases, self.dtypes, strict=True)]
+            values = [plus(*parts) for parts in zip(values, bases, self.dtypes, strict=True)]
         return self.rebuild(written_into(self.into, values, args, kwargs))
 
     def prefetch(self) -> None:
-        """Begins to bring the leaves to their device."""
+        """Starts copying the leaves to their device."""
         for leaf in self.leaves:
             if isinstance(leaf, Parked):
                 leaf.prefetch()
 
 
 class KeptValues:
-    """The last values of each use of a layer in each branch, for as long as they are of use.
+    """The last values of each use of a layer in each branch, freed after their last reuse.
 
     Args:
-        num_steps: Steps of a generation.
-        order: One value more than this is kept for each place.
-        tally: Counts the bytes.
+        num_steps: Number of steps of a generation.
+        order: Degree of the predictor's polynomial; ``order + 1`` values are kept per place.
+        tally: Counters of the run.
 
     Attributes:
-        of: Branch and use -> values, the oldest first.
+        of: Values by (branch, use), the oldest first.
     """
 
     def __init__(self, num_steps: int, order: int, tally: Tally) -> None:
@@ -93,16 +94,16 @@ class KeptValues:
         self._num_steps = num_steps
         self._order = order
         self._tally = tally
-        self._spent_after = num_steps  # every value is of use up to this step
+        self._expires_after = num_steps  # no value expires before this step
 
     def add(self, place: Place, value: KeptValue) -> None:
-        """Keeps a value, and drops what it replaces."""
+        """Adds a value and drops the value that it replaces."""
         history = self.of.setdefault(place, [])
-        if history and history[-1].form != value.form:  # no polynomial goes through both
+        if history and history[-1].form != value.form:  # values of two shapes cannot be combined
             self._tally.hold(-sum(old.nbytes for old in history))
             history.clear()
         history.append(value)
-        self._spent_after = min(self._spent_after, value.last_use)
+        self._expires_after = min(self._expires_after, value.last_use)
         self._tally.hold(value.nbytes)
         if len(history) > self._order + 1:
             self._tally.hold(-history.pop(0).nbytes)
@@ -113,31 +114,31 @@ class KeptValues:
         for kept in history:
             self._tally.held_bytes -= kept.nbytes
         if not self.of:
-            self._spent_after = self._num_steps
+            self._expires_after = self._num_steps
         return history[0]
 
     def release_used(self, place: Place, step: int) -> None:
-        """Drops the values of a place whose last use is at a step, after it."""
+        """Drops the values of a place whose last use was at this step."""
         history = self.of[place]
-        while history and history[0].last_use <= step:  # an older one is never of use longer
+        while history and history[0].last_use <= step:  # older values never expire later
             self._tally.held_bytes -= history.pop(0).nbytes
         if not history:
             del self.of[place]
 
     def expire(self, step: int) -> None:
-        """Drops what is of no use from a step on."""
-        if self.of and step > self._spent_after:
+        """Drops values that are unused from a step on."""
+        if self.of and step > self._expires_after:
             self._drop(lambda place, kept: kept.last_use < step)
             left = [kept.last_use for history in self.of.values() for kept in history]
-            self._spent_after = min(left, default=self._num_steps)
+            self._expires_after = min(left, default=self._num_steps)
 
     def forget(self, branch: int | None = None) -> None:
-        """Drops all values, or those of one branch."""
+        """Drops the values of one branch, or all values."""
         self._drop(lambda place, kept: branch is None or place[0] == branch)
 
-    def _drop(self, is_spent: Callable[[Place, KeptValue], bool]) -> None:
+    def _drop(self, is_unused: Callable[[Place, KeptValue], bool]) -> None:
         for place, history in list(self.of.items()):
-            left = [kept for kept in history if not is_spent(place, kept)]
+            left = [kept for kept in history if not is_unused(place, kept)]
             if len(left) < len(history):
                 kept_bytes = sum(kept.nbytes for kept in left)
                 self._tally.hold(kept_bytes - sum(kept.nbytes for kept in history))

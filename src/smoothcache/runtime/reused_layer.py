@@ -1,4 +1,4 @@
-"""One layer under a schedule: keeps what it computes while that is of use, and reuses it."""
+"""One layer under a schedule: keeps computed values until their last use, and reuses them."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ from .row_plan import RowPlan
 from .summary import NOT_FINITE, OTHER_SHAPES, Tally
 
 
-# Longer than most classes, because the way of a reuse stands in one method: calls cost time.
+# A long class, because the reuse path is inlined in one method to save function calls.
 class ReusedLayer:
-    """Handler of one layer: computes or reuses as its row of the schedule says.
+    """Handler of one layer: computes or reuses according to its row of the schedule.
 
     A layer may be called several times in one call of the denoiser, and the denoiser several
-    times in one step: each (branch of the step, use in the call) has values of its own.
+    times in one step. Each (branch of the step, use in the call) has separate values.
 
     Args:
-        plan: What the schedule says of the layer.
-        call: The call under way; a layer begins with it when it is first used in it.
-        tally: Where to count.
-        residual: Reuse what the module adds to its input instead of its output.
-        follow: Find out in the first call whether the layer adds to its input, and do likewise.
-        check_finite: Keep no value that has a NaN or an infinity; costs a wait for each.
+        plan: The layer's row of the schedule.
+        call: The current call of the denoiser.
+        tally: Counters of the run.
+        residual: Reuse the difference between the module's output and its input.
+        follow: Detect in the first call whether the layer adds to its input, and if so reuse the
+            difference.
+        check_finite: Keep no value with a NaN or infinity; costs a host sync per value.
         on_host: Keep values in host memory.
 
     Attributes:
         ran: Whether the layer ran in this generation.
-        ran_before: Whether it ran in an earlier one.
-        compiled: What runs in compiled code in place of this.
-        following: The next layer of the denoiser.
+        ran_before: Whether it ran in an earlier generation.
+        compiled: Handler that replaces this one in compiled code.
+        following: Next layer of the denoiser.
     """
 
     def __init__(
@@ -66,16 +67,16 @@ class ReusedLayer:
             on_host=on_host,
         )
         self._kept = KeptValues(len(plan.computed), plan.order, tally)
-        # What the way of a reuse reads, one look-up away.
+        # Attributes that the reuse path reads, stored here to save look-ups.
         self._values = self._kept.of
         self._computed, self._reusable_from = plan.computed, plan.reusable_from
         self._is_fitted, self._never_reused = plan.is_fitted, plan.never_reused
         self._older_weight = cache(lambda older, newer, at: plan.weights((older, newer), at)[0])
         self._not_finite: set[Place] = set()
-        self._number = -1  # of the call that the layer was last used in
-        self._lost_in = -1  # the call in which uses can no longer be told
+        self._number = -1  # number of the call in which the layer was last used
+        self._lost_in = -1  # number of the call in which uses can no longer be numbered
         self._use = 0
-        self._passes = False  # lets the layer run as it is, and counts
+        self._bypassed = False  # run the layer unchanged and count the call
         self._in_graphs = self._is_seen = False
         self.compiled = CompiledLayer(
             plan, call, tally, residual=residual, check_finite=check_finite
@@ -96,7 +97,7 @@ class ReusedLayer:
 
     @property
     def inner(self) -> Sequence[ReusedLayer]:
-        """Layers that do not run where this one is reused."""
+        """Layers nested in this one, which do not run when it is reused."""
         return self._inner
 
     @inner.setter
@@ -109,7 +110,7 @@ class ReusedLayer:
     def __call__(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Answers a call of the layer; the way of a reuse is short, because Python is slow."""
+        """Computes or reuses; the reuse path is kept short for speed."""
         if self._in_graphs or is_dynamo_compiling():
             if not self._in_graphs:
                 self._call.was_traced = True
@@ -122,9 +123,11 @@ class ReusedLayer:
                     call.on_outside(self._plan.path)
                 return forward(*args, **kwargs)
             self._number, use, self.ran = call.number, 0, True
-            self._passes = self._never_reused or call.branch is None or self._lost_in == call.number
+            self._bypassed = (
+                self._never_reused or call.branch is None or self._lost_in == call.number
+            )
         self._use = use + 1
-        if self._passes:
+        if self._bypassed:
             self._count_as_computed()
             return forward(*args, **kwargs)
         step, place = call.step, (call.branch, use)
@@ -151,13 +154,13 @@ class ReusedLayer:
         return self._run(place, history, forward, args, kwargs)
 
     def lose_count(self) -> None:
-        """Has the rest of this call of the denoiser compute: it is not known which uses these are.
+        """Computes all later uses in this denoiser call, because they can no longer be numbered.
 
-        A block that is used twice may be reused in the first use alone; the layers in it then run
-        for the first time in its second.
+        If a block is used twice and only its first use is reused, the layers in it first run in
+        its second use.
         """
         self._lost_in = self._call.number
-        self._passes = True
+        self._bypassed = True
 
     def _run(
         self,
@@ -171,7 +174,7 @@ class ReusedLayer:
         if self._computed[step]:
             self._tally.computed += 1
         else:
-            self._tally.recompute(self._obstacle(place, history))
+            self._tally.recompute(self._recompute_reason(place, history))
         last_use = self._plan.last_uses[step]
         if last_use is None and not self._is_seen:
             return forward(*args, **kwargs)
@@ -183,8 +186,8 @@ class ReusedLayer:
             self._not_finite.add(place)
         return output
 
-    def _obstacle(self, place: Place, history: list[KeptValue] | None) -> str:
-        """Why a planned reuse is not possible."""
+    def _recompute_reason(self, place: Place, history: list[KeptValue] | None) -> str:
+        """Returns why a planned reuse is not possible."""
         if history is not None and history[-1].step >= self._plan.due[self._call.step]:
             return OTHER_SHAPES
         return NOT_FINITE if place in self._not_finite else self._call.reason
@@ -224,11 +227,11 @@ class ReusedLayer:
     # ----------------------------------------------------------------------- between the calls
 
     def expire(self, step: int) -> None:
-        """Drops what is of no use from a step on."""
+        """Drops values that are unused from a step on."""
         self._kept.expire(step)
 
     def prefetch(self) -> None:
-        """Begins to bring to the device what this layer, or the next after it, will reuse first."""
+        """Starts copying the values of the next reused layer to the device, from this one on."""
         layer: ReusedLayer | None = self
         place, step = (self._call.branch, 0), self._call.step
         while layer is not None:
@@ -240,20 +243,20 @@ class ReusedLayer:
             layer = layer.following
 
     def forget(self, branch: int | None = None) -> None:
-        """Drops all kept values, or those of one branch. Slots stay, without values."""
+        """Drops the kept values of one branch, or all of them; the slots remain allocated."""
         self._not_finite = {place for place in self._not_finite if branch not in (None, place[0])}
         self._kept.forget(branch)
         self.compiled.forget(branch)
 
     def release(self, branch: int | None = None) -> None:
-        """Gives up slots, all or those of one branch, and what is in them."""
+        """Frees the slots of one branch, or all slots."""
         self.compiled.release(branch)
 
     def begin_in_graphs(self, *, is_seen: bool) -> None:
-        """Prepares for a call of a denoiser of which parts are compiled: values lie in slots.
+        """Prepares for a call of a denoiser with compiled parts, whose values are in slots.
 
         Args:
-            is_seen: Whether the call runs uncompiled, and slots are made for what it keeps.
+            is_seen: Whether the call runs uncompiled to create slots for the values that it keeps.
         """
         self._is_seen, self._in_graphs = is_seen, not is_seen
         if is_seen:
@@ -262,7 +265,7 @@ class ReusedLayer:
             self.compiled.begin()
 
     def end_in_graphs(self) -> None:
-        """Counts what a call did, or makes slots for what it has kept."""
+        """Counts the calls in compiled code, or creates slots for values of an uncompiled call."""
         if self._is_seen:
             self._is_seen, self._in_graphs = False, True
             for place in sorted(place for place in self._values if place[0] == self._call.branch):

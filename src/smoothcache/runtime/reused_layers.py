@@ -23,17 +23,17 @@ class ReusedLayers:
 
     Args:
         target: The model.
-        schedule: Bound to the model's layers.
-        tally: Where the layers count.
-        check_finite: Keep no value that has a NaN or an infinity.
+        schedule: Schedule bound to the model's layers.
+        tally: Counters of the run.
+        check_finite: Keep no value with a NaN or infinity.
         on_host: Keep values in host memory.
         on_outside: Called with the path of a layer that runs while its denoiser does not.
 
     Attributes:
-        by_path: Path -> layer.
-        by_denoiser: Prefix of a denoiser -> its layers, in the order of the schedule.
-        call_of: Prefix of a denoiser -> its call under way; one denoiser may call another.
-        modules: Path -> module.
+        by_path: Layers by path.
+        by_denoiser: Layers of each denoiser by its prefix, in the order of the schedule.
+        call_of: Current call of each denoiser by its prefix; one denoiser may call another.
+        modules: Modules by path.
 
     Raises:
         ScheduleMismatchError: If the model has no module at some path.
@@ -83,7 +83,7 @@ class ReusedLayers:
         self._nest(self.modules)
 
     def _nest(self, modules: Mapping[str, nn.Module]) -> None:
-        """Tells every layer which others lie in it, also where those stand in a second place."""
+        """Sets the nested layers of every layer, including modules that have several paths."""
         layers = {module: self.by_path[path] for path, module in modules.items()}
         for outer, layer in layers.items():
             within = (x for x in outer.modules() if x is not outer)
@@ -93,7 +93,7 @@ class ReusedLayers:
         return iter(self.by_path.values())
 
     def begin_generation(self) -> None:
-        """Notes that no layer has run yet, and drops all values."""
+        """Resets which layers ran, and drops all values."""
         for layer in self:
             layer.ran_before |= layer.ran
             layer.ran = False
@@ -105,14 +105,14 @@ class ReusedLayers:
             layer.forget()
 
     def never_ran(self) -> tuple[str, ...]:
-        """Paths of the layers that have not run since the beginning."""
+        """Returns the paths of the layers that have not run in any generation."""
         return tuple(layer.path for layer in self if not layer.ever_ran)
 
     def idle(self) -> list[str]:
-        """Paths of the layers that have not run in this generation."""
+        """Returns the paths of the layers that have not run in this generation."""
         return [layer.path for layer in self if not layer.ran]
 
 
 def _denoiser_of(path: str, denoisers: Iterable[str]) -> str:
-    """The denoiser that a layer belongs to; the prefix of the only one is empty."""
+    """Returns the prefix of a layer's denoiser; a single denoiser has an empty prefix."""
     return next(name for name in denoisers if f"{path}.".startswith(f"{name}." * bool(name)))

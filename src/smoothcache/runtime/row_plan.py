@@ -1,4 +1,4 @@
-"""What one row of a schedule says of a layer at every step, prepared for running."""
+"""One row of a schedule, prepared for running."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from .combine import combined, combined_by_part, one_of
 
 
 class RowPlan:
-    """When a layer is computed, how long its values are of use, and how they are combined.
+    """When a layer is computed, how long its values are kept, and how they are combined.
 
     Args:
         path: The layer's path, for messages.
-        computed: Whether the layer is computed, for every step.
+        computed: Whether the layer is computed at each step.
         predictor: Name of the predictor.
-        positions: Where each step lies on the predictor's axis; None for its index.
-        gains: How much of a predicted change is taken at every step; None for all of it.
-        weights: Of the last computed values at every step, the newest first, in place of a
-            polynomial's; one table for all branches of guidance, or one for each.
-        batch_parts: In how many parts the batch of a call holds branches that have their own.
+        positions: Position of each step on the predictor's axis; None for the step index.
+        gains: Fraction of the predicted change that is applied at each step; None for 1.
+        weights: Fitted weights of the last computed values at each step, the newest first, which
+            replace the polynomial's; one table for all guidance branches, or one per branch.
+        batch_parts: Number of guidance branches in the batch of one call.
 
     Attributes:
-        order: Degree of the predictor's polynomial; one value more is kept.
-        last_uses: For every step, the last step that reuses its value; None if none does.
-        due: For every step, the newest computed step up to it.
-        reusable_from: The same; the number of steps where the layer is computed, so that no kept
-            value is new enough.
+        order: Degree of the predictor's polynomial; ``order + 1`` values are kept.
+        last_uses: For each step, the last step that reuses its value; None if none does.
+        due: For each step, the newest computed step up to it.
+        reusable_from: For each step, the oldest step whose value may be reused: ``due``, or the
+            number of steps if the layer is computed.
         is_fitted: Whether values are combined with fitted weights.
         never_reused: Whether no value is ever reused.
-        weights: ``weights(steps, at)`` gives the weights of the values of some steps, the newest
-            last, in a reuse at another step.
-        fitted_weights: ``fitted_weights(branch, steps, at)`` gives a list of those for each part
-            of the batch.
+        weights: ``weights(steps, at)`` returns the weights of the values computed at ``steps``,
+            the newest last, for a reuse at step ``at``.
+        fitted_weights: ``fitted_weights(branch, steps, at)`` returns such a list for each part of
+            the batch.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class RowPlan:
         *,
         consume: bool,
     ) -> Any:
-        """What a reuse makes of the values of a leaf.
+        """Returns the reused value of a leaf.
 
         Args:
-            values: At each of some steps, the newest last.
-            steps: Those steps.
+            values: Kept values of the leaf, the newest last.
+            steps: Steps at which they were computed.
             branch: Number of the guidance branch.
-            at: The step of the reuse.
-            consume: Whether the newest value may be returned itself, because it is not used again.
+            at: Step of the reuse.
+            consume: Whether the newest value may be returned without a copy, after its last use.
         """
         if self.is_fitted:
             weights = self.fitted_weights(branch, steps, at)
@@ -106,8 +106,8 @@ class RowPlan:
         if len(chosen) < self.batch_parts and len(tables) > 1:
             raise ScheduleMismatchError(
                 f"the weights of {self.path or 'the model'!r} were fitted to {len(tables)} "
-                f"branches of guidance, {self.batch_parts} in each call, and this is a call of "
-                "another one; sample with the guidance that they were fitted to, or fit them anew"
+                f"guidance branches, {self.batch_parts} per call, but this call belongs to another "
+                "branch; sample with the guidance used for fitting, or fit again"
             )
         sources = planned_sources(self.computed, at, len(chosen[0][at]))
         if not sources or not set(sources) <= set(steps):
@@ -117,5 +117,8 @@ class RowPlan:
 
 
 def _order_of(weights: Sequence[Sequence[float]]) -> int:
-    """Of a polynomial that combines as many values; at least 1, so that a lone one is weighed."""
+    """Returns the degree of a polynomial through as many values, at least 1.
+
+    With degree 0, a single value would be reused without its weight.
+    """
     return max(2, *map(len, weights)) - 1

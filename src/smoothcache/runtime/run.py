@@ -29,10 +29,10 @@ from .summary import OTHER_SHAPES, Summary, Tally
 from .without_effect import WithoutEffect
 
 Store = Literal["device", "cpu"]
-"""Where kept values lie: on the device of the layer, or in host memory."""
+"""Where kept values are stored: on the layer's device, or in host memory."""
 NEVER_SEEN = "no value had been computed for this call"
 _OTHER_GENERATION = "it could have been another generation's value"
-_NOT_TOLD = "the calls of a step could not be told apart"
+_UNKNOWN_BRANCH = "the calls of a step could not be told apart"
 
 
 @contextmanager
@@ -44,20 +44,21 @@ def cached(
     Args:
         model: A diffusers pipeline (all of its denoisers) or any module.
         schedule: What to compute and what to reuse at every step.
-        check_finite: Never reuse a value that has a NaN or an infinity in it, but compute the
-            layer again and count it. The host then waits for every value that is kept.
-        store: Where kept values lie: on the "device" of the layer, or in host memory ("cpu"),
-            from where they are fetched for each reuse; on CUDA pinned, and ahead of time.
+        check_finite: Recompute and count a layer whose kept value has a NaN or infinity, instead
+            of reusing it. Costs a host sync per kept value.
+        store: Where kept values are stored: on the layer's device ("device"), or in host memory
+            ("cpu"), from which they are copied for each reuse. On CUDA, host memory is pinned and
+            values are prefetched.
 
     Yields:
-        The run; its ``summary()`` says what happened, during the block and after it.
+        The run, whose ``summary()`` is available during the block and after it.
 
     Raises:
-        ScheduleMismatchError: If the schedule does not fit the model (nothing is altered then),
-            or a generation has another number of steps than the schedule.
-        AlreadyCachedError: If the model runs under a schedule already.
-        InvalidArgumentError: If ``store`` is none of the two.
-        SmoothCacheError: If a compiled model is to keep values in host memory.
+        ScheduleMismatchError: If the schedule does not fit the model, which is then unchanged, or
+            if the number of steps of a generation differs from the schedule's.
+        AlreadyCachedError: If the model already runs under a schedule.
+        InvalidArgumentError: If ``store`` is neither "device" nor "cpu".
+        SmoothCacheError: If ``store`` is "cpu" and the model is compiled.
 
     Example:
         >>> from diffusers import DiTTransformer2DModel
@@ -88,17 +89,19 @@ def enable(
     Args:
         model: A diffusers pipeline (all of its denoisers) or any module.
         schedule: What to compute and what to reuse at every step.
-        check_finite: Never reuse a value that has a NaN or an infinity in it.
-        store: Where kept values lie: on the "device" of the layer, or in host memory ("cpu").
+        check_finite: Recompute a layer whose kept value has a NaN or infinity.
+        store: Where kept values are stored: on the layer's device ("device"), or in host memory
+            ("cpu").
 
     Returns:
         The run; ``disable()`` ends it.
 
     Raises:
-        ScheduleMismatchError: If the schedule does not fit the model; nothing is altered then.
-        AlreadyCachedError: If the model runs under a schedule already.
-        InvalidArgumentError: If ``schedule`` is no schedule, or ``store`` is none of the two.
-        SmoothCacheError: If a compiled model is to keep values in host memory.
+        ScheduleMismatchError: If the schedule does not fit the model, which is then unchanged.
+        AlreadyCachedError: If the model already runs under a schedule.
+        InvalidArgumentError: If ``schedule`` is not a ``Schedule``, or ``store`` is neither
+            "device" nor "cpu".
+        SmoothCacheError: If ``store`` is "cpu" and the model is compiled.
 
     Example:
         >>> from diffusers import DiTTransformer2DModel
@@ -125,7 +128,7 @@ def _enabled(
 
 
 def bound_schedule(model: Any, schedule: Schedule) -> Schedule:
-    """The schedule for exactly this model's layers.
+    """Returns the schedule bound to this model's layers.
 
     Raises:
         ScheduleMismatchError: If it does not fit the model.
@@ -136,7 +139,7 @@ def bound_schedule(model: Any, schedule: Schedule) -> Schedule:
 
 
 def _planned_part(target: Target, schedule: Schedule) -> Target:
-    """The pipeline, or the one of its denoisers that the schedule was planned for alone."""
+    """Returns the pipeline, or only the denoiser that the schedule was planned for."""
     denoisers = target.denoisers
     if schedule.model is None or len(denoisers) == 1 or identify(target) == schedule.model:
         return target
@@ -144,7 +147,7 @@ def _planned_part(target: Target, schedule: Schedule) -> Target:
     return target.only(fitting[0]) if len(fitting) == 1 else target
 
 
-# Longer than most classes: it is what the user holds, and what follows every call.
+# A long class: it is both the user's handle and the listener for every call.
 class Run(CallListener):
     """A model running under a schedule.
 
@@ -172,8 +175,8 @@ class Run(CallListener):
             on_outside=self._layer_ran_outside,
         )
         self._without_effect = WithoutEffect(target, schedule, self._tally)
-        self._shapes: dict[tuple[str, int | None], Any] = {}  # of a branch in this generation
-        self._seen: dict[tuple[str, int | None], Any] = {}  # those that there are slots for
+        self._shapes: dict[tuple[str, int | None], Any] = {}  # input shapes in this generation
+        self._seen: dict[tuple[str, int | None], Any] = {}  # input shapes that have slots
         self._finished = self._broken_off = self._outside = 0
         self._steps_seen = 0
         self._calls = self._calls_before = 0  # in this step, and in the one before
@@ -182,7 +185,7 @@ class Run(CallListener):
         self._open = self._was_called = False
         self._is_outside = False
         self._attachment: Attachment | None = None
-        # Bound methods, because Python takes longer to call objects.
+        # Bound methods, which Python calls faster than objects with ``__call__``.
         handlers = {path: layer.__call__ for path, layer in self._layers.by_path.items()}
         self._attachment = attachment = Attachment(
             target,
@@ -195,13 +198,13 @@ class Run(CallListener):
         )
         self._clock = attachment.clock
 
-    # ------------------------------------------------------------------------------- the user
+    # ------------------------------------------------------------------------------ public API
 
     def disable(self) -> None:
         """Restores the model and frees all kept values.
 
         Raises:
-            SmoothCacheError: If it was disabled before.
+            SmoothCacheError: If the run is already disabled.
         """
         if self._attachment is None:
             raise SmoothCacheError("this run has been disabled already")
@@ -211,7 +214,7 @@ class Run(CallListener):
             warnings.warn(text, SmoothCacheWarning, stacklevel=2)
 
     def reset(self) -> None:
-        """Ends the current generation; the next call of the model begins a new one."""
+        """Ends the current generation; the next call of the model starts a new one."""
         self._clock.forget()
         if self._attachment is not None:
             self._attachment.turn.forget()
@@ -219,7 +222,7 @@ class Run(CallListener):
         self._close_generation()
 
     def summary(self) -> Summary:
-        """What was computed and reused so far.
+        """Reports what was computed and reused so far.
 
         Returns:
             Counts of generations, steps, layer calls and bytes up to now.
@@ -242,7 +245,10 @@ class Run(CallListener):
     # ---------------------------------------------------------------------------------- calls
 
     def before(self, call: DenoiserCall) -> CallMode:
-        """Prepares the layers for a call of a denoiser; the first of each form is to be seen."""
+        """Prepares the layers for a call of a denoiser.
+
+        In a compiled model, the first call with each set of input shapes runs uncompiled.
+        """
         denoiser, tick, branch = call.denoiser, call.tick, call.branch
         self._is_outside = False
         refusals.refuse_checkpointing(self._denoisers[denoiser])
@@ -286,12 +292,12 @@ class Run(CallListener):
             self._without_effect.end_generation(self._layers)
 
     def outside(self) -> None:
-        """Counts a call that is no part of a generation; it runs in full."""
+        """Counts a call outside any generation; it is computed in full."""
         self._outside += 1
         self._is_outside = True
 
     def failed(self) -> None:
-        """Forgets a generation that an exception broke off."""
+        """Forgets a generation that an exception has interrupted."""
         for denoiser in self._denoisers:
             self._end_call(denoiser)
         self._forget()
@@ -300,7 +306,7 @@ class Run(CallListener):
 
     @property
     def _is_compiled(self) -> bool:
-        """Whether parts of the model are compiled, as far as is known."""
+        """Whether a compiled part of the model has been found."""
         return self._attachment is not None and self._attachment.is_compiled
 
     def _end_call(self, denoiser: str) -> None:
@@ -326,9 +332,9 @@ class Run(CallListener):
         self._open = True
 
     def _refresh(self, call: DenoiserCall) -> str:
-        """Drops values that this call must not reuse; says why some may be missing."""
+        """Drops values that this call must not reuse; returns why values may be missing."""
         if call.branch is None:
-            return _NOT_TOLD
+            return _UNKNOWN_BRANCH
         place, shapes = (call.denoiser, call.branch), _shapes((call.args, call.kwargs))
         known = self._shapes.get(place, shapes)
         self._shapes[place] = shapes
@@ -339,7 +345,7 @@ class Run(CallListener):
         return OTHER_SHAPES if known != shapes else _OTHER_GENERATION
 
     def _must_be_seen(self, denoiser: str, branch: int | None) -> bool:
-        """Whether layers may return what no slots were made for: the call runs uncompiled then."""
+        """Whether the call must run uncompiled, because its outputs may have no fitting slots."""
         shapes = self._shapes.get((denoiser, branch))
         if branch is None or self._seen.get((denoiser, branch)) == shapes:
             return False
@@ -355,10 +361,10 @@ class Run(CallListener):
             refusals.refuse_confused_branches(step)
 
     def _drop_unused(self, call: DenoiserCall) -> None:
-        """Holds nothing beyond the last step: of a branch after its call, all after the last call.
+        """Drops a branch's values after its call in the last step, and all after the last call.
 
-        Nobody says which call is the last. As many as in the step before are expected; a branch
-        that was left out there, and comes back in the very last step, is computed.
+        The last step is expected to have as many calls as the step before. A branch that is absent
+        from the step before and returns in the last step is computed.
         """
         if call.branch is not None:
             for layer in self._layers.by_denoiser[call.denoiser]:
@@ -390,14 +396,14 @@ class Run(CallListener):
                 layer.release()
 
     def _end_message(self) -> str:
-        """What to say of a run that something else than its denoisers took part in."""
+        """Returns the warning about layers that ran outside the denoisers, or an empty string."""
         was_called = self._was_called or self._broken_off > 0
         return self._without_effect.message(was_called=was_called)
 
     def _about_too_few_steps(self) -> str:
-        """What to say of a last generation that ended early; nothing if it did not.
+        """Returns the message for a last generation that ended early, or an empty string.
 
-        A pipeline's scheduler announced the right number, so there it was interrupted.
+        With an announced list of timesteps, the generation was interrupted, so there is none.
         """
         planned = self.schedule.num_steps
         if not self._open or self._clock.num_steps is not None or self._steps_seen >= planned:

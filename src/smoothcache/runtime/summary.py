@@ -1,4 +1,4 @@
-"""What a run under a schedule did, for people and for programs."""
+"""Summary and counters of a run under a schedule."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ NOT_FINITE = "what had been computed was not finite"
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run has done so far; it prints as a short text.
+    """What a run has computed and reused so far; ``str()`` gives a short text.
 
     Attributes:
-        schedule: What was planned.
-        finished: Generations that reached their last step.
-        broken_off: Generations that did not.
-        steps_under_way: Steps of the current generation; 0 if there is none.
-        computed: Layer calls that ran the layer, as planned.
-        reused: Layer calls answered from kept values.
-        outside: Calls of the model that belonged to no generation of the pipeline; run in full.
-        recomputed: Layer calls that were planned for reuse but had to be computed, by reason.
-        peak_bytes: The most bytes of kept values at any moment.
-        held_bytes: Bytes of kept values at this moment.
-        never_ran: Paths of the layers that the schedule covers but the model never called.
+        schedule: The schedule of the run.
+        finished: Number of generations that reached their last step.
+        broken_off: Number of generations that were interrupted.
+        steps_under_way: Number of steps of the current generation; 0 if there is none.
+        computed: Number of layer calls computed as planned.
+        reused: Number of layer calls that reused kept values.
+        outside: Number of model calls outside any generation, which are computed in full.
+        recomputed: Number of layer calls planned for reuse that had to be computed, by reason.
+        peak_bytes: Peak size of the kept values in bytes.
+        held_bytes: Current size of the kept values in bytes.
+        never_ran: Paths of the scheduled layers that the model never called.
     """
 
     schedule: Schedule
@@ -63,7 +63,7 @@ class Summary:
             lines.append(f"computed although planned for reuse: {total}")
             lines += [f"  {count} because {why}" for why, count in self.recomputed.items()]
         if self.outside:
-            lines.append(f"calls outside of any generation, run in full: {self.outside}")
+            lines.append(f"calls outside any generation, computed in full: {self.outside}")
         if self.never_ran:
             shown = ", ".join(self.never_ran[:3]) + (", ..." if len(self.never_ran) > 3 else "")
             lines.append(f"layers that never ran: {len(self.never_ran)} ({shown})")
@@ -74,14 +74,14 @@ class Summary:
 
 @dataclass
 class Tally:
-    """What the layers of a run did, counted as they do it.
+    """Counters of a run, updated by its layers.
 
     Attributes:
-        computed: Layer calls that ran the layer, as planned.
-        reused: Layer calls answered from kept values.
-        recomputed: Layer calls that were planned for reuse but had to be computed, by reason.
-        held_bytes: Bytes of the values kept at this moment.
-        peak_bytes: The most that ``held_bytes`` has been.
+        computed: Number of layer calls computed as planned.
+        reused: Number of layer calls that reused kept values.
+        recomputed: Number of layer calls planned for reuse that had to be computed, by reason.
+        held_bytes: Current size of the kept values in bytes.
+        peak_bytes: Peak of ``held_bytes``.
     """
 
     computed: int = 0
@@ -91,10 +91,10 @@ class Tally:
     peak_bytes: int = 0
 
     def hold(self, change: int) -> None:
-        """Counts bytes that are kept from now on, or no longer (negative)."""
+        """Adds to the kept bytes; a negative change frees them."""
         self.held_bytes += change
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
 
     def recompute(self, reason: str, calls: int = 1) -> None:
-        """Counts calls that were to reuse."""
+        """Counts calls that were planned for reuse but had to be computed."""
         self.recomputed[reason] = self.recomputed.get(reason, 0) + calls

@@ -1,4 +1,4 @@
-"""Warns of a schedule that does nothing, or that runs where it was not measured."""
+"""Warns of a schedule that has no effect, or that runs under another solver than calibrated."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _ADVICE = "enable the pipeline or the module that the sampler calls"
 
 
 class WithoutEffect:
-    """Notices what keeps a schedule from having its effect, and warns once of each.
+    """Detects conditions under which a schedule has no effect, and warns once of each.
 
     Args:
         target: The model.
-        schedule: What it runs under.
-        tally: What the layers did.
+        schedule: The schedule that the model runs under.
+        tally: Counters of the run.
     """
 
     def __init__(self, target: Target, schedule: Schedule, tally: Tally) -> None:
         self._target = target
         self._schedule = schedule
         self._tally = tally
-        self._solvers = {schedule.solver}  # the one that was planned for, and those warned of
-        self._ran_outside: dict[str, None] = {}  # layers, while their denoiser did not run
-        self._has_warned_of_outside = self._has_warned_of_nothing = False
+        self._solvers = {schedule.solver}  # the calibrated solver, and solvers warned of
+        self._ran_outside: dict[str, None] = {}  # paths of layers that ran without their denoiser
+        self._has_warned_of_outside = self._has_warned_of_no_effect = False
         self._reused_before = 0
 
     def begin_generation(self) -> None:
@@ -41,7 +41,7 @@ class WithoutEffect:
 
     def end_generation(self, layers: ReusedLayers) -> None:
         """Warns once if a finished generation reused nothing, or bypassed some of the layers."""
-        if self._has_warned_of_nothing or self._schedule.is_all_compute:
+        if self._has_warned_of_no_effect or self._schedule.is_all_compute:
             return
         idle, count = layers.idle(), len(layers.by_path)
         if self._tally.reused == self._reused_before:
@@ -56,18 +56,18 @@ class WithoutEffect:
         elif idle:
             message = (
                 f"{len(idle)} of the {count} layers of the schedule never ran ({listed(idle)}); "
-                "smoothcache.observe_layers finds those that do"
+                "find the layers that run with smoothcache.observe_layers"
             )
         else:
             return
-        self._has_warned_of_nothing = True
+        self._has_warned_of_no_effect = True
         warnings.warn(message, SmoothCacheWarning, stacklevel=2)
 
     def layer_ran_outside(self, path: str, *, is_expected: bool) -> None:
-        """Notices a layer that runs while its denoiser's forward does not: it runs in full.
+        """Records a layer that runs without its denoiser's forward and is computed in full.
 
         Args:
-            path: The layer's.
+            path: Path of the layer.
             is_expected: Whether its denoiser runs, but outside any generation.
         """
         self._ran_outside[path] = None
@@ -75,15 +75,15 @@ class WithoutEffect:
             return
         self._has_warned_of_outside = True
         warnings.warn(
-            f"layer {path!r} ran without its denoiser's forward, so its step cannot be told and "
-            "nothing is reused; wrap the function that walks the blocks in an nn.Module whose "
+            f"layer {path!r} ran without its denoiser's forward, so its step is unknown and "
+            "nothing is reused; wrap the function that runs the blocks in an nn.Module whose "
             "forward takes the latents and the timestep, and plan for that module",
             SmoothCacheWarning,
             stacklevel=2,
         )
 
     def message(self, *, was_called: bool) -> str:
-        """What to say at the end of a run that something else than its denoisers took part in.
+        """Returns the warning about layers that ran outside the denoisers, or an empty string.
 
         Args:
             was_called: Whether a denoiser was called in a generation.
@@ -97,8 +97,8 @@ class WithoutEffect:
             gone = [names[prefix] for prefix in self._target.replaced()]
             if gone:
                 return (
-                    f"the pipeline's denoiser was exchanged while enabled: {listed(gone)} is no "
-                    f"longer in it, and its successor runs without the schedule; {_ADVICE}"
+                    f"the pipeline's denoiser was replaced while enabled: {listed(gone)} is no "
+                    f"longer part of it, and the new denoiser runs without the schedule; {_ADVICE}"
                 )
         if not was_called:
             ran = f", though layers ran without it: {paths}"
@@ -108,9 +108,9 @@ class WithoutEffect:
             )
         if self._ran_outside:
             return (
-                f"{len(self._ran_outside)} layers of the schedule also ran outside any generation, "
-                f"in full ({paths}); a pipeline with another noise scheduler than the enabled "
-                f"one's may have called them: {_ADVICE}"
+                f"{len(self._ran_outside)} layers of the schedule also ran outside any generation "
+                f"and were computed in full ({paths}); another pipeline with a different noise "
+                f"scheduler may have called them: {_ADVICE}"
             )
         return ""
 
@@ -121,8 +121,8 @@ class WithoutEffect:
             return
         self._solvers.add(name)
         warnings.warn(
-            f"the schedule was measured under {planned}, but the noise scheduler is {name}: its "
-            "errors are not known there; calibrate with the scheduler that you sample with",
+            f"the schedule was measured with {planned}, but the noise scheduler is {name}, for "
+            "which its errors are unknown; calibrate with the scheduler that you sample with",
             SmoothCacheWarning,
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""Puts handlers before a model's layers and a clock before its denoisers, all or none of them."""
+"""Attaches handlers to a model's layers and a clock to its denoisers, all of them or none."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .turns import Turn, TwoThreadsError, two_threads_error
 
 
 class Attachment:
-    """Handlers on the layers of a model, and a listener to the calls of its denoisers.
+    """Handlers on the layers of a model and a listener for the calls of its denoisers.
 
     Args:
         model: Pipeline or module.
         modules: The layers' modules, by path.
-        handlers: What each of them asks first, by path.
-        listener: Told before and after every call of a denoiser, and of a call that failed.
-        expected: The timesteps that the schedule was measured at, if known.
-        planned: Steps that a generation should have, if known.
-        altered: Told when weights or adapters of a denoiser change by a method of its own.
+        handlers: The handler that each module's forward goes through, by path.
+        listener: Called before and after every call of a denoiser, and after a failed call.
+        expected: Timesteps of the schedule's calibration, if known.
+        planned: Number of steps of a generation, if known.
+        altered: Called when a denoiser's own method changes its weights or adapters.
 
     Raises:
         AlreadyCachedError: If a part of the model is intercepted already; nothing is altered.
@@ -63,12 +63,12 @@ class Attachment:
         self.planned = planned
         self.branches = {name: Branches() for name in denoisers}
         self.turn = Turn()
-        self.is_compiled = False  # as far as is known
+        self.is_compiled = False  # until a compiled part is found
         self._intercepted: list[nn.Module] = []
         try:
             for name, denoiser in denoisers.items():
-                placed = _Placed(self, name, denoiser, handlers.get(name))
-                self._intercept(denoiser, placed.call, outside=True)
+                handler = _DenoiserHandler(self, name, denoiser, handlers.get(name))
+                self._intercept(denoiser, handler.call, outside=True)
                 if altered is not None:
                     intercept.notice_changes(denoiser, altered)
             for path, module in modules.items():
@@ -83,13 +83,13 @@ class Attachment:
         self._intercepted.append(module)
 
     def remove(self) -> None:
-        """Leaves every module as it was found."""
+        """Restores every module to its original state."""
         while self._intercepted:
             intercept.release(self._intercepted.pop())
 
 
-class _Placed:
-    """A denoiser's handler: places each call in its generation and tells the listener."""
+class _DenoiserHandler:
+    """Handler of a denoiser: finds the step and branch of each call and notifies the listener."""
 
     def __init__(
         self, attachment: Attachment, name: str, denoiser: nn.Module, handler: Handler | None
@@ -99,9 +99,9 @@ class _Placed:
         self._denoiser = denoiser
         self._handler = handler
         self._signature = Signature(denoiser)
-        # Here, and not where they are defined, because that would load the compiler at import.
-        self.call = MethodType(between_graphs(_Placed._call), self)
-        self._begin, self._end = eagerly(self._begun), eagerly(self._ended)
+        # Wrapped here rather than at definition, which would load the compiler at import.
+        self.call = MethodType(between_graphs(_DenoiserHandler._call), self)
+        self._begin, self._end = eagerly(self._begin_call), eagerly(self._end_call)
         self._uncompiled = eagerly(uncompiled)
 
     def _call(
@@ -118,7 +118,7 @@ class _Placed:
                 output = self._uncompiled(handler or _run, forward, args, kwargs)
             elif handler is not None:
                 output = handler(forward, args, kwargs)
-            else:  # not by way of _run, so that the model's own code is where the graph begins
+            else:  # called directly, so that the graph begins at the model's own code
                 output = forward(*args, **kwargs)
         except BaseException:
             self._end(call, failed=True)
@@ -126,60 +126,60 @@ class _Placed:
         self._end(call)
         return output
 
-    def _begun(
+    def _begin_call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[DenoiserCall | None, CallMode]:
-        """Places a call and prepares for it; None for a call outside any generation."""
+        """Returns the call, or None outside any generation, and the mode in which it runs."""
         attachment = self._attachment
         attachment.turn.enter()
         try:
             return self._place(args, kwargs)
         except BaseException as error:
             if not isinstance(error, TwoThreadsError):
-                self._broken_off()
+                self._abort_generation()
             attachment.turn.leave()
             raise
 
-    def _ended(self, call: DenoiserCall | None, *, failed: bool = False) -> None:
+    def _end_call(self, call: DenoiserCall | None, *, failed: bool = False) -> None:
         try:
             if failed:
-                self._broken_off()
+                self._abort_generation()
             elif call is not None:
                 self._attachment.listener.after(call)
         except BaseException:
-            self._broken_off()
+            self._abort_generation()
             raise
         finally:
             self._attachment.turn.leave()
 
-    def _broken_off(self) -> None:
+    def _abort_generation(self) -> None:
         self._attachment.clock.forget()
         self._attachment.listener.failed()
 
     def _place(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[DenoiserCall | None, CallMode]:
-        given = self._signature.sort(args, kwargs)
-        if given.timestep is None:
+        inputs = self._signature.sort(args, kwargs)
+        if inputs.timestep is None:
             raise ScheduleMismatchError(
-                f"{type(self._denoiser).__name__} was called without a timestep, so the step "
-                "cannot be told; keep such calls apart from sampling"
+                f"{type(self._denoiser).__name__} was called without a timestep, so the solver "
+                "step is unknown; make such calls before enable() or after disable()"
             )
         attachment = self._attachment
         turn, clock = attachment.turn, attachment.clock
         before = clock.snapshot() if turn.is_of_another_thread else None
-        tick = clock.tick(given.timestep, given.latents)
+        tick = clock.tick(inputs.timestep, inputs.latents)
         if not tick.inside:
             attachment.listener.outside()
             return None, CallMode.AS_IT_IS
         if before is not None:
-            value = timestep_value(given.timestep)
-            if not tick.starts and turn.is_of_another(value, given.latents, before.sketch):
+            value = timestep_value(inputs.timestep)
+            if not tick.starts and turn.is_of_another(value, inputs.latents, before.sketch):
                 clock.restore(before)
                 clock.forget()
-                tick = clock.tick(given.timestep, given.latents)
+                tick = clock.tick(inputs.timestep, inputs.latents)
             is_announced = clock.announced_list is not before.announced_list
-            if turn.refuses(value, given.latents, starts=tick.starts, is_announced=is_announced):
+            if turn.refuses(value, inputs.latents, starts=tick.starts, is_announced=is_announced):
                 clock.restore(before)
                 raise two_threads_error()
         turn.take(clock, is_last=tick.step + 1 == attachment.planned)
@@ -189,9 +189,9 @@ class _Placed:
         context = intercept.context_name(self._denoiser)
         branch = attachment.branches[self._name].number(
             tick.step,
-            given.conditioning,
+            inputs.conditioning,
             context,
-            given.latents,
+            inputs.latents,
             stages=attachment.clock.stages(tick.step),
             position=attachment.clock.position,
             same_generation=tick.same_generation,

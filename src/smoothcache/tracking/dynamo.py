@@ -1,4 +1,4 @@
-"""Keeps our own decisions out of what ``torch.compile`` traces: they are Python, not arithmetic."""
+"""Keeps the library's control flow out of the code that ``torch.compile`` traces."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from torch import Tensor, nn
 from ..errors import SmoothCacheError
 
 EXPORT_REFUSED = (
-    "torch.export cannot trace a model that runs under smoothcache, since what is reused is "
-    "decided at every call; export it before enable(), or after disable()"
+    "torch.export cannot trace a model that runs under smoothcache, because reuse is decided at "
+    "every call; export it before enable() or after disable()"
 )
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def eagerly(function: F) -> F:
-    """Runs a function, and all that it calls, as it is."""
+    """Returns the function excluded from compilation, including the functions that it calls."""
     return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 @cache
 def between_graphs(function: F) -> F:
-    """Runs a function as it is; the model's code that it calls is compiled all the same."""
-    own = FunctionType(
-        function.__code__.replace(),  # another object, for whoever else has the code
+    """Returns the function excluded from compilation; model code that it calls is compiled."""
+    copy = FunctionType(
+        function.__code__.replace(),  # a new object, so that other users of the code are unaffected
         function.__globals__,
         function.__name__,
         function.__defaults__,
         function.__closure__,
     )
-    between = torch.compiler.disable(own, recursive=False)  # type: ignore[no-untyped-call]
-    # Otherwise PyTorch asks itself at every call anew whether to compile it.
-    torch._dynamo.decorators.skip(own)
+    between = torch.compiler.disable(copy, recursive=False)  # type: ignore[no-untyped-call]
+    # Otherwise PyTorch decides at every call whether to compile it.
+    torch._dynamo.decorators.skip(copy)
     return cast(F, between)
 
 
 def uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls a function that runs as it is, with all that was compiled inside of it.
+    """Calls a function with all compiled code inside it run eagerly, and returns its result.
 
     Raises:
-        SmoothCacheError: If this PyTorch cannot do that.
+        SmoothCacheError: If this version of PyTorch does not support it.
     """
     if not hasattr(torch.compiler, "set_stance"):
         raise SmoothCacheError(
@@ -56,10 +56,9 @@ def uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def traced() -> tuple[Tensor, bool]:
-    """Whether what calls this, between graphs, is compiled; beside it, a tensor of no meaning.
+    """Returns an unused tensor, and whether the caller, between graphs, is being compiled.
 
-    The tensor makes it a graph, without which ``fullgraph=True`` refuses a call that needs none of
-    the model's.
+    Creating the tensor adds a graph: ``fullgraph=True`` refuses a call that runs none.
     """
     return torch.empty(0), torch.compiler.is_dynamo_compiling()
 
@@ -68,7 +67,7 @@ def refuse_export() -> None:
     """Refuses a call that ``torch.export`` makes to trace the model.
 
     Raises:
-        SmoothCacheError: If it does; what is reused is decided anew at every call.
+        SmoothCacheError: If ``torch.export`` is tracing; reuse is decided at every call.
     """
     is_exporting = getattr(torch.compiler, "is_exporting", None)
     if is_exporting is not None and is_exporting():
@@ -76,7 +75,7 @@ def refuse_export() -> None:
 
 
 def has_compiled_parts(module: nn.Module) -> bool:
-    """Whether a module, some part of it, or the forward of one was compiled in place or wrapped."""
+    """Whether a module or any submodule, or the forward of one, is compiled or wrapped."""
     return any(
         part._compiled_call_impl is not None
         or "_orig_mod" in part._modules
@@ -86,7 +85,7 @@ def has_compiled_parts(module: nn.Module) -> bool:
 
 
 def _is_compiled(forward: Callable[..., Any]) -> bool:
-    """Whether ``torch.compile`` made a function."""
-    # What torch.compiler.disable made has the same mark.
+    """Whether ``torch.compile`` returned this function."""
+    # Functions returned by torch.compiler.disable have the same attribute.
     is_disabled = getattr(forward, "_torchdynamo_disable", False)
     return hasattr(forward, "_torchdynamo_orig_callable") and not is_disabled

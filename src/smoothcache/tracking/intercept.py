@@ -1,12 +1,11 @@
-"""The only code that alters a module: it swaps the module's class for one that asks first.
+"""The only code that modifies modules: it replaces a module's class by a generated subclass.
 
-``intercept(module, handler)`` makes every forward of the module, whoever calls it, go through
-``handler(forward, args, kwargs)``. The class of the module becomes a generated subclass of the
-same name, below the one that torch gives to a parametrized module; state-dict keys,
-``isinstance`` and hooks stay what they were. The handler stands before everything: a forward that
-is put on the instance, earlier or later, runs behind it, and taking such a forward away again, in
-any order, never leads past the handler. Copies and pickles of an intercepted module are plain
-modules of the original class.
+``intercept(module, handler)`` routes every forward of the module through
+``handler(forward, args, kwargs)``. The generated subclass has the same name; for a parametrized
+module, it sits below the class that torch adds. State-dict keys, ``isinstance`` and hooks are
+unchanged. The handler always comes first: a forward set on the instance, earlier or later, runs
+inside it, and removing such a forward in any order never bypasses the handler. Copies and pickles
+of an intercepted module are plain modules of the original class.
 """
 
 from __future__ import annotations
@@ -35,10 +34,7 @@ _ALTERING = (
     *("enable_adapters", "disable_adapters", "enable_lora", "disable_lora", "unload_lora"),
     *("fuse_lora", "unfuse_lora", "delete_adapters", "delete_adapter", "load_state_dict"),
 )
-
-
-"""Methods of a denoiser after which it computes something else than before."""
-
+"""Methods that change what a denoiser computes."""
 
 _generated: WeakKeyDictionary[type, type] = WeakKeyDictionary()
 _generating = threading.Lock()
@@ -54,7 +50,7 @@ class Handler(Protocol):
 
 
 class _Slot:
-    """What an intercepted module carries: its handler and the forward behind it."""
+    """State stored on an intercepted module: its handler and the original forward."""
 
     def __init__(self, module: nn.Module, base: type, handler: Handler, *, outside: bool) -> None:
         self.module = weakref.ref(module)
@@ -62,7 +58,7 @@ class _Slot:
         self.handler: Handler | None = handler
         self.context: str | None = None
         self.altered: Callable[[], None] | None = None
-        self.inside: int | None = None  # the thread that runs what is behind the handler
+        self.inside: int | None = None  # the thread that runs the original forward
         self.kind = _forward_between_graphs() if outside else _Forward
         self.of_class = self.kind(self, MethodType(_class_forward(base), module))
         own = module.__dict__.pop("forward", None)
@@ -70,7 +66,7 @@ class _Slot:
 
     @property
     def instance_forward(self) -> Any:
-        """The forward that the module has on its instance, if not for the interception."""
+        """The forward set on the instance, without the interception; None if there is none."""
         return None if self.forward is self.of_class else self.forward.plain
 
     def put(self, value: Any) -> None:
@@ -82,11 +78,11 @@ class _Slot:
 
 
 class _NoCodeError(SmoothCacheError, AttributeError):
-    """An attribute that is not there, to whoever only asks whether it is."""
+    """A missing attribute, so that ``hasattr`` returns False."""
 
 
 class _Forward:
-    """What the forward of an intercepted module reads as; whoever wraps it may keep it."""
+    """The ``forward`` attribute of an intercepted module; other code may wrap and keep it."""
 
     def __init__(self, slot: _Slot, plain: Callable[..., Any]) -> None:
         self.slot = slot
@@ -96,7 +92,7 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         slot = self.slot
         handler = slot.handler
-        # Released, or wrapped by a later forward, behind which the handler has been.
+        # Released, or called by an outer forward that has already gone through the handler.
         if handler is None or (slot.inside is not None and slot.inside == _this_thread()):
             return self.plain(*args, **kwargs)
         if self is slot.of_class:
@@ -113,7 +109,7 @@ class _Forward:
 
     @property
     def _torchdynamo_orig_callable(self) -> Callable[..., Any]:
-        """As of what was compiled already: compiling ``module.forward`` compiles what is behind."""
+        """Mimics a compiled function, so ``torch.compile`` compiles the original forward."""
         return self.plain
 
     @property
@@ -122,12 +118,12 @@ class _Forward:
 
     @property
     def __code__(self) -> Any:
-        """There is none; ``torch.export`` reads it before its first call and gets the refusal."""
+        """Missing on purpose: ``torch.export`` reads it before its first call and is refused."""
         raise _NoCodeError(EXPORT_REFUSED)
 
     @property
     def __func__(self) -> Callable[..., Any]:
-        """As of a bound method, for those who wrap the function and bind it again."""
+        """Mimics a bound method, for code that wraps the function and binds it again."""
 
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if module is self.slot.module():
@@ -138,12 +134,12 @@ class _Forward:
         return forward
 
     def __reduce__(self) -> Any:
-        return _itself, (self.plain,)
+        return _identity, (self.plain,)
 
 
 @cache  # not before it is needed, because it loads the compiler
 def _forward_between_graphs() -> type[_Forward]:
-    """A forward that ``torch.compile`` never traces, but the code of the model that it calls."""
+    """Returns a forward that ``torch.compile`` skips; model code that it calls is traced."""
 
     class Forward(_Forward):
         __call__ = between_graphs(_Forward.__call__)
@@ -152,16 +148,16 @@ def _forward_between_graphs() -> type[_Forward]:
 
 
 def _this_thread() -> int:
-    """Number of the thread; of the one that traces, if ``torch.compile`` does."""
+    """Returns the id of the current thread; 0 while ``torch.compile`` is tracing."""
     return 0 if torch.compiler.is_dynamo_compiling() else threading.get_ident()
 
 
-def _itself(value: Any) -> Any:
+def _identity(value: Any) -> Any:
     return value
 
 
 class _ForwardOfInstance:
-    """Data descriptor in a generated class; on the class itself it is the function below."""
+    """Data descriptor of a generated class; accessed on the class, it returns the function."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
@@ -193,7 +189,7 @@ class _ForwardOfInstance:
 
 
 def _altering(base: type, name: str) -> Callable[..., Any]:
-    """A method that tells who intercepted the module that its weights or adapters changed."""
+    """Returns a method that reports changes of the module's weights or adapters."""
     plain = getattr(base, name)
 
     @wraps(plain)
@@ -209,18 +205,18 @@ def _altering(base: type, name: str) -> Callable[..., Any]:
 
 
 def notice_changes(module: nn.Module, altered: Callable[[], None]) -> None:
-    """Has ``altered`` called after weights or adapters of an intercepted module changed."""
+    """Calls ``altered`` whenever weights or adapters of an intercepted module have changed."""
     module.__dict__[_SLOT].altered = altered
 
 
 def intercept(module: nn.Module, handler: Handler, *, outside: bool = False) -> None:
-    """Sends every forward of ``module`` through ``handler`` until ``release``.
+    """Routes every forward of ``module`` through ``handler`` until ``release``.
 
     Args:
-        module: Whose forward.
-        handler: What is asked.
-        outside: Whether ``torch.compile`` leaves the handler alone, so that compiled code
-            begins behind it, instead of tracing it.
+        module: The module to intercept.
+        handler: Called in place of the module's forward.
+        outside: Whether ``torch.compile`` skips the handler, so that compiled code begins inside
+            it, rather than tracing it.
     """
     base = _below_parametrization(module)
     if _is_generated(base):  # made by the class of an intercepted module
@@ -231,18 +227,18 @@ def intercept(module: nn.Module, handler: Handler, *, outside: bool = False) -> 
 
 
 def is_intercepted(module: nn.Module) -> bool:
-    """Whether a handler stands before the module's forward."""
+    """Whether the module's forward goes through a handler."""
     return module.__dict__.get(_SLOT) is not None
 
 
 def context_name(module: nn.Module) -> str | None:
-    """What the ``cache_context`` around an intercepted module's call names it; None outside one."""
+    """Returns the current ``cache_context`` name of an intercepted module; None outside one."""
     slot: _Slot = module.__dict__[_SLOT]
     return slot.context
 
 
 def release(module: nn.Module) -> None:
-    """Takes the handler away and leaves the module as ``intercept`` found it."""
+    """Removes the handler and restores the module to its original state."""
     slot: _Slot = module.__dict__.pop(_SLOT)
     slot.handler = None
     _intercepted.discard(module)
@@ -253,7 +249,7 @@ def release(module: nn.Module) -> None:
 
 
 def _is_parametrized(module: nn.Module) -> bool:
-    """Whether torch has put a class before the module's own, for weights made from others."""
+    """Whether ``torch.nn.utils.parametrize`` has replaced the module's class."""
     return parametrize.is_parametrized(module) and type(module).__name__.startswith("Parametrized")
 
 
@@ -262,10 +258,10 @@ def _below_parametrization(module: nn.Module) -> type:
 
 
 def _exchange(module: nn.Module, old: type, new: type) -> None:
-    """Puts a module's class in another's place.
+    """Replaces a module's class.
 
-    The class of a parametrized module stays on top, because torch looks for its properties there;
-    a copy of the module has the very same one.
+    The class of a parametrized module stays on top, because torch looks for its properties there.
+    Copies of the module share that class.
     """
     if type(module) is old:
         module.__class__ = new
@@ -278,7 +274,7 @@ def _is_generated(cls: type) -> bool:
 
 
 def _class_forward(base: type) -> Any:
-    """The forward that a class gives its instances, interceptions aside."""
+    """Returns the forward that a class defines, ignoring interception."""
     for cls in base.__mro__:
         if "forward" in cls.__dict__ and not _is_generated(cls):
             return cls.__dict__["forward"]
@@ -286,7 +282,7 @@ def _class_forward(base: type) -> Any:
 
 
 def _subclass(base: type) -> type:
-    """The generated subclass of a module class, one for all modules of that class."""
+    """Returns the generated subclass of a module class, shared by all modules of that class."""
     with _generating:
         if base not in _generated:
             _generated[base] = _generate(base)
@@ -298,7 +294,7 @@ def _generate(base: type) -> type:
         parts: Any = base.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
         function, args, *rest = parts
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
-            # Not that one, with which pickle insists on the present class.
+            # pickle checks that __newobj__ is given the object's current class.
             function, args = copyreg._reconstructor, (base, object, None)  # type: ignore[attr-defined]
         if rest and isinstance(rest[0], dict):
             state = {name: value for name, value in rest[0].items() if name != _SLOT}
@@ -336,11 +332,11 @@ def _generate(base: type) -> type:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    if hasattr(base, "cache_context"):  # by which diffusers names the calls of a step
+    if hasattr(base, "cache_context"):  # diffusers names the calls of a step with it
         names["cache_context"] = cache_context
     if hasattr(base, "enable_cache"):
         names["enable_cache"] = enable_cache
-    # An adapter's layer has a property of one of these names, which must stay one.
+    # Adapter layers have a property with one of these names, which must remain a property.
     methods = [name for name in _ALTERING if inspect.isfunction(getattr(base, name, None))]
     names |= {name: _altering(base, name) for name in methods}
     return type(base.__name__, (base,), names)

@@ -1,4 +1,4 @@
-"""What happens at the calls of a model's denoisers, for whoever wants to follow them."""
+"""Listeners for the calls of a model's denoisers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class DenoiserCall(NamedTuple):
 
     Attributes:
         denoiser: Prefix of the denoiser.
-        tick: Its place in the generation.
-        branch: Number of the guidance branch; None if the calls of the step cannot be told apart.
+        tick: Generation and step of the call.
+        branch: Number of the guidance branch; None if the branch is unknown.
         args: Positional arguments.
         kwargs: Keyword arguments.
     """
@@ -35,13 +35,13 @@ class CallMode(Enum):
 
 
 class CallListener:
-    """Base class for what follows the calls of a model's denoisers; each method does nothing.
+    """Base class of listeners for the calls of a model's denoisers; its methods do nothing.
 
-    A call that raises from ``before`` does not run; ``failed`` is called then.
+    If ``before`` raises, the call does not run and ``failed`` is called.
     """
 
     def before(self, call: DenoiserCall) -> CallMode:
-        """Called before a denoiser runs in a generation; returns how it is to run."""
+        """Called before a denoiser runs in a generation; returns the mode of the call."""
         return CallMode.AS_IT_IS
 
     def after(self, call: DenoiserCall) -> None:
@@ -51,4 +51,4 @@ class CallListener:
         """Called before a denoiser runs outside any generation."""
 
     def failed(self) -> None:
-        """Called after an exception has ended a call, and with it the generation."""
+        """Called after an exception has ended a call and thereby the generation."""

@@ -1,8 +1,8 @@
-"""Runs the user's sampler while something else than the model answers the denoiser's calls.
+"""Runs the user's sampler with recorded or modified outputs in place of the denoiser's.
 
-Whatever solver the sampler uses, what it makes of the denoiser's outputs shows in the latents of
-the next call. So a solver is played back by running ``sample(i)`` itself with recorded outputs:
-no model call, no knowledge of the solver.
+The latents of the next call show what a solver makes of the denoiser's outputs. A generation is
+therefore replayed by running ``sample(i)`` itself with recorded outputs. That requires no model
+call and works with any solver.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .listener import CallListener, CallMode, DenoiserCall
 
 
 class Place(NamedTuple):
-    """A call of a denoiser in a generation.
+    """Index of a denoiser call in a generation.
 
     Attributes:
         step: Index of the solver step.
@@ -38,21 +38,19 @@ class Place(NamedTuple):
 
 
 Answer = Callable[[Place, Callable[[], Any]], Any]
-
-
-"""Gives the output of a call; the second argument runs the model."""
+"""Returns the output of a call; the second argument runs the model."""
 
 
 class Reached(BaseException):
-    """Ends a generation when all that was wanted of it is known."""
+    """Raised to end a generation early, once everything needed has been recorded."""
 
 
 class Playback:
-    """Runs generations under an answering function and notes the latents of every step.
+    """Runs generations with substituted outputs and records the latents of every step.
 
     Args:
         model: Pipeline or module.
-        timesteps: Those of the recorded generation, if one was recorded.
+        timesteps: Timesteps of the recorded generation, if there is one.
     """
 
     def __init__(self, model: Any, timesteps: Sequence[float] | None = None) -> None:
@@ -69,27 +67,27 @@ class Playback:
         wants_end: bool = False,
         seen: Callable[[int, Tensor], None] | None = None,
     ) -> Generation:
-        """One generation.
+        """Runs one generation and returns its latents and timesteps.
 
         Args:
-            generate: Runs it.
-            answer: Gives the denoiser's outputs.
-            until: Ends it after the last call of this step; None lets it run to its end.
-            wants_end: Ends it with the latents after the last step, which are caught where the
-                noise scheduler returns them, before they are decoded.
-            seen: Is told the latents at the beginning of every step.
+            generate: Runs the generation.
+            answer: Returns the outputs of the denoiser.
+            until: Last step to run; None runs the whole generation.
+            wants_end: Whether to record the latents after the last step. The generation ends
+                when the noise scheduler returns them, before they are decoded.
+            seen: Called with the step and latents at the beginning of every step.
         """
         return _Session(self, answer, until, wants_end, seen).run(generate)
 
 
 class Generation(NamedTuple):
-    """What came of a generation.
+    """Latents and timesteps of one generation.
 
     Attributes:
-        latents: At the beginning of every step, in float32.
-        timesteps: The timestep of every step.
-        end: The latents after the last step; None if they were not asked for or are not known.
-        dtype: In which the denoiser is given the latents.
+        latents: Latents at the beginning of every step, in float32.
+        timesteps: Timestep of every step.
+        end: Latents after the last step; None if not requested or unknown.
+        dtype: Data type of the latents passed to the denoiser.
     """
 
     latents: list[Tensor]
@@ -99,7 +97,7 @@ class Generation(NamedTuple):
 
 
 class _Session(CallListener):
-    """A generation under way; follows the denoiser's calls."""
+    """One running generation; listens to the denoiser's calls."""
 
     def __init__(
         self,
@@ -145,7 +143,7 @@ class _Session(CallListener):
     # --------------------------------------------------------------------------- calls
 
     def before(self, call: DenoiserCall) -> CallMode:
-        """Notes a call and, at the first one of a step, the latents."""
+        """Records a call and, at the first call of a step, the latents."""
         denoiser, tick, branch = call.denoiser, call.tick, call.branch
         self._generations += tick.starts
         refuse_second_generation(self._generations)
@@ -153,14 +151,17 @@ class _Session(CallListener):
             raise Reached
         if branch is None:
             raise CalibrationError(
-                "the calls of a step cannot be told apart, so their outputs cannot be played "
-                "back; put each into a cache_context of its own name"
+                "the calls of a step cannot be told apart, so their outputs cannot be replayed; "
+                "run each guidance branch in a cache_context with its own name"
             )
         self._place = Place(tick.step, denoiser, branch)
         if tick.call == 0:
             latents = self._playback._signatures[denoiser].sort(call.args, call.kwargs).latents
             if latents is None:
-                raise CalibrationError("the denoiser is given no latents that could be recorded")
+                raise CalibrationError(
+                    "the denoiser was called without latents, so its trajectory cannot be "
+                    "recorded; pass the latents as a tensor argument"
+                )
             kept = latents.detach().to(torch.float32, copy=True)
             self._latents.append(kept)
             self._dtype = latents.dtype
@@ -174,14 +175,14 @@ class _Session(CallListener):
     # ------------------------------------------------------------------------ the final latents
 
     def _catch_end(self) -> None:
-        """Has the noise scheduler's next step end the generation."""
+        """Patches the noise scheduler so that its next step ends the generation."""
         scheduler = self._playback._target.noise_scheduler
         step = getattr(scheduler, "step", None)
         if scheduler is None or step is None or "step" in vars(scheduler):
             return
 
         def caught(*args: Any, **kwargs: Any) -> Any:
-            found = [x for x in pytree.tree_leaves(_opened(step(*args, **kwargs)))]
+            found = [x for x in pytree.tree_leaves(_unwrapped(step(*args, **kwargs)))]
             tensors = [x for x in found if isinstance(x, Tensor)]
             self._end = tensors[0].detach().to(torch.float32, copy=True) if tensors else None
             raise Reached
@@ -196,13 +197,13 @@ class _Session(CallListener):
             self._patched = None
 
 
-def _opened(output: Any) -> Any:
-    """What a noise scheduler's step returned, with the next latents first."""
+def _unwrapped(output: Any) -> Any:
+    """Unwraps the output of a noise scheduler's step; the next latents come first."""
     return getattr(output, "prev_sample", output)
 
 
 def _latents_in(output: Any, latents: Sequence[Tensor]) -> Tensor | None:
-    """The returned tensor, if it has the form of the latents or of a part of their batch."""
+    """Returns the output tensor, if it has the shape of the latents or a part of their batch."""
     tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
     if len(tensors) != 1 or not latents or not tensors[0].is_floating_point():
         return None
@@ -214,36 +215,36 @@ def _latents_in(output: Any, latents: Sequence[Tensor]) -> Tensor | None:
 def refuse_second_generation(count: int) -> None:
     if count > 1:
         raise CalibrationError(
-            "sample(i) began a second generation; it must run exactly one from start to end"
+            "sample(i) started a second generation; it must run exactly one from start to end"
         )
 
 
 class Tape:
-    """The outputs of all calls of one generation.
+    """The recorded outputs of all denoiser calls of one generation.
 
     Attributes:
-        outputs: Leaves of each call's output, and how to put others in their place.
+        outputs: Leaves of each call's output, and a function that rebuilds it from other leaves.
     """
 
     def __init__(self) -> None:
         self.outputs: dict[Place, tuple[list[Any], Callable[[list[Any]], Any]]] = {}
 
     def record(self, place: Place, output: Any) -> None:
-        """Keeps copies of what a call returned."""
+        """Stores a copy of a call's output."""
         leaves, rebuild = taken_apart(output)
         kept = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
         self.outputs[place] = kept, rebuild
 
     def main(self, place: Place) -> Tensor:
-        """The tensor of a call's output that the solver goes by."""
+        """Returns the tensor of a call's output that the solver uses."""
         return main_leaf(self.outputs[place][0])
 
     def played(self, place: Place, changed: Mapping[Place, Tensor] | None = None) -> Any:
-        """A recorded output, with another main tensor if one is given."""
+        """Returns a recorded output, with its main tensor replaced if ``changed`` has one."""
         if place not in self.outputs:
             raise CalibrationError(
-                f"the sampler called the denoiser at step {place.step} where it did not before; "
-                "sample(i) must run the same generation whenever it is called"
+                f"the sampler made a call at step {place.step} that the recorded generation did "
+                "not make; sample(i) must run the same generation every time"
             )
         leaves, rebuild = self.outputs[place]
         values = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
@@ -255,8 +256,8 @@ class Tape:
 
 
 def main_leaf(leaves: Sequence[Any]) -> Tensor:
-    """The first tensor of floats that has more than one dimension."""
+    """Returns the first floating-point tensor with more than one dimension."""
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1:
             return leaf
-    raise CalibrationError("the denoiser returned no tensor of floats")
+    raise CalibrationError("the denoiser returned no floating-point tensor")

@@ -1,4 +1,4 @@
-"""What is remembered of the latents of earlier calls, without keeping them."""
+"""Fingerprints of the latents of earlier calls, which are not kept themselves."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from ..model.digests import Digest, are_equal, correlation, digest, sketch, vers
 
 
 class SeenLatents:
-    """Latents of the last call, and of the first call of the last step.
+    """Fingerprints of the latents of the last call and of the first call of the last step.
 
     Attributes:
-        sketch: A few elements of the last step's latents, where no list of timesteps is followed.
+        sketch: A few elements of the last step's latents; None while a list of timesteps is
+            followed.
     """
 
     def __init__(self) -> None:
@@ -32,9 +33,8 @@ class SeenLatents:
         """Notes the latents of a call.
 
         Args:
-            latents: What is denoised.
-            sketches: Whether to remember what they are like, because no scheduler says how the
-                timesteps go.
+            latents: The latents being denoised.
+            sketches: Whether to sample their elements, because no list of timesteps is followed.
         """
         self._previous = None
         if latents is not None and sketches:
@@ -49,16 +49,16 @@ class SeenLatents:
         self.sketch = sketch(latents) if latents is not None and sketches else None
 
     def are_the_same(self, latents: Tensor | None) -> bool:
-        """Whether these are the very latents of the step's first call."""
+        """Whether these are the unmodified latents of the step's first call."""
         known = None if self._latents is None else self._latents()
         if known is None or known is not latents or self._version != version(latents):
             return False
         return self._version is not None or are_equal(self._digest, digest(latents))
 
-    def goes_on_with(self, latents: Tensor | None) -> bool:
-        """Whether these resemble the latents of the last call; not so where that is not known."""
+    def resemble(self, latents: Tensor | None) -> bool:
+        """Whether these resemble the latents of the last call; False if that is unknown."""
         now = None if latents is None else sketch(latents, least=64, most=4096)
-        likeness = correlation(now, self._previous)
-        if likeness is None or now is None:
+        similarity = correlation(now, self._previous)
+        if similarity is None or now is None:
             return False
-        return likeness >= max(0.5, 5 / math.sqrt(len(now)))
+        return similarity >= max(0.5, 5 / math.sqrt(len(now)))

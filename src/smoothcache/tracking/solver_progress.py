@@ -1,4 +1,4 @@
-"""How far a pipeline's noise scheduler has come in the list of timesteps that it announced."""
+"""Position of a pipeline's noise scheduler in the list of timesteps that it announced."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from .timesteps import AnnouncedTimesteps
 
 
 class SolverProgress:
-    """Follows a noise scheduler through one generation after the other.
+    """Follows a noise scheduler through consecutive generations.
 
     Args:
         announced: Returns the noise scheduler's tensor of timesteps, or None if there is none.
-        position: Returns the index in that tensor at which the noise scheduler is, if it counts.
-        stages: Returns how many calls the solver makes in a step, if it says.
+        position: Returns the noise scheduler's index into that tensor, if it keeps one.
+        stages: Returns the number of calls per solver step, if known.
 
     Attributes:
         announced_list: The tensor that was announced last.
-        is_followed: Whether the generation under way follows the list.
+        is_followed: Whether the current generation follows the list.
         has_been_used: Whether a generation has followed this list.
-        position: Where the noise scheduler is at this call; None if it does not count, or if it
-            was seen to stand still.
-        is_trusted: Whether its position was seen to move; False if it was seen not to, None if
-            neither was seen yet.
+        position: Position of the noise scheduler at this call; None if it keeps none, or if it
+            never advances.
+        is_trusted: True if the position was observed to advance, False if it does not, None if
+            undecided.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class SolverProgress:
         self.forget()
 
     def forget(self) -> None:
-        """Forgets the generation under way."""
+        """Forgets the current generation."""
         self.is_followed = False
         self._offset = 0
         self._last_position: int | None = None
@@ -51,13 +51,13 @@ class SolverProgress:
     # ------------------------------------------------------------------------------ generations
 
     def listen(self) -> bool:
-        """Reads the scheduler; says whether the generation that was under way is over."""
+        """Reads the scheduler and returns whether the current generation is over."""
         self.position = self._position_now()
         is_over = False
         announced = self._announced()
         if announced is not None and announced is not self.announced_list:
             self.announced_list = announced
-            # Where equal neighbours cannot be told apart they are two stages of one step.
+            # Equal neighbours are two stages of one step, unless positions distinguish them.
             merges = self.position is None or self._stages() != 1
             self._list = AnnouncedTimesteps.of(announced, merges=merges)
             self.has_been_used = False
@@ -72,11 +72,11 @@ class SolverProgress:
         return is_over
 
     def start(self, timestep: float, planned: int | None) -> int | None:
-        """The step at which a generation begins that the scheduler announced; None if it did not.
+        """Returns the first step of an announced generation; None if none was announced.
 
         Args:
-            timestep: What the denoiser is given.
-            planned: Steps that a generation should have.
+            timestep: The denoiser's timestep.
+            planned: Number of steps of a generation.
         """
         index = self._list.find(timestep, self.position)
         if index is None:
@@ -89,8 +89,8 @@ class SolverProgress:
         """Notes the position of the first call of a step."""
         self._last_position = self.position
 
-    def distrust(self) -> None:
-        """Goes by timesteps alone from now on, because the position stands still."""
+    def ignore_position(self) -> None:
+        """Uses timesteps alone from now on, because the position does not advance."""
         self.is_trusted = False
         self.position = self._last_position = None
 
@@ -98,54 +98,54 @@ class SolverProgress:
 
     @property
     def num_steps(self) -> int | None:
-        """Steps of this generation as they were announced; None if no list is followed."""
+        """Announced number of steps of this generation; None if no list is followed."""
         return len(self._list) - self._offset if self.is_followed else None
 
     def stages(self, step: int) -> int | None:
-        """How often the solver asks in a step for each branch; None if it does not say."""
+        """Returns the number of calls per branch in a step; None if it is unknown."""
         if not self.is_followed or self._stages() is None:
             return None
         return self._list.entries(step + self._offset)
 
     def makes_several_calls(self) -> bool:
-        """Whether the solver says that it calls several times in a step."""
+        """Whether the solver makes several calls per step."""
         return self._stages() not in (None, 1)
 
     def entries(self, count: int) -> list[int]:
-        """Where the first steps of the generation stand in the list; empty if none is followed."""
+        """Returns the list indices of the first ``count`` steps; empty if no list is followed."""
         if not self.is_followed:
             return []
         return [self._list.entry_of(step) for step in range(self._offset, self._offset + count)]
 
     def moved(self) -> int | None:
-        """Steps by which the scheduler has moved on since the last step; None if it cannot tell.
+        """Returns how many steps the scheduler has advanced since the last step; None if unknown.
 
-        It also tells timesteps apart that round to one number in a short dtype.
+        Positions also distinguish timesteps that round to one number in a low-precision dtype.
         """
         if not self.is_followed or self.position is None or self._last_position is None:
             return None
         return self._list.step_at(self.position) - self._list.step_at(self._last_position)
 
     def expects(self, timestep: float, step: int) -> bool:
-        """Whether the scheduler would give this timestep now.
+        """Whether this timestep is consistent with the scheduler's position.
 
         Args:
-            timestep: What the denoiser is given.
-            step: The last step.
+            timestep: The denoiser's timestep.
+            step: Index of the last step.
         """
         return not self.is_followed or self._list.has(timestep, self._next_entries(step))
 
     def may_stand_still(self) -> bool:
-        """Whether the position could be one that nobody moves, not even once.
+        """Whether the position may never advance.
 
-        So it is where a sampler only reads the list, or steps a copy of the scheduler.
+        That happens if a sampler only reads the list, or steps a copy of the scheduler.
         """
         if not self.is_followed or self.position is None or self.is_trusted is not None:
             return False
         return self.position == self._last_position
 
     def lists_next(self, timestep: float, step: int) -> bool:
-        """Whether the list goes on with this timestep after a step."""
+        """Whether this timestep follows a step in the list."""
         following = step + self._offset + 1
         return (
             self.is_followed
@@ -154,7 +154,7 @@ class SolverProgress:
         )
 
     def _next_entries(self, step: int) -> Sequence[int]:
-        """The steps of the list that this call may belong to."""
+        """Returns the steps of the list that this call may belong to."""
         here = step + self._offset
         if self.position is not None and self._last_position is not None:
             return (

@@ -1,4 +1,4 @@
-"""Reads timesteps, and the list of them that a noise scheduler announces."""
+"""Reads timesteps and the list of timesteps that a noise scheduler announces."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch import Tensor
 
 from ..errors import ScheduleMismatchError
 
-MOST_TIMES = 4  # of the modalities in one call; more values are an embedding, or a time a frame
+MOST_TIMES = 4  # one per modality; more values are an embedding or one time per frame
 
 
 @dataclass(frozen=True)
 class TimestepUnit:
-    """How a denoiser's timestep is read as a listed one: in [0, 1], or from the other end."""
+    """Conversion of a denoiser's timestep to a listed one: scaled to [0, 1] or reversed."""
 
     factor: float
     offset: float
 
     def listed(self, timestep: float) -> float:
-        """The listed timestep that a denoiser's own stands for."""
+        """Converts a denoiser's timestep to a listed timestep."""
         return self.offset + self.factor * timestep
 
     def has(self, timestep: float, listed: float) -> bool:
-        """Whether the two are the same, but for rounding to a short dtype or to an integer."""
+        """Whether both are equal up to rounding to a low-precision dtype or an integer."""
         wanted = (listed - self.offset) / self.factor
         is_whole = abs(self.factor) == 1 and self.offset in (0, 1000) and timestep == int(timestep)
         return are_close(timestep, wanted) or (is_whole and abs(timestep - wanted) < 1 < listed)
@@ -40,8 +40,8 @@ class AnnouncedTimesteps:
     """The timesteps that a noise scheduler announced.
 
     Args:
-        values: As they are listed.
-        merges: Whether two equal neighbours are two calls of one step.
+        values: The listed timesteps.
+        merges: Whether equal neighbours are calls of one step.
     """
 
     def __init__(self, values: Sequence[float], merges: bool) -> None:
@@ -57,31 +57,31 @@ class AnnouncedTimesteps:
         return cls(values, merges)
 
     def __len__(self) -> int:
-        """How many steps there are."""
+        """Number of steps."""
         return len(self._distinct)
 
     def entry_of(self, step: int) -> int:
-        """The first entry of a step."""
+        """Returns the index of a step's first entry."""
         return self._steps.index(step)
 
     def step_at(self, position: int) -> int:
-        """The step that the entry at a position belongs to."""
+        """Returns the step of the entry at a position."""
         return self._steps[position] if position < len(self._steps) else len(self)
 
     def entries(self, step: int) -> int:
-        """How many entries a step has."""
+        """Returns the number of entries of a step."""
         return self._steps.count(step)
 
     def are_over_at(self, position: int | None) -> bool:
-        """Whether a scheduler at this position has made its last step."""
+        """Whether a scheduler at this position has finished its last step."""
         return position is not None and position >= len(self._steps)
 
     def find(self, timestep: float, position: int | None) -> int | None:
-        """The step at which a generation begins that the scheduler announced; None if it did not.
+        """Returns the first step of an announced generation; None if none was announced.
 
         Args:
-            timestep: What the denoiser is given, perhaps in another unit than the list's.
-            position: Where the scheduler is, if it counts; 0 may also mean that it has not begun.
+            timestep: The denoiser's timestep, possibly in another unit than the list's.
+            position: Position of the scheduler, if it keeps one; 0 may mean not started.
         """
         if not self._distinct or self.are_over_at(position):
             return None
@@ -92,19 +92,19 @@ class AnnouncedTimesteps:
         steps = [step for step in found.values() if step is not None]
         if position:
             step: int | None = self.step_at(position)
-        else:  # most generations begin at the beginning
+        else:  # prefer the first step, where most generations begin
             step = 0 if 0 in steps else steps[0] if steps else None if position is None else 0
         self._units = [unit for unit in units if found[unit] is not None and found[unit] == step]
         return step
 
     def has(self, timestep: float, steps: Sequence[int], *, keep: bool = False) -> bool:
-        """Whether a timestep is that of one of these steps, in a unit that all before were in.
+        """Whether a timestep belongs to one of these steps, in a unit consistent with all before.
 
         Args:
-            keep: Only ask, and settle no unit; not so in a unit that is not known.
+            keep: Leave the possible units unchanged; returns False if no unit is known.
         """
         if not self._units:
-            return not keep  # in a unit that is not known, so all that tells is the position
+            return not keep  # the unit is unknown, so only the position is informative
         units = [u for u in self._units if any(u.has(timestep, self._distinct[s]) for s in steps)]
         self._units = self._units if keep else units or self._units
         return bool(units)
@@ -117,29 +117,29 @@ class AnnouncedTimesteps:
 
 
 def timestep_value(timestep: Any, batch: int | None = None) -> float:
-    """The one timestep of a call, in the model's own unit.
+    """Returns the timestep of a call, in the model's own unit.
 
     Args:
-        timestep: A number, or a tensor of shape [], [batch] or, with a timestep for every token
-            or modality, [batch, tokens] or [tokens], of which the largest counts. A tensor in the
-            memory of an accelerator costs one read by the host.
-        batch: How many samples there are; None if it is not known.
+        timestep: A number or a tensor of shape [] or [batch]. A tensor of shape [batch, tokens] or
+            [tokens] has a timestep per token or modality; the largest is returned. Reading a
+            tensor on an accelerator costs one host sync.
+        batch: Number of samples; None if unknown.
 
     Raises:
         ScheduleMismatchError: If the samples of a batch, or many frames or tokens of a sample, are
-            at different timesteps, or it is an embedding of a time.
+            at different timesteps, or if the tensor is a timestep embedding.
     """
     if isinstance(timestep, Real):
         return float(timestep)
     if not isinstance(timestep, Tensor) or timestep.numel() == 0:
         raise ScheduleMismatchError(
             f"the denoiser's timestep is a {type(timestep).__name__} that holds no number, so "
-            "the step cannot be told"
+            "the solver step is unknown; pass a number or a tensor"
         )
     if timestep.device.type == "meta":
         raise ScheduleMismatchError(
-            "the denoiser's timestep is on the meta device, where it has no value, so the step "
-            "cannot be told; pass it as a number or on the CPU"
+            "the denoiser's timestep is on the meta device and has no value, so the solver step "
+            "is unknown; pass a number or a CPU tensor"
         )
     values = timestep.detach().to("cpu", torch.float64).numpy()
     distinct = len(np.unique(values))
@@ -148,19 +148,19 @@ def timestep_value(timestep: Any, batch: int | None = None) -> float:
     if is_embedded or (distinct > MOST_TIMES and not is_per_sample):
         raise ScheduleMismatchError(
             f"the denoiser's timestep is a tensor of shape {tuple(timestep.shape)} with "
-            f"{distinct} values{', some of them negative' * is_embedded}, so the step cannot be "
-            "told. If it is an embedding of a time, pass the module that embeds the time itself, "
-            "or wrap the denoiser in a module whose forward is also given `timestep`. If frames or "
-            "tokens are at different timesteps, one schedule cannot serve them together"
+            f"{distinct} values{', some of them negative' * is_embedded}, so the solver step is "
+            "unknown. If it is a timestep embedding, pass the module that computes the embedding, "
+            "or wrap the denoiser in a module whose forward also takes `timestep`. If frames or "
+            "tokens are at different timesteps, one schedule cannot apply to them"
         )
     if is_per_sample and (values != values[0]).any():
         raise ScheduleMismatchError(
             "the samples of one batch are at different timesteps "
-            f"({values.min():g} to {values.max():g}); one schedule cannot serve them together"
+            f"({values.min():g} to {values.max():g}); one schedule cannot apply to all of them"
         )
     return float(values.max())
 
 
 def are_close(a: float, b: float) -> bool:
-    """Whether two timesteps are the same but for the rounding of a short dtype."""
+    """Whether two timesteps are equal up to the rounding of a low-precision dtype."""
     return math.isclose(a, b, rel_tol=4e-3, abs_tol=1e-6)  # bfloat16 has 8 bits
