@@ -127,7 +127,14 @@ class SearchOptions:
         return self.validation_samples_from(0)
 
     def validation_samples_from(self, first: int) -> range:
-        """The validation samples if samples below a number serve other purposes."""
+        """Numbers of the validation samples, where lower ones are used for something else.
+
+        Args:
+            first: The lowest number that is free.
+
+        Returns:
+            As many numbers as there are validation samples, beyond the training samples.
+        """
         training = len(self.training_samples)
         first = max(first, training)
         return range(first, first + (self.num_validation or training))
