@@ -127,7 +127,14 @@ class SearchOptions:
         return self.validation_samples_from(0)
 
     def validation_samples_from(self, first: int) -> range:
-        """The validation samples if samples below a number serve other purposes."""
+        """The validation samples, if those below a number serve other purposes.
+
+        Args:
+            first: The number from which samples are free.
+
+        Returns:
+            Numbers of the generations that the winner is measured on.
+        """
         training = len(self.training_samples)
         first = max(first, training)
         return range(first, first + (self.num_validation or training))
