@@ -232,7 +232,7 @@ def _plans(
         warnings.warn(
             f"the search goes on without plans from trajectories: {error}",
             SmoothCacheWarning,
-            stacklevel=3,
+            stacklevel=5,
         )
         return None
     return plans
