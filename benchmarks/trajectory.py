@@ -4,7 +4,8 @@
 
 Calibrates on seeds of its own, plans, fits and searches at every budget, and compares images of
 other seeds with the uncached ones. What each plan cost is counted in uncached generations (of ten
-images, as a sample is), by the calls of the denoiser, the calibration apart.
+images, as a sample is), by the calls of the denoiser, the calibration apart. `search` calibrates
+by itself, which counts. With `--only`, `--write` keeps the other rows that were written before.
 """
 
 from __future__ import annotations
@@ -52,18 +53,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for budget in options.budgets:
         count = int(options.steps * budget + 1e-9)
-        for name, make in _ways(case, calibration, sample, count, options).items():
+        ways = _ways(case, calibration, sample, count, budget, options)
+        for name, make in ways.items():
+            if options.only and not any(part in name for part in options.only):
+                continue
             calls.taken()
             started = time.perf_counter()
             schedule = make()
             seconds, cost = time.perf_counter() - started, calls.taken()
+            if isinstance(schedule, sc.SearchedSchedule) and schedule.result is not None:
+                cost = schedule.result.cost  # a step of layers is no whole one
             mean, margin = _quality(case, schedule, references)
-            (row,) = {row.computed for row in schedule.rows.values()}
+            row = next(iter(schedule.rows.values())).computed
             rows.append(
                 {
                     "budget": budget,
                     "name": name,
                     "steps_computed": sum(row),
+                    "predictor": next(iter(schedule.rows.values())).predictor,
+                    "compute": schedule.compute,
                     "psnr": round(mean, 2),
                     "margin": round(margin, 2),
                     "generations": round(cost, 2),
@@ -86,11 +94,20 @@ def _write(
         "calibration_samples": options.calibration,
         "calibration": calibrating,
         "max_cost": options.max_cost,
-        "rows": rows,
+        "rows": [*_kept(rows), *rows] if options.only else rows,
         "environment": environment(),
     }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _kept(rows: Sequence[Any]) -> list[Any]:
+    """The rows of the results so far that these do not replace."""
+    if not RESULTS.is_file():
+        return []
+    known = {(row["budget"], row["name"]) for row in rows}
+    before = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    return [row for row in before if (row["budget"], row["name"]) not in known]
 
 
 def _ways(
@@ -98,6 +115,7 @@ def _ways(
     calibration: sc.Calibration,
     sample: Callable[[int], Tensor],
     count: int,
+    budget: float,
     options: argparse.Namespace,
 ) -> dict[str, Callable[[], sc.Schedule]]:
     """Name of a row -> what makes its schedule."""
@@ -128,6 +146,9 @@ def _ways(
             steps_computed=count,
             max_cost=options.max_cost,
             progress=False,
+        ),
+        "search, 20 generations": lambda: sc.search(
+            model, sample, compute=budget, objective="typical_l2", max_cost=20, progress=False
         ),
     }
 
@@ -175,6 +196,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=5, help="samples, of ten images each")
     parser.add_argument("--generations", type=int, default=7, help="to compare, of ten images")
     parser.add_argument("--max-cost", type=float, default=10.0, help="of the search, generations")
+    parser.add_argument("--only", nargs="+", help="ways whose names have one of these in them")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     return parser.parse_args(arguments)
 

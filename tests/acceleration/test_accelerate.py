@@ -282,10 +282,12 @@ def test_nothing_is_left_where_a_stage_raises(pipe: PromptPipeline, after: int) 
 
 def test_a_model_that_is_cached_already(pipe: PromptPipeline) -> None:
     with sc.cached(pipe, sc.Schedule.uniform(pipe, STEPS, 2)) as run:
+        count = len(pipe.calls)
         with pytest.raises(sc.AlreadyCachedError):
             accelerated(pipe, pipe.alone)
-        run.reset()
+        assert len(pipe.calls) == count
         pipe.sample(0)
+    assert (run.summary().finished, run.summary().broken_off) == (1, 0)
 
 
 def test_it_stands_in_the_package(pipe: PromptPipeline) -> None:

@@ -22,10 +22,16 @@ import pytest
 from planners.test_trajectory import recorded
 from rich.console import Console
 from support.made_up import calibration_of, layers_of
-from support.tiny_pipeline import build_audio_pipeline, build_clip_pipeline, save_pipeline
+from support.tiny_pipeline import (
+    build_audio_pipeline,
+    build_clip_pipeline,
+    build_pipeline,
+    save_pipeline,
+)
 from typer.testing import CliRunner
 
 from smoothcache import Calibration, Schedule, SmoothCacheWarning
+from smoothcache.acceleration import CalibrationCache
 from smoothcache.cli import tables
 from smoothcache.cli.app import app
 from smoothcache.cli.inputs import Modality
@@ -144,6 +150,58 @@ def test_search_refuses_what_makes_no_sense(model: Path, calibration: Path) -> N
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command: str) -> None:
     assert f"smoothcache {command}" in succeed(command, "--help").stdout.split("Example:")[1]
+
+
+def test_cache_lists_shows_and_clears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOOTHCACHE_CACHE", str(tmp_path / "kept"))
+    assert "0 calibration(s)" in succeed("cache", "list").stdout
+    kept = CalibrationCache()
+    kept.save("first-1", calibration_of(steps=4))
+    kept.save("second-1", calibration_of(steps=4))
+    assert "first-1" in succeed("cache", "list").stdout
+    listed = json.loads(succeed("cache", "list", "--json").stdout)
+    assert [x["name"] for x in listed["calibrations"]] == ["first-1", "second-1"]
+    assert listed["folder"] == str(tmp_path / "kept")
+    assert "no trajectories" in succeed("cache", "show", "first").stdout
+    assert json.loads(succeed("cache", "show", "first", "--json").stdout)["steps"] == 4
+    assert "there is no calibration" in refused("cache", "show", "third")
+    assert "there is no calibration" in refused("cache", "clear", "third")
+    assert "1 calibration(s) removed" in succeed("cache", "clear", "first").stdout
+    assert json.loads(succeed("cache", "clear", "--json").stdout)["removed"] == ["second-1"]
+    assert kept.entries() == ()
+    (tmp_path / "kept" / "bad.safetensors").write_bytes(b"nonsense")
+    assert "not a safetensors file" in refused("cache", "show", "bad")
+    assert "list" in succeed("cache").stdout
+
+
+def test_the_short_path(tmp_path: Path) -> None:
+    """Calibrate, plan for a speed-up from the trajectories, generate."""
+    folder = save_linear_pipeline(tmp_path / "linear")
+    curves, planned = tmp_path / "curves.safetensors", tmp_path / "schedule.json"
+    succeed(
+        *("calibrate", folder, "-o", curves, "--samples", 2, "--steps", STEPS),
+        *("--class-label", 1),
+    )
+    assert Calibration.load(curves).trajectories is not None
+    succeed("plan", curves, "--speedup", 3, "-o", planned)
+    assert Schedule.load(planned).compute == pytest.approx(1 / 3)
+    made = succeed(
+        "generate", folder, "--schedule", planned, "--class-label", 2, "-o", tmp_path / "images"
+    )
+    assert "1 generation(s) of 6 steps finished" in made.stdout
+    found = succeed(
+        *("search", folder, "--calibration", curves, "--compute", 0.5, "--steps", STEPS),
+        *("-o", tmp_path / "found.json", "--class-label", 1, "--json"),
+    )
+    assert json.loads(found.stdout)["cost"] <= 20
+
+
+def save_linear_pipeline(folder: Path) -> Path:
+    """A pipeline that does not clip, so that its solver is linear in the outputs."""
+    pipeline = build_pipeline()
+    pipeline.scheduler.register_to_config(clip_sample=False)
+    pipeline.save_pretrained(folder)
+    return folder
 
 
 def test_inspect_shows_kinds_and_layers(model: Path) -> None:

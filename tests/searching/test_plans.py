@@ -19,6 +19,8 @@ from support.toys import TOKENS, WIDTH
 from torch import Tensor
 
 import smoothcache as sc
+from smoothcache.demo.image import FOLDER, sample_shapes
+from smoothcache.diffusers_io import load_pipeline
 from smoothcache.searching.plans import FITTED_ON, is_recorded
 
 
@@ -210,20 +212,6 @@ def test_the_cheapest_for_an_error_is_planned_from_trajectories(pipe: PromptPipe
     assert result.cost <= 60
 
 
-def test_a_joint_search_fits_weights_to_its_candidates() -> None:
-    pipe = PromptPipeline()
-    result = result_of(
-        search(pipe, pipe.sample, calibrated(), compute=0.34, joint=True, max_cost=60)
-    )
-    assert any("with weights" in row.name for row in (result.best, *result.front)) or (
-        result.best.converged_error is not None
-    )
-    assert all(
-        (result.best.converged_error or 0) <= (row.converged_error or 0) + 1e-12
-        for row in result.baselines
-    )
-
-
 def test_proposals_of_the_whole_denoiser_beside_a_calibration_of_layers(
     pipe: PromptPipeline,
 ) -> None:
@@ -260,3 +248,26 @@ def test_little_to_spend(pipe: PromptPipeline, max_cost: float) -> None:
         warnings.simplefilter("error")
         schedule = search(pipe, pipe.alone, calibrated(), compute=0.34, max_cost=max_cost)
     assert (schedule.compute or 1) <= 0.34
+
+
+def test_the_demo_pipeline_gets_nothing_worse_than_uniform_schedules() -> None:
+    steps, budget = 8, 0.4
+    pipe = load_pipeline(FOLDER)
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample(i: int) -> Tensor:
+        return sample_shapes(pipe, [i % 10], 500 + i, steps)
+
+    found = search(pipe, sample, compute=budget)
+    result = result_of(found)
+    assert result.cost <= 20 and (found.compute or 1) <= budget + 1e-9
+    references = [sample(i) for i in range(2)]
+
+    def error(schedule: sc.Schedule) -> float:
+        with sc.cached(pipe, schedule):
+            return float(np.mean([distance(sample(i), x) for i, x in enumerate(references)]))
+
+    own = error(found)
+    for granularity, predictor in itertools.product(("auto", "model"), ("taylor", "taylor2")):
+        uniform = sc.Schedule.uniform(pipe, steps, 3, predictor=predictor, granularity=granularity)
+        assert own <= error(uniform) + 1e-9

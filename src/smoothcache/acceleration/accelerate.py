@@ -27,6 +27,7 @@ from ..searching.options import SearchOptions
 from ..searching.plans import FITTED_ON
 from ..searching.result import SearchedSchedule, SearchResult
 from ..searching.search import sampler_takes, search
+from ..tracking.playback import Playback
 from ..version import __version__
 from .cache import CalibrationCache
 from .identity import key_of
@@ -133,6 +134,7 @@ def accelerate(
         raise InvalidArgumentError(f"max_cost must be positive, got {max_cost:g}.")
     arguments = (tuple(prompts), tuple(class_labels), num_inference_steps, guidance_scale, seed)
     sampler = _sampler(model, sample, *arguments)
+    _refuse_if_cached(model)
     solvers = suitable_solvers(model) if sampler_takes(sampler)[1] else {}
     with _quiet(model):
         found, cost, is_cached = _searched(
@@ -208,6 +210,11 @@ def _sampler(
             "runs generation number i and returns its tensor"
         )
     return PipelineSampler(model, *others).sample
+
+
+def _refuse_if_cached(model: Any) -> None:
+    """Refuses a model that runs under a schedule, before a generation is run."""
+    Playback(model).run(lambda: None, lambda place, run: run())
 
 
 def _cache_of(cache: object) -> CalibrationCache | None:

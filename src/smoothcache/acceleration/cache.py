@@ -125,7 +125,7 @@ class CalibrationCache:
             warnings.warn(
                 f"a cached calibration cannot be used, and is made again: {error}",
                 SmoothCacheWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
             return None
 
@@ -145,7 +145,7 @@ class CalibrationCache:
                 f"the calibration cannot be kept in '{self.folder}' ({error}); name another "
                 f"folder in {VARIABLE}, or pass cache=False",
                 SmoothCacheWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def clear(self, names: Sequence[str] = ()) -> tuple[CalibrationEntry, ...]:

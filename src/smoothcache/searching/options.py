@@ -127,13 +127,13 @@ class SearchOptions:
         return self.validation_samples_from(0)
 
     def validation_samples_from(self, first: int) -> range:
-        """Numbers of the validation samples, where lower ones are used for something else.
+        """The validation samples, if those below a number serve other purposes.
 
         Args:
-            first: The lowest number that is free.
+            first: The number from which samples are free.
 
         Returns:
-            As many numbers as there are validation samples, beyond the training samples.
+            Numbers of the generations that the winner is measured on.
         """
         training = len(self.training_samples)
         first = max(first, training)

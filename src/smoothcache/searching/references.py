@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import InvalidArgumentError
 from .gains import Trajectory
+from .processes import decided_by_rank_zero
 from .rollouts import Rollouts
 from .space import Candidate
 
@@ -54,8 +55,10 @@ def sample_training_references(
         )
     for i in training if joint else ():
         rollouts.set_reference(CONVERGED, i, _converged(num_steps), with_trajectory=True)
-    if is_recorded is not None and is_recorded(rollouts.trajectory(UNCACHED, first)):
-        return True
+    if is_recorded is not None:
+        trajectory = rollouts.trajectory(UNCACHED, first)
+        if decided_by_rank_zero(is_recorded(trajectory)):
+            return True
     _refuse_deviation(rollouts.deviation(UNCACHED, first, _UNCACHED), first)
     return False
 

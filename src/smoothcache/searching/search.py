@@ -76,8 +76,8 @@ def search(
         sample: ``sample(i)`` runs generation number i with its own fixed seed and returns the final
             tensor or tensors, of any shape and of the same shapes each time. If it also takes the
             keyword ``num_inference_steps`` (and ``scheduler``), the baselines without a cache are
-            measured. The errors to the converged sample are reported, too, if sampling it takes no
-            more than half of ``max_cost``.
+            measured. The errors to the converged sample are reported, too; where there are
+            trajectories, only if sampling it takes no more than half of ``max_cost``.
         calibration: Result of ``calibrate``. It determines what is reused beside the output of the
             whole denoiser: calibrate with ``granularity="block"`` to search over blocks instead of
             layers. Its trajectories are used if they are of these samples (the same prompts,
@@ -232,7 +232,7 @@ def _plans(
         warnings.warn(
             f"the search goes on without plans from trajectories: {error}",
             SmoothCacheWarning,
-            stacklevel=3,
+            stacklevel=5,
         )
         return None
     return plans

@@ -107,8 +107,8 @@ class SearchRun:
         sample_validation_references(rollouts, space.num_steps, validation, converged=converged)
 
     def _may_converge(self, count: int) -> bool:
-        """Whether converged samples take no more than half of what may be spent."""
-        return 2 * CONVERGED_FACTOR * count <= self._max_cost
+        """Whether converged samples leave enough for a search that knows how to do with little."""
+        return self._plans is None or 2 * CONVERGED_FACTOR * count <= self._max_cost
 
     def best_within(self, budget: float) -> SearchedSchedule:
         """The schedule of the smallest error whose compute is at most the budget."""
