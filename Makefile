@@ -5,13 +5,15 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-DEMO_READY := $(VENV)/.demo-ready
+MODALITY ?= image
+DEMO_READY := $(VENV)/.demo-$(MODALITY)-ready
 CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, and $(PYTHON) is older. Try: make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
 
 .PHONY: help demo test lint types check docs format bench reproduce-tiny clean
 
 help:
 	@echo "make demo     calibrate, plan and run the demo pipeline; prints a table, writes a report"
+	@echo "              (MODALITY=video or audio for the other demos)"
 	@echo "make test     run the tests and the examples in the documentation of the code"
 	@echo "make lint     check style            make types    check types"
 	@echo "make check    all three              make format   rewrite the code in the house style"
@@ -21,12 +23,12 @@ help:
 
 # Only what the demo needs, and not what the tests do.
 demo: $(DEMO_READY)
-	$(BIN)/smoothcache demo
+	$(BIN)/smoothcache demo --modality $(MODALITY)
 
 $(DEMO_READY): pyproject.toml constraints.txt
 	@$(CHECK_PYTHON)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[$(subst image,demo,$(MODALITY))]'
 	@touch $@
 
 # One thread for each of the JOBS processes: the cores are shared out once.
@@ -74,7 +76,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --no-deps $(UNBOUND)
-	@touch $@ $(DEMO_READY)
+	@touch $@ $(foreach name,image video audio,$(VENV)/.demo-$(name)-ready)
 
 clean:
 	rm -rf $(VENV) build dist out site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -38,6 +38,8 @@ def test_all_pages_are_seen() -> None:
             "metrics",
             "models",
             "quick-start",
+            "reports",
+            "sharing",
             "speed",
             "video",
             "which-method",
@@ -103,7 +105,8 @@ def test_commands_and_options_exist() -> None:
         for _, text in blocks(DOCS / "command-line.md", "console")
     ]
     assert {words[1] for words in commands} == {
-        *("demo", "inspect", "calibrate", "plan", "search", "generate", "compare", "benchmark")
+        *("demo", "inspect", "calibrate", "plan", "search", "generate", "compare", "benchmark"),
+        "doctor",
     }
     for program, command, *words in commands:
         assert program == "smoothcache"

@@ -19,7 +19,7 @@ import smoothcache
 PACKAGE = Path(smoothcache.__file__).parent
 API = Path(__file__).parents[1] / "docs" / "api"
 # Rooms that are not meant to be imported by users, and one that is described by its commands.
-INTERNAL = {"cli", "demo", "files", "tracking"}
+INTERNAL = {"cli", "demo", "files", "hub", "tracking"}
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 MODULES = [*(room for room in ROOMS if room not in INTERNAL), "errors"]
 # What the attachment calls on a run.

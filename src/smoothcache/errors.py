@@ -39,5 +39,9 @@ class MissingPackageError(SmoothCacheError, ImportError):
     """A package that this feature needs is not installed; the message says how to get it."""
 
 
+class HubError(SmoothCacheError, OSError):
+    """The hub cannot be reached, refuses, or holds no such file."""
+
+
 class PipelineLoadError(SmoothCacheError, OSError):
     """There is no such pipeline, or it cannot be loaded."""

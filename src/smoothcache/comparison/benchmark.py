@@ -245,6 +245,14 @@ class Benchmark:
         told = (f"{name}: {note}" for name, note in self.notes.items())
         return Report(self.rows, title=self.name, notes=(*told, *failed))
 
+    def __str__(self) -> str:
+        """The table, and the notes below it."""
+        return str(self.report())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the table and its notes."""
+        return self.report()._repr_html_()
+
     def _verdict(self, budget: float, aim: Aim) -> Verdict:
         own, rival = (self.best(budget, aim, own=side) for side in (True, False))
         if own is None or rival is None:

@@ -147,6 +147,14 @@ class Comparison:
         """
         return Report(self.rows, title=title, notes=(*self._warnings(), *self.verdict()))
 
+    def __str__(self) -> str:
+        """The table, and the notes below it."""
+        return str(self.report())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the table and the verdict."""
+        return self.report()._repr_html_()
+
     def _sentence(self, duel: Duel) -> str:
         first, second = self.row(duel.name), self.row(duel.rival)
         if duel.is_won is False:

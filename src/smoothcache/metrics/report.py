@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import InvalidArgumentError
+from ..files.markup import fragment, paragraph, table
 
 MISSING = "-"
 
@@ -145,6 +146,11 @@ class Report:
         """What ``to_json`` writes, for a document with more in it."""
         rows = [{name: _finite(value) for name, value in asdict(row).items()} for row in self.rows]
         return {"title": self.title, "rows": rows, "notes": list(self.notes)}
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the table and its notes."""
+        parts = [table(self.header(), self.cells()), *map(paragraph, self.notes)]
+        return fragment(self.title, *parts)
 
     def _columns(self) -> list[str]:
         """Fields, or ``accuracies.NAME``, that some row has a value for."""

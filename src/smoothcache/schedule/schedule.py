@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +17,9 @@ import numpy.typing as npt
 
 from ..checks import check_count, check_number, check_texts, listed
 from ..errors import InvalidArgumentError, ScheduleMismatchError
+from ..files.markup import fragment, paragraph
+from ..hub.card import Details
+from ..hub.repository import CARD, Place, fetch, push
 from ..layers.find import find_layers
 from ..layers.layer import CacheLayer, Granularity, ModelIdentity
 from ..layers.modules import identify
@@ -32,9 +37,10 @@ from ..steps.resample import (
     resample_row,
     told,
 )
-from . import file
+from . import card, file
 from .binding import check_same_layers, describe_other_model, map_names, with_costs_of
 from .expected_cost import buffer_bytes, macs_saved_per_step, peak_bytes
+from .html import schedule_map
 from .row import Row
 
 
@@ -195,6 +201,116 @@ class Schedule:
             FileNotFoundError: If the folder does not exist.
         """
         file.write(path, {one.name: getattr(self, one.name) for one in fields(self)})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base_model: str = "",
+        base_revision: str = "",
+        settings: Mapping[str, str] | None = None,
+        prompts: Sequence[str] = (),
+        seeds: str = "",
+        command: str = "",
+        license: str = "",
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        endpoint: str | None = None,
+    ) -> str:
+        """Share it on the Hugging Face hub, with a card that says what it is for.
+
+        Args:
+            repo_id: ``owner/name``; the repository is made if there is none.
+            base_model: ``owner/name`` of the model on the hub that it is for.
+            base_revision: Its revision.
+            settings: What else it was made with, by name: resolution, dtype, guidance.
+            prompts: What it was measured on; the first 40 are listed.
+            seeds: From which noise, in words.
+            command: What made it.
+            license: Of the files, as the hub names licences.
+            private: Whether a new repository is private; None for the owner's default.
+            revision: Branch to push to; None for main.
+            token: Of the user; None for the one that is logged in.
+            endpoint: Address of another hub; None for the one of ``HF_ENDPOINT``.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            InvalidArgumentError: If the name is none of a repository.
+            HubError: If the hub cannot be reached, or refuses.
+        """
+        details = Details(
+            base_model, base_revision, dict(settings or {}), prompts, seeds, command, license
+        )
+        place = Place(repo_id, revision, token, endpoint)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(written := Path(folder, card.FILE))
+            files = {card.FILE: written.read_bytes(), CARD: self._card(repo_id, details)}
+        return push(place, files, message="Upload a schedule of smoothcache", private=private)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        endpoint: str | None = None,
+    ) -> Schedule:
+        """Read one that ``push_to_hub`` shared; the file is checked in full, as ``load`` does.
+
+        Args:
+            repo_id: ``owner/name`` on the Hugging Face hub, or a local folder.
+            revision: Branch, tag or commit; None for the newest.
+            token: Of the user; None for the one that is logged in.
+            cache_dir: Where downloads are kept; None for the usual place.
+            local_files_only: Whether to take only what was downloaded before.
+            endpoint: Address of another hub; None for the one of ``HF_ENDPOINT``.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            InvalidArgumentError: If the name is neither a folder nor a repository's.
+            HubError: If there is no schedule, it is too large, or the hub cannot be reached.
+            FileFormatError: If it is damaged or made by a newer version; says where and why.
+        """
+        place = Place(repo_id, revision, token, endpoint, cache_dir, local_files_only)
+        found = fetch(
+            place,
+            card.FILE,
+            what="schedule",
+            most_bytes=card.MOST_BYTES,
+            others={
+                "calibration.safetensors": "It holds a calibration: Calibration.from_pretrained."
+            },
+        )
+        return cls.load(found)
+
+    def measurements(self) -> list[list[str]]:
+        """A table of what was measured of it beside other ways of sampling, for its card.
+
+        Returns:
+            Rows of texts, the heading first; empty if nothing was measured but its quality.
+        """
+        return []
+
+    def _card(self, name: str, details: Details) -> bytes:
+        made = card.schedule_card(self, name, details, self.measurements())
+        return made.to_markdown().encode("utf-8")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the map of computed and reused steps."""
+        cost = "" if self.compute is None else f", {self.compute:.1%} of the uncached MACs"
+        made_for = self.model.class_name if self.model else "a model yet to be bound"
+        title = f"Schedule of {self.num_steps} steps for {made_for}{cost}"
+        notes = [NOT_MEASURED] if CARRIED_OVER in self.provenance else []
+        notes += [f"{name}: {value:.4g}" for name, value in self.quality.items()]
+        return fragment(title, *map(paragraph, notes), schedule_map(self))
 
     def bind(self, layers: Sequence[CacheLayer], model: ModelIdentity | None = None) -> Schedule:
         """The same schedule for exactly these layers, in their order.

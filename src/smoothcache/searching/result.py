@@ -111,6 +111,25 @@ class SearchedSchedule(Schedule):
 
     result: SearchResult | None = field(default=None, repr=False)
 
+    def measurements(self) -> list[list[str]]:
+        """The winner, the baselines without a cache, and the front of the search.
+
+        Returns:
+            Rows of texts, the heading first; empty if the search's result is not known.
+        """
+        if self.result is None:
+            return []
+        rows = [["way of sampling", "measured on", "compute", "error", "error to converged"]]
+        groups = {
+            "validation samples": (self.result.best, *self.result.baselines),
+            "training samples": self.result.front,
+        }
+        for where, measured in groups.items():
+            for row in measured:
+                converged = "" if row.converged_error is None else f"{row.converged_error:.4f}"
+                rows.append([row.name, where, f"{row.compute:.1%}", f"{row.error:.4f}", converged])
+        return rows
+
 
 def deciding_error(row: Measured, *, joint: bool) -> float:
     """The error that a search minimises; in a joint search that to the converged sample."""
