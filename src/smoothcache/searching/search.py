@@ -129,6 +129,7 @@ def search(
             num_samples,
             max_gap=3,
             trajectory=False,
+            over_ranks=True,
             progress=options.progress,
         )
         cost_so_far = float(num_samples)
