@@ -91,7 +91,8 @@ def calibration_of(sampler: PipelineSampler, folder: Path, samples: int) -> sc.C
     file = folder / f"calibration-{sampler.steps}.safetensors"
     if not from_rank_zero(file.is_file):
         own = replace(sampler, seed=sampler.seed + CALIBRATION_SEED)
-        measured = sc.calibrate(sampler.pipeline, own, samples, progress=sys.stderr.isatty())
+        shown = sys.stderr.isatty()
+        measured = sc.calibrate(sampler.pipeline, own, samples, over_ranks=True, progress=shown)
         from_rank_zero(lambda: measured.save(file))
     return sc.Calibration.load(file)
 

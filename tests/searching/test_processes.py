@@ -111,7 +111,8 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, monkeypatch: pytest.M
         assert other["is_same_again"] and other["is_unaltered"]
         assert other["failure"] == "in one process alone"
         assert "of another search" in other["refusal"]
-        assert other["calls"][1] == one["calls"][1] < other["calls"][0] < one["calls"][0]
+        again = other["calls"][1]  # without one of the two samples that are calibrated on
+        assert again == one["calls"][1] - 1 and again < other["calls"][0] < one["calls"][0]
     shared = sum(calls - again for calls, again in (x["calls"] for x in two))
     assert shared == one["calls"][0] - one["calls"][1]
     journals = [tmp_path / name / "journal.jsonl" for name in ("one", "two")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,14 @@ from ..layers.find import find_layers
 from ..layers.layer import CacheLayer, Granularity
 from ..model.denoisers import warn_of_randomness
 from ..model.target import Target
+from ..processes import (
+    from_rank_zero,
+    gather_from_all,
+    gather_to_zero,
+    join_processes,
+    on_all_ranks,
+    rank_and_size,
+)
 from .curves import Calibration
 from .recording import Keep, TrajectoryObserver
 from .session import CalibrationSession, run
@@ -29,6 +38,7 @@ def calibrate(
     layers: Sequence[CacheLayer] | None = None,
     tokens: int | None = None,
     trajectory: Keep | None = None,
+    over_ranks: bool = False,
     progress: bool = True,
 ) -> Calibration:
     """Measures the error of reusing each layer, for every gap and step, on a few samples.
@@ -56,6 +66,10 @@ def calibrate(
             that is not possible the ``no_trajectories`` entry of the provenance says why. None, the
             default, records them for a pipeline, whose runs without the model end at the last step.
             For a bare module pass True: there ``sample(0)`` runs to its end, on made-up outputs.
+        over_ranks: Whether the ranks of ``torchrun`` or ``accelerate launch`` share out the
+            samples, each with a whole model of its own; sample i runs in rank i modulo their
+            number. All of them return what one process would measure, to the last bit. Not for a
+            model whose parts lie in different ranks.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -106,19 +120,81 @@ def calibrate(
     warn_of_randomness(target.denoisers)
     found = find_layers(target, granularity=granularity) if layers is None else list(layers)
     _check_layers(found)
+    may_take_blocks = layers is None and granularity == "auto"
+    if over_ranks:
+        join_processes()
+        if rank_and_size()[1] > 1:
+            work = _Shared(target, sample, max_gap, tokens, trajectory, progress)
+            return work.calibrate(found, num_samples, may_take_blocks)
     with tqdm(total=num_samples, desc="calibrating", unit="sample", disable=not progress) as bar:
         observer = TrajectoryObserver(target, trajectory)
         session = CalibrationSession(target, found, max_gap, tokens, observer)
         run(session, sample, range(1))
-        confirmed = session.confirmed(may_take_blocks=layers is None and granularity == "auto")
-        known = {(x.path, x.kind) for x in found}
-        if {(x.path, x.kind) for x in confirmed} - known:  # the first sample was lost
+        confirmed = session.confirmed(may_take_blocks=may_take_blocks)
+        if _others(confirmed, found):  # the first sample was lost
             session = CalibrationSession(target, confirmed, max_gap, tokens, observer)
             run(session, sample, range(1))
         observer.measure(partial(sample, 0))
         bar.update()
         run(session, sample, range(1, num_samples), bar.update)
     return session.result()
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """A calibration whose samples are shared out over ranks.
+
+    Every rank counts and confirms on its own first sample; what rank 0 found holds for all.
+    """
+
+    target: Target
+    sample: Callable[[int], Any]
+    max_gap: int
+    tokens: int | None
+    trajectory: Keep
+    progress: bool
+
+    def calibrate(
+        self, found: list[CacheLayer], num_samples: int, may_take_blocks: bool
+    ) -> Calibration:
+        rank, size = rank_and_size()
+        own = range(num_samples)[rank::size]
+        first, others = own[:1], own[1:]
+        observer = TrajectoryObserver(self.target, self.trajectory, rank)
+        session = self._session(found, observer, rank)
+        on_all_ranks(lambda: run(session, self.sample, first))
+        confirmed = from_rank_zero(lambda: session.confirmed(may_take_blocks=may_take_blocks))
+        if _others(confirmed, found):
+            session = self._session(confirmed, observer, rank)
+            on_all_ranks(lambda: run(session, self.sample, first))
+        if rank == 0:
+            observer.measure(partial(self.sample, 0))
+        solver = gather_from_all((observer.responses, observer.reason) if rank == 0 else None)[0]
+        if rank:
+            observer.adopt(*solver)
+        hidden = not self.progress or rank > 0
+        with tqdm(total=len(own), desc="calibrating", unit="sample", disable=hidden) as bar:
+            bar.update(len(first))
+            on_all_ranks(lambda: run(session, self.sample, others, bar.update))
+        parts = gather_to_zero(session.part())
+
+        def joined() -> Calibration:
+            session.take(parts[1:])
+            return session.result()
+
+        return from_rank_zero(joined)
+
+    def _session(
+        self, layers: list[CacheLayer], observer: TrajectoryObserver, first: int
+    ) -> CalibrationSession:
+        return CalibrationSession(
+            self.target, layers, self.max_gap, self.tokens, observer, first=first
+        )
+
+
+def _others(confirmed: Sequence[CacheLayer], found: Sequence[CacheLayer]) -> bool:
+    """Whether something is to be measured that was not found at first."""
+    return bool({(x.path, x.kind) for x in confirmed} - {(x.path, x.kind) for x in found})
 
 
 def _check_layers(layers: Sequence[CacheLayer]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,25 @@ from .trajectory import FloatArray, Guidance, SolverResponses, Trajectories
 
 Keep = bool | Literal["gram"]
 MOST_BYTES = 2**30  # of latents and outputs that a calibration holds
+
+
+@dataclass(frozen=True)
+class TrajectoryPart:
+    """What one rank has recorded of its share of the samples.
+
+    Attributes:
+        reason: Why it recorded nothing; empty if it did.
+        left_out: Bytes of latents and outputs that were left out.
+        grams: Number of a sample -> its inner products.
+        latents: Likewise; empty if they were not kept.
+        outputs: Likewise.
+    """
+
+    reason: str
+    left_out: int
+    grams: dict[int, FloatArray]
+    latents: dict[int, Tensor]
+    outputs: dict[int, Tensor]
 
 
 class TrajectoryRecorder:
@@ -49,9 +69,9 @@ class TrajectoryRecorder:
         self._most_bytes = most_bytes
         self.left_out = 0
         self._denoisers: tuple[str, ...] = ()
-        self._grams: list[FloatArray] = []
-        self._latents: list[Tensor] = []
-        self._outputs: list[Tensor] = []
+        self._grams: dict[int, FloatArray] = {}
+        self._latents: dict[int, Tensor] = {}
+        self._outputs: dict[int, Tensor] = {}
         self._output_bytes = 0
 
     def record(self, generate: Callable[[], Any]) -> None:
@@ -59,14 +79,22 @@ class TrajectoryRecorder:
         tape, generation = record_generation(self._model, generate)
         self.add(generate, tape, generation)
 
-    def add(self, generate: Callable[[], Any], tape: Tape, generation: Generation) -> None:
+    def add(
+        self,
+        generate: Callable[[], Any],
+        tape: Tape,
+        generation: Generation,
+        number: int | None = None,
+    ) -> None:
         """Adds a trajectory that was recorded.
 
         Args:
             generate: Runs its generation again, for the first one.
             tape: Its outputs.
             generation: Its latents and timesteps.
+            number: Of the sample; the next one by default.
         """
+        number = len(self._grams) if number is None else number
         calls = calls_of(tape)
         denoisers = tuple(calls[step][0].denoiser for step in range(len(calls)))
         if self._responses is None:
@@ -87,15 +115,43 @@ class TrajectoryRecorder:
                     f"the denoiser's output is not finite at step {step}; check the model's dtype "
                     "and its inputs"
                 )
-        self._grams.append(gram_of(outputs))
+        self._grams[number] = gram_of(outputs)
         if self._keeps_latents:
             latents = torch.stack([guidance.latents(x) for x in generation.latents])
-            self._latents.append(in_half(latents.cpu()))
-            self._outputs.append(in_half(outputs.cpu()))
-            held = sum(x.nbytes for x in (*self._latents, *self._outputs))
-            if self._most_bytes is not None and held > self._most_bytes:
-                self._keeps_latents, self.left_out = False, held
-                self._latents, self._outputs = [], []
+            self._latents[number] = in_half(latents.cpu())
+            self._outputs[number] = in_half(outputs.cpu())
+            self._limit()
+
+    def _limit(self) -> None:
+        """Leaves all latents and outputs out if they are too many."""
+        held = sum(x.nbytes for x in (*self._latents.values(), *self._outputs.values()))
+        if self._most_bytes is not None and held > self._most_bytes:
+            self._keeps_latents, self.left_out = False, self.left_out + held
+        if not self._keeps_latents:
+            self._latents, self._outputs = {}, {}
+
+    def part(self, reason: str) -> TrajectoryPart:
+        """What was recorded so far, for another rank."""
+        return TrajectoryPart(reason, self.left_out, self._grams, self._latents, self._outputs)
+
+    def take(self, parts: Sequence[TrajectoryPart]) -> None:
+        """Takes in what other ranks have recorded."""
+        for part in parts:
+            self._grams |= part.grams
+            self._latents |= part.latents
+            self._outputs |= part.outputs
+            if part.left_out:
+                self._keeps_latents, self.left_out = False, self.left_out + part.left_out
+        self._limit()
+
+    @property
+    def responses(self) -> SolverResponses | None:
+        """Of the solver, once they are measured."""
+        return self._responses
+
+    def use(self, responses: SolverResponses) -> None:
+        """Takes what another rank measured of the solver."""
+        self._responses = responses
 
     @property
     def is_measured(self) -> bool:
@@ -108,11 +164,11 @@ class TrajectoryRecorder:
             raise CalibrationError("no trajectory was recorded")
         return Trajectories(
             self._responses,
-            np.stack(self._grams),
+            np.stack([self._grams[i] for i in sorted(self._grams)]),
             self._denoisers,
             self._output_bytes,
-            tuple(self._latents),
-            tuple(self._outputs),
+            tuple(self._latents[i] for i in sorted(self._latents)),
+            tuple(self._outputs[i] for i in sorted(self._outputs)),
         )
 
 
@@ -156,14 +212,17 @@ class TrajectoryObserver:
     Args:
         model: Pipeline or module.
         keep: Whether to record, and inner products alone.
+        first: Number of the first sample that this process runs.
 
     Attributes:
         reason: Why there are no trajectories, or no latents in them; empty if nothing is missing.
     """
 
-    def __init__(self, model: Any, keep: Keep) -> None:
+    def __init__(self, model: Any, keep: Keep, first: int = 0) -> None:
         self._model = model
         self._keep = keep
+        self._first = first
+        self._number = first
         self._signatures = {name: Signature(x) for name, x in Target.of(model).denoisers.items()}
         self.reason = ""
         self._recorder: TrajectoryRecorder | None = None
@@ -171,7 +230,8 @@ class TrajectoryObserver:
 
     def start(self, i: int) -> None:
         """A sample begins."""
-        if i == 0 and self._keep:
+        self._number = i
+        if i == self._first and self._keep:
             keeps = self._keep is True
             self._recorder = TrajectoryRecorder(
                 self._model, keeps_latents=keeps, most_bytes=MOST_BYTES
@@ -225,7 +285,8 @@ class TrajectoryObserver:
         self._start()
         if self.reason or recorder is None:
             return
-        self._pending = lambda generate: recorder.add(generate, tape, generation)
+        number = self._number
+        self._pending = lambda generate: recorder.add(generate, tape, generation, number)
         if recorder.is_measured:
             self.measure(lambda: None)
 
@@ -234,6 +295,32 @@ class TrajectoryObserver:
         pending, self._pending = self._pending, None
         if pending is not None:
             self._guarded(pending, generate)
+
+    @property
+    def responses(self) -> SolverResponses | None:
+        """Of the solver, once they are measured."""
+        return None if self._recorder is None else self._recorder.responses
+
+    def adopt(self, responses: SolverResponses | None, reason: str) -> None:
+        """Adds the first sample with what rank 0 measured of the solver, or why it could not."""
+        if self._recorder is not None and responses is not None:
+            self._recorder.use(responses)
+        self.reason = self.reason or reason
+        if self.reason or responses is None:
+            self._pending = None
+        self.measure(lambda: None)
+
+    def part(self) -> TrajectoryPart:
+        """What this process has recorded."""
+        if self._recorder is None:
+            return TrajectoryPart(self.reason, 0, {}, {}, {})
+        return self._recorder.part(self.reason)
+
+    def take(self, parts: Sequence[TrajectoryPart]) -> None:
+        """Takes in what other ranks have recorded; without that of one, there is none."""
+        self.reason = next((x.reason for x in parts if x.reason and not self.reason), self.reason)
+        if self._recorder is not None and not self.reason:
+            self._recorder.take(parts)
 
     def result(self) -> Trajectories | None:
         """What was recorded; None if nothing could be."""

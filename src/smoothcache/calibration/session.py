@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from ..version import __version__
 from .curves import Calibration
 from .observe import Watcher, blocks_of
 from .observer import LayerObserver, ObserverMemory
-from .recording import TrajectoryObserver
+from .recording import TrajectoryObserver, TrajectoryPart
 
 _LEAST_NORM = 1e-200  # of an output that is zero; no relative error overflows with it
 
@@ -41,7 +41,7 @@ def _input_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
 def run(
     session: CalibrationSession,
     sample: Callable[[int], Any],
-    numbers: range,
+    numbers: Sequence[int],
     done: Callable[[], object] = lambda: None,
 ) -> None:
     """Runs samples under the observers of a session."""
@@ -56,9 +56,39 @@ def run(
             done()
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one rank has seen of its share of the samples.
+
+    Attributes:
+        errors: Number of a sample -> its errors, [layers, max_gap, steps].
+        steps_seen: Layer path -> the steps at which it ran.
+        denoisers_at: Step -> the denoisers that were called.
+        num_steps: Of its samples; 0 if it had none.
+        peak_bytes: Most bytes of kept outputs.
+        trajectories: Of its samples.
+    """
+
+    errors: dict[int, npt.NDArray[np.float64]]
+    steps_seen: dict[str, set[int]]
+    denoisers_at: dict[int, set[str]]
+    num_steps: int
+    peak_bytes: int
+    trajectories: TrajectoryPart
+
+
 # Longer than most classes: what it measures at a call ends in one result.
 class CalibrationSession(CallListener):
-    """The observers of one calibration and what they have seen."""
+    """The observers of one calibration and what they have seen.
+
+    Args:
+        target: The model.
+        layers: To be observed.
+        max_gap: The largest gap to measure, in steps.
+        tokens: As of ``calibrate``.
+        trajectories: Records the trajectories of the same samples.
+        first: Number of the first sample that this process runs, in which costs are counted.
+    """
 
     def __init__(
         self,
@@ -67,7 +97,9 @@ class CalibrationSession(CallListener):
         max_gap: int,
         tokens: int | None,
         trajectories: TrajectoryObserver,
+        first: int = 0,
     ) -> None:
+        self._first = first
         self._target = target
         self._trajectories = trajectories
         self._layers = layers
@@ -85,7 +117,7 @@ class CalibrationSession(CallListener):
             for block in blocks_of(layers)
             if block.path not in self._observers
         }
-        self._errors: list[npt.NDArray[np.float64]] = []
+        self._errors: dict[int, npt.NDArray[np.float64]] = {}
         self._counting = ExitStack()
         self._counter: MacCounter | None = None
         self._macs: dict[str, int] = {}
@@ -134,7 +166,9 @@ class CalibrationSession(CallListener):
         self._denoisers_at.setdefault(tick.step, set()).add(denoiser)
         self._input = self._input or _input_shape(call.args, call.kwargs)
         counter = None
-        if self._sample == 0 and tick.step == self._counted_at.setdefault(denoiser, tick.step):
+        if self._sample == self._first and tick.step == self._counted_at.setdefault(
+            denoiser, tick.step
+        ):
             counter = self._counting.enter_context(MacCounter())
         for observer in self._observers.values():
             observer.begin(tick.step, tick.call if call.branch is None else call.branch, counter)
@@ -185,7 +219,7 @@ class CalibrationSession(CallListener):
             )
         self._timesteps = self._timesteps or timesteps
         self._noise_levels = levels_at(self._target.noise_scheduler, self._clock.entries)
-        self._errors.append(self._read(len(timesteps)))
+        self._errors[self._sample] = self._read(len(timesteps))
         self._trajectories.complete(list(timesteps))
 
     def _read(self, num_steps: int) -> npt.NDArray[np.float64]:
@@ -210,6 +244,39 @@ class CalibrationSession(CallListener):
                 f"sample({self._sample}); check the model's dtype and its inputs"
             )
 
+    # ----------------------------------------------------------------------------------- ranks
+
+    def part(self) -> Part:
+        """What this process has seen."""
+        return Part(
+            self._errors,
+            {path: observer.steps_seen for path, observer in self._observers.items()},
+            self._denoisers_at,
+            len(self._timesteps),
+            self._memory.peak,
+            self._trajectories.part(),
+        )
+
+    def take(self, parts: Sequence[Part]) -> None:
+        """Takes in what the other ranks have seen.
+
+        Raises:
+            CalibrationError: If their samples ran another number of steps.
+        """
+        for rank, part in enumerate(parts, start=1):
+            if part.num_steps not in (0, len(self._timesteps)):
+                raise CalibrationError(
+                    f"the samples of rank {rank} ran {part.num_steps} steps, those of rank 0 "
+                    f"{len(self._timesteps)}; every sample must run the same number of steps"
+                )
+            self._errors |= part.errors
+            for path, steps in part.steps_seen.items():
+                self._observers[path].steps_seen |= steps
+            for step, denoisers in part.denoisers_at.items():
+                self._denoisers_at.setdefault(step, set()).update(denoisers)
+            self._memory.peak = max(self._memory.peak, part.peak_bytes)
+        self._trajectories.take([part.trajectories for part in parts])
+
     # ---------------------------------------------------------------------------------- result
 
     def result(self) -> Calibration:
@@ -227,7 +294,7 @@ class CalibrationSession(CallListener):
                 f"({', '.join(layer.path for layer in self._layers[:3])}, ...); it may be compiled "
                 "or call them in a way that cannot be observed"
             )
-        errors = np.stack(self._errors)
+        errors = np.stack([self._errors[i] for i in sorted(self._errors)])
         for index, run in enumerate(runs):
             for gap in range(1, self._max_gap + 1):
                 outside = [t not in run[gap:] for t in range(steps)]

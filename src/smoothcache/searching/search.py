@@ -22,7 +22,7 @@ from ..errors import (
     SmoothCacheWarning,
 )
 from ..layers.modules import identify
-from ..processes import join_processes
+from ..processes import join_processes, rank_and_size
 from ..schedule.schedule import Schedule
 from .gains import Trajectory
 from .options import SearchOptions, options_of
@@ -200,9 +200,11 @@ def _calibrated(
         remembered,
         len(options.training_samples),
         max_gap=3,
+        over_ranks=True,
         progress=options.progress,
     )
-    return calibration, {} if calibration.trajectories is None else known
+    are_all_here = calibration.trajectories is not None and rank_and_size()[1] == 1
+    return calibration, known if are_all_here else {}
 
 
 def _plans(

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer.core
 
 from ...calibration.calibrate import calibrate as run_calibration
+from ...processes import leave_processes, rank_and_size
 from .. import tables as tables
 from ..app import app
 from ..inputs import AsJson, Grain, GrainOption, ModelArgument
@@ -46,7 +47,8 @@ def calibrate(
 ) -> None:
     """Measure on a few samples what reusing each layer would cost.
 
-    Prompts or class labels are used in turn. Plan with the file for as many thresholds as you
+    Prompts or class labels are used in turn. With torchrun or accelerate launch, samples are shared
+    out over ranks, with the same result. Plan with the file for as many thresholds as you
     like; it fits the number of steps that it was made with.
 
     [bold]Example:[/bold] smoothcache calibrate ./my-dit -o dit.safetensors --class-label 0
@@ -62,9 +64,14 @@ def calibrate(
         max_gap,
         granularity=granularity.value,
         tokens=tokens,
+        over_ranks=True,
         progress=sys.stderr.isatty(),
     )
     seconds = time.perf_counter() - started
+    is_first = rank_and_size()[0] == 0
+    leave_processes()
+    if not is_first:
+        return
     calibration.save(output)
     if as_json:
         show_json(
