@@ -31,9 +31,10 @@ $(DEMO_READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[$(subst image,demo,$(MODALITY))]'
 	@touch $@
 
-# One thread for each of the JOBS processes: the cores are shared out once.
+# One thread for each of the JOBS processes: the cores are shared out once. A file's tests run in one
+# process, so that what they share is made once.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
