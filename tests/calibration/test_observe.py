@@ -71,7 +71,7 @@ def test_what_never_ran_is_left_out(granularity: Any) -> None:
 def test_a_model_whose_layers_never_ran_is_refused() -> None:
     toy, other = build("single", depth=1), build("single", depth=1)
     before = [(type(module), dict(vars(module))) for module in toy.modules()]
-    with pytest.raises(sc.LayersNotFoundError, match=r"ran none of the 2 layers.*very object"):
+    with pytest.raises(sc.LayersNotFoundError, match=r"ran none of the 2 layers.*same object"):
         sc.observe_layers(toy, lambda i: sample(other))
     assert [(type(module), dict(vars(module))) for module in toy.modules()] == before
 

@@ -224,7 +224,7 @@ def test_unseeded_noise_is_refused() -> None:
 
 def test_two_calls_a_step_are_refused_with_a_reason() -> None:
     pipe = Pipeline(HeunDiscreteScheduler())
-    with pytest.raises(sc.CalibrationError, match="two calls a step"):
+    with pytest.raises(sc.CalibrationError, match="two calls per step"):
         measured(pipe, lambda: pipe.sample(0))
 
 

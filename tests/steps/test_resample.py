@@ -452,7 +452,7 @@ def test_every_result_is_a_calibration(
         try:
             carried = calibration.resample(num_steps, timesteps=timesteps)
         except InvalidArgumentError as error:
-            assert "reach only so far" in str(error)
+            assert "error curves cover gaps" in str(error)
             continue
         assert carried.num_steps == num_steps and 1 <= carried.max_gap <= calibration.max_gap
         assert carried.num_samples == calibration.num_samples
@@ -473,7 +473,7 @@ def test_steps_too_far_apart_are_refused_with_what_to_do() -> None:
         calibration.resample(10)
     for word in ("4 of 50 steps", "5.4", "calibrate at about 10 steps", "at least 6"):
         assert word in str(caught.value)
-    with pytest.raises(InvalidArgumentError, match="reach only so far"):
+    with pytest.raises(InvalidArgumentError, match="error curves cover gaps"):
         calibration.resample(3, timesteps=(1000, 960, 100))
     with pytest.raises(InvalidArgumentError, match="one step"):
         calibration_of(steps=1).resample(2)
@@ -637,7 +637,7 @@ def test_the_command_plans_for_other_steps(saved: Path) -> None:
 
 def test_the_command_refuses_in_one_line(saved: Path) -> None:
     file = saved.with_name("s.json")
-    for steps, word in ((5, "reach only so far"), (0, "--steps")):
+    for steps, word in ((5, "error curves cover gaps"), (0, "--steps")):
         result = smoothcache_plan(saved, "--alpha", 0.1, "-o", file, "--steps", steps)
         assert result.exit_code == 2 and not file.exists()
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

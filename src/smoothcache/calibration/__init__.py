@@ -1,4 +1,4 @@
-"""Error curves: what reusing a layer's output of earlier steps costs, measured on a few samples."""
+"""Error curves: the measured error of reusing a layer's output from earlier steps."""
 
 from .calibrate import calibrate as calibrate
 from .curves import Calibration as Calibration

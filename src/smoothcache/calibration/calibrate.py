@@ -1,4 +1,4 @@
-"""Runs the user's sampler under observers and measures what reusing each layer would cost."""
+"""Measures the error of reusing each layer while the user's sampler runs."""
 
 from __future__ import annotations
 
@@ -43,29 +43,31 @@ def calibrate(
 ) -> Calibration:
     """Measures the error of reusing each layer, for every gap and step, on a few samples.
 
-    The model is not changed, and the samples are the same as without calibration. At most
-    ``max_gap`` outputs of each layer are kept between calls (for each of its uses, if the denoiser
-    calls it several times in a step). Errors stay on the device until a sample is complete.
+    The model is unchanged, and the samples are the same as without calibration. At most
+    ``max_gap`` outputs of each layer are kept (per use, if the denoiser calls the layer several
+    times in a step). Errors stay on the device until a sample is complete.
 
     Args:
         model: A diffusers pipeline (all of its denoisers) or any module.
         sample: ``sample(i)`` runs generation number i, with its own prompt and seed, from start
-            to end. What it returns is ignored.
-        num_samples: How many generations to run.
-        max_gap: The largest gap to measure, in steps.
-        granularity: What to measure, as for ``find_layers``. Where the first sample shows that a
-            block bypasses its layers, the block is measured as a whole, and that sample run again.
-        layers: Measure exactly these instead.
-        tokens: Compare about this many tokens of each output, evenly spaced along its last
-            dimension but one; None compares all. Saves memory and time on large models.
-        trajectory: Whether to record the latents and the denoiser's outputs of every step, from
-            which ``plan_trajectory`` plans and ``fit`` fits: in half precision, twice the latents
-            of a generation for each sample and step. "gram" records inner products alone, a few
-            kilobytes, which is enough to plan; so does a recording of more than a GiB. Measuring
-            how the solver responds runs ``sample(0)`` a few more times, without the model. Where
-            that is not possible the ``no_trajectories`` entry of the provenance says why. None, the
-            default, records them for a pipeline, whose runs without the model end at the last step.
-            For a bare module pass True: there ``sample(0)`` runs to its end, on made-up outputs.
+            to end. Its return value is ignored.
+        num_samples: Number of generations in the calibration set.
+        max_gap: Largest gap to measure, in steps.
+        granularity: Granularity of the layers, as for ``find_layers``. If the first sample shows
+            that a block bypasses its layers, the block is measured as a whole and that sample runs
+            again.
+        layers: Measure exactly these layers; None finds them.
+        tokens: Number of tokens of each output to compare, approximately, evenly spaced along the
+            second-to-last dimension; None compares all. Saves memory and time on large models.
+        trajectory: Whether to record the latents and denoiser outputs of every step, which
+            ``plan_trajectory`` and ``fit`` need. They are kept in half precision, two tensors of
+            the latents' size per sample and step. "gram" records only inner products, a few
+            kilobytes, which suffice for planning; a recording that exceeds one GiB falls back to
+            it. Measuring the solver's responses runs ``sample(0)`` a few more times without the
+            model. If that fails, the ``no_trajectories`` entry of the provenance gives the reason.
+            None, the default, records trajectories for a pipeline, whose extra runs end at the last
+            step. For a bare module pass True; its extra runs of ``sample(0)`` run to the end, with
+            artificial outputs.
         over_ranks: Whether the ranks of ``torchrun`` or ``accelerate launch`` share out the
             samples, each with a whole model of its own; sample i runs in rank i modulo their
             number. All of them return what one process would measure, to the last bit. Not for a
@@ -74,18 +76,18 @@ def calibrate(
 
     Returns:
         Error curves with their spread over the samples, and the cost of each layer. Layers that
-        did not run at every step of their denoiser are left out, and so always computed later;
-        the ``left_out`` entry of its provenance names them. Steps are counted from where the
-        samples begin: image to image is calibrated for the steps that it runs.
+        did not run at every step of their denoiser are omitted and therefore always computed; the
+        ``left_out`` entry of the provenance lists them. Steps are counted from the first step that
+        a sample runs, so image-to-image sampling is calibrated for the steps that it runs.
 
     Raises:
-        InvalidArgumentError: If an argument has no sensible value.
+        InvalidArgumentError: If an argument is invalid.
         LayersNotFoundError: If the model has no layer that could be reused.
         CalibrationError: If ``sample`` never runs the model, runs several generations or a
-            varying number of steps, or a layer's output is not finite.
+            varying number of steps, or if a layer's output is not finite.
 
-    Source: arXiv 2411.10510, section 3 (calibration); where guidance runs in several calls of a
-    step, numerator and denominator are summed over the calls, as they are over a batch.
+    Source: arXiv 2411.10510, section 3 (calibration). If guidance runs in several calls per step,
+    numerator and denominator are summed over the calls, as over a batch.
 
     Example:
         >>> import torch
@@ -106,7 +108,7 @@ def calibrate(
     """
     if not callable(sample):
         raise InvalidArgumentError(
-            f"sample must be a function of the sample's number, got {type(sample).__name__}"
+            f"sample must be a function of the sample index, got {type(sample).__name__}"
         )
     check_count("num_samples", num_samples, least=1)
     check_count("max_gap", max_gap, least=1)
@@ -198,9 +200,9 @@ def _others(confirmed: Sequence[CacheLayer], found: Sequence[CacheLayer]) -> boo
 
 
 def _check_layers(layers: Sequence[CacheLayer]) -> None:
-    """Refuses layers that cannot be measured side by side."""
+    """Refuses layers that cannot be measured together."""
     if not layers:
-        raise InvalidArgumentError("layers is empty; leave it out, or give what find_layers found")
+        raise InvalidArgumentError("layers is empty; omit it, or pass the result of find_layers")
     for x in layers:
         for y in layers:
             if x is not y and f"{y.path}.".startswith(x.path and f"{x.path}."):

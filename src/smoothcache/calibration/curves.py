@@ -46,7 +46,7 @@ from .trajectory import Trajectories
 from .trajectory_file import from_file, to_file
 
 FORMAT, VERSION = "smoothcache.calibration", 1
-TIMESTEPS, INTERPOLATED = "timesteps", "interpolated"  # in the provenance: no solver gave them
+TIMESTEPS, INTERPOLATED = "timesteps", "interpolated"  # provenance of timesteps not from a solver
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +54,9 @@ class Curve:
     """Relative L1 error of reusing an output with one gap, at every step.
 
     Attributes:
-        mean: Over layers, then over samples; [steps], NaN where the gap reaches before step 0.
+        mean: Mean over layers, then over samples; [steps], NaN where the gap reaches before step 0.
         low: Lower end of the 95 % confidence interval over samples; NaN with one sample.
-        high: Its upper end.
+        high: Upper end of that interval.
     """
 
     mean: FloatArray
@@ -64,13 +64,13 @@ class Curve:
     high: FloatArray
 
 
-# Longer than most classes, because half of it documents public methods.
+# A long class, half of which is documentation of public methods.
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Error curves and costs of every layer: enough to plan for any threshold without the model.
+    """Error curves and costs of every layer, from which any threshold is planned without the model.
 
-    Source: Liu et al., "SmoothCache", arXiv 2411.10510, section 3; E(t, k) is the relative L1
-    error of the output kept from step t - k at step t.
+    Source: Liu et al., "SmoothCache", arXiv 2411.10510, section 3. E(t, k) is the relative L1
+    error at step t of the output kept from step t - k.
 
     >>> layer = CacheLayer("blocks.0.attn", kind="self_attn", block="blocks.0", macs=50)
     >>> errors = np.array([[[[np.nan, 0.5, 0.25]]]])
@@ -81,23 +81,22 @@ class Calibration:
     Attributes:
         layers: The layers, with their MACs where known.
         errors: errors[i, l, k - 1, t] is E(t, k) of sample i and layer l, dimensionless;
-            [samples, layers, max_gap, steps], NaN exactly where the layer did not run at t or at
-            t - k: where t < k, and in the other part of a generation that two denoisers share.
-            Read-only.
+            [samples, layers, max_gap, steps]. NaN exactly where the layer did not run at t or at
+            t - k: if t < k, or if another denoiser runs at that step. Read-only.
         total_macs: MACs of one uncached step, all denoiser calls and layers included (the mean
             over steps, if they differ); 0 if unknown.
-        timesteps: The model's own t at every step, in running order; [steps].
-        model: What was calibrated; None if unknown.
+        timesteps: The model's own timestep at every step, in running order; [steps].
+        model: The calibrated model; None if unknown.
         solver: Class name of the noise scheduler; None if there was none.
-        peak_bytes: Most bytes of kept outputs at any moment while calibrating.
-        tokens: Tokens per output that were compared; None means all.
+        peak_bytes: Peak bytes of kept outputs during calibration.
+        tokens: Number of tokens compared per output; None for all.
         provenance: How, when and with which settings it was made.
-        noise_levels: sigma / (alpha + sigma) at every step, in [0, 1], as the noise scheduler had
-            it; [steps], None if it did not say.
-        trajectories: Of the samples, from which ``plan_trajectory`` plans; None if not recorded.
+        noise_levels: sigma / (alpha + sigma) of the noise scheduler at every step, in [0, 1];
+            [steps], None if unknown.
+        trajectories: Trajectories of the samples, for ``plan_trajectory``; None if not recorded.
 
     Raises:
-        InvalidArgumentError: If any of these contradicts another.
+        InvalidArgumentError: If fields are invalid or contradict each other.
     """
 
     layers: tuple[CacheLayer, ...]
@@ -131,38 +130,38 @@ class Calibration:
         _check_layers(layers, self.total_macs, self.num_steps, self.steps_run)
         if self.trajectories is not None and self.trajectories.num_steps != self.num_steps:
             raise InvalidArgumentError(
-                f"the trajectories have {self.trajectories.num_steps} steps, the errors "
+                f"the trajectories have {self.trajectories.num_steps} steps, but the errors have "
                 f"{self.num_steps}."
             )
 
     @property
     def num_samples(self) -> int:
-        """Generations that were measured."""
+        """Number of measured generations."""
         return int(self.errors.shape[0])
 
     @property
     def max_gap(self) -> int:
-        """The largest measured gap, in steps; this many consecutive reuses can be planned."""
+        """Largest measured gap, in steps: the most consecutive reuses that can be planned."""
         return int(self.errors.shape[2])
 
     @property
     def num_steps(self) -> int:
-        """Solver steps of each generation."""
+        """Number of solver steps of each generation."""
         return int(self.errors.shape[3])
 
     @property
     def steps_run(self) -> tuple[range, ...]:
-        """The steps at which each layer ran: all, unless denoisers share a generation."""
+        """Steps at which each layer ran: all, unless several denoisers share a generation."""
         return tuple(_steps_run(gaps) for gaps in self.errors[0])
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of layers, in the order in which they first appear."""
+        """Kinds of layers, in order of first appearance."""
         return tuple(dict.fromkeys(layer.kind for layer in self.layers))
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The blocks, in the order in which they first appear."""
+        """Blocks, in order of first appearance."""
         return tuple(dict.fromkeys(layer.block for layer in self.layers))
 
     def curve(
@@ -173,22 +172,22 @@ class Calibration:
         kind: str | None = None,
         block: str | None = None,
     ) -> Curve:
-        """The error curve of one layer, of a kind, of a block, of a kind in a block, or of all.
+        """Returns the mean error curve of one layer, of a kind, of a block, or of all layers.
 
-        Averages over the chosen layers within each sample, then over samples; the interval is
-        Student's t over samples.
+        Errors are averaged over the chosen layers within each sample, then over samples. The
+        interval is Student's t over samples.
 
         Args:
             gap: Steps since the reused output was computed, 1 to ``max_gap``.
-            layer: Path of one layer; not together with ``kind`` or ``block``.
-            kind: Only layers of this kind.
-            block: Only layers of this block.
+            layer: Path of one layer; cannot be combined with ``kind`` or ``block``.
+            kind: Restricts the curve to layers of this kind.
+            block: Restricts the curve to layers of this block.
 
         Returns:
-            Mean and 95 % confidence interval, dimensionless; each [steps].
+            Mean and 95 % confidence interval, dimensionless; [steps] each.
 
         Raises:
-            InvalidArgumentError: If the gap was not measured or no layer matches; lists the layers.
+            InvalidArgumentError: If the gap was not measured or no layer matches.
         """
         if check_count("gap", gap, least=1) > self.max_gap:
             raise InvalidArgumentError(
@@ -204,13 +203,13 @@ class Calibration:
         return Curve(mean=mean, low=mean - half_width, high=mean + half_width)
 
     def resample(self, num_steps: int, *, timesteps: Iterable[float] | None = None) -> Calibration:
-        """The error curves read off at another number of steps, by position in the noise level.
+        """Interpolates the error curves to another number of steps, by position in the noise level.
 
-        A gap of one new step spans more old steps if there are fewer steps now, or a part of one;
-        the error is linear between what was measured, and 0 at a gap of 0. So the curves reach
-        fewer gaps if there are fewer steps. This assumes that a sampler with other steps passes
-        through much the same states; it was not measured. With the same number of steps, and no
-        or the same timesteps, this is the calibration itself.
+        With fewer steps, a gap of one new step spans several old steps; with more steps, a fraction
+        of one. Errors are interpolated linearly between measured gaps, with 0 at gap 0, so fewer
+        steps leave fewer gaps. This assumes that samplers with different steps pass through similar
+        states; the result is not measured. With the same number of steps and no or the same
+        timesteps, the calibration itself is returned.
 
         Source: ours.
 
@@ -221,20 +220,19 @@ class Calibration:
         array([ nan, 0.1 , 0.1 , 0.1 , 0.1 , 0.15, 0.2 , 0.2 , 0.2 ])
 
         Args:
-            num_steps: Solver steps of the generations to plan for.
-            timesteps: The model's own t at each of them, in running order [num_steps]. By default
-                the steps divide the same noise levels alike, and the timesteps are interpolated.
+            num_steps: New number of solver steps.
+            timesteps: The model's own timestep at each new step, in running order [num_steps]. By
+                default, positions are spaced evenly and timesteps are interpolated.
 
         Returns:
-            A calibration of num_steps steps. Its max_gap is the largest, up to the present one, at
-            which no gap spans more than was measured.
+            A calibration of num_steps steps. Its max_gap is the largest gap, up to the current
+            max_gap, that lies within the measured gaps.
 
         Raises:
             InvalidArgumentError: If num_steps is not an integer of at least 1; if the timesteps
-                are not as many finite numbers, do not only fall or only rise, run against those of
-                the calibration, or are of another unit; if the new steps are farther apart than
-                the largest gap that was measured; or if fewer than two are left for a layer that
-                runs in a part of the generation.
+                are not num_steps finite monotonic numbers with the direction and unit of the
+                calibration's; if the new steps are farther apart than the largest measured gap; or
+                if fewer than two steps remain for a layer that runs in part of the generation.
         """
         num_steps = check_count("num_steps", num_steps, least=1)
         given = None if timesteps is None else as_timesteps(timesteps, num_steps)
@@ -250,8 +248,8 @@ class Calibration:
         if given is None:
             given = tuple(np.interp(found, np.arange(self.num_steps), self.timesteps).tolist())
             provenance[TIMESTEPS] = INTERPOLATED
-        outside = self.total_macs - _macs_a_step(self.layers, self.steps_run, self.num_steps)
-        inside = _macs_a_step(self.layers, runs, num_steps)
+        outside = self.total_macs - _macs_per_step(self.layers, self.steps_run, self.num_steps)
+        inside = _macs_per_step(self.layers, runs, num_steps)
         return replace(
             self,
             errors=resample_errors(
@@ -265,36 +263,36 @@ class Calibration:
         )
 
     def _gap_within_reach(self, found: FloatArray) -> int:
-        """The largest gap, in steps at these positions, of which the error is known."""
+        """Returns the largest gap, in steps at these positions, with a known error."""
         if len(found) > 1 and self.num_steps == 1:
             raise InvalidArgumentError(
-                f"a calibration of one step has no errors to carry over; calibrate at about "
+                f"a calibration of one step has no errors to interpolate; calibrate with about "
                 f"{len(found)} steps."
             )
         reach = min(self.max_gap, self.num_steps - 1)
         if not (max_gap := largest_gap(found, self.max_gap, reach)):
             apart = np.diff(found).max()
             raise InvalidArgumentError(
-                f"the error curves reach only so far as {reach} of {self.num_steps} steps, "
-                f"but {len(found)} steps lie up to {apart:.1f} of these apart; calibrate at about "
+                f"the error curves cover gaps up to {reach} of {self.num_steps} steps, but "
+                f"{len(found)} steps lie up to {apart:.1f} of these apart; calibrate with about "
                 f"{len(found)} steps, or with a max_gap of at least {int(np.ceil(apart))}."
             )
         return max_gap
 
     def _runs_at(self, found: FloatArray) -> list[range]:
-        """The steps, of those at these positions, at which each layer runs."""
+        """Returns the new steps at which each layer runs."""
         runs = [steps_within(found, run, self.num_steps) for run in self.steps_run]
         for layer, run in zip(self.layers, runs, strict=True):
             if len(run) < min(2, len(found)):
                 raise InvalidArgumentError(
-                    f"'{layer.path}' runs in a part of the generation in which {len(run)} of the "
-                    f"{len(found)} steps lie, too few for an error curve; calibrate at "
-                    f"{len(found)} steps, or take more steps."
+                    f"'{layer.path}' runs in a part of the generation that contains {len(run)} of "
+                    f"the {len(found)} steps, too few for an error curve; calibrate with "
+                    f"{len(found)} steps, or use more steps."
                 )
         return runs
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file that ``load`` reads back exactly.
+        """Writes a safetensors file, from which ``load`` restores the calibration exactly.
 
         Args:
             path: The file; an existing one is replaced.
@@ -322,17 +320,17 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Read a file that ``save`` wrote.
+        """Reads a file written by ``save``.
 
         Args:
             path: The file to read.
 
         Returns:
-            The calibration, with all its fields as they were saved.
+            The calibration, equal in all fields to the saved one.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            FileFormatError: If it is damaged or made by a newer version; says where and why.
+            FileFormatError: If the file is damaged or was written by a newer version.
         """
         tables, document = load_tables(Path(path), "errors", "calibration")
         check_version(document, FORMAT, VERSION)
@@ -357,7 +355,7 @@ class Calibration:
                 ),
                 trajectories=from_file(fields["trajectories"], tables),
             )
-        except InvalidArgumentError as error:  # what only the whole can tell, as a wrong shape
+        except InvalidArgumentError as error:  # inconsistent fields, such as a wrong shape
             raise document.error(str(error).rstrip(".")) from error
 
     def push_to_hub(
@@ -472,7 +470,7 @@ class Calibration:
             macs = [layer.macs for layer in self.layers if layer.kind == kind]
             line = f"  {kind}: {len(macs)} layers"
             if self.total_macs and None not in macs:
-                line += f", {self._share(kind):.1%} of the MACs"
+                line += f", {self._mac_fraction(kind):.1%} of the MACs"
             if self.num_steps > 1:
                 errors = self.curve(gap=1, kind=kind).mean
                 least, most = np.nanmin(errors), np.nanmax(errors)
@@ -480,15 +478,15 @@ class Calibration:
             lines.append(line)
         return "\n".join(lines)
 
-    def _share(self, kind: str) -> float:
-        """Share of a kind in the MACs of a whole run."""
+    def _mac_fraction(self, kind: str) -> float:
+        """Returns the fraction of a run's MACs that a kind accounts for."""
         layers = zip(self.layers, self.steps_run, strict=True)
         macs = sum((x.macs or 0) * len(steps) for x, steps in layers if x.kind == kind)
         return macs / (self.total_macs * self.num_steps)
 
     def _choose(self, layer: str | None, kind: str | None, block: str | None) -> list[int]:
         if layer is not None and (kind is not None or block is not None):
-            raise InvalidArgumentError("give either layer, or kind and block; a layer is in one.")
+            raise InvalidArgumentError("layer cannot be combined with kind or block.")
         known = {
             "layer": (layer, [x.path for x in self.layers]),
             "kind": (kind, self.kinds),
@@ -507,13 +505,13 @@ class Calibration:
         if not chosen:
             kinds = dict.fromkeys(x.kind for x in self.layers if x.block == block)
             raise InvalidArgumentError(
-                f"the block {block!r} has no layer of the kind {kind!r}; it has {listed(kinds)}."
+                f"the block {block!r} has no layer of kind {kind!r}, only {listed(kinds)}."
             )
         return chosen
 
 
 def _check_errors(errors: FloatArray, num_layers: int, num_steps: int) -> FloatArray:
-    """A read-only copy in float64."""
+    """Returns the validated errors as a read-only copy in float64."""
     try:
         checked = np.array(errors, dtype=np.float64, order="C")
     except (TypeError, ValueError) as error:
@@ -533,15 +531,15 @@ def _check_errors(errors: FloatArray, num_layers: int, num_steps: int) -> FloatA
             sample, gap, step = (int(index) for index in np.argwhere(wrong)[0])
             raise InvalidArgumentError(
                 f"errors[{sample}, {layer}, {gap}, {step}] is {checked[sample, layer, gap, step]}, "
-                f"expected NaN where the layer had not run as many steps before as the gap "
-                f"(index + 1), and elsewhere a finite number that is not negative."
+                f"expected NaN where the layer had not run at the step that lies the gap "
+                f"(index + 1) earlier, and a finite non-negative number elsewhere."
             )
     checked.flags.writeable = False
     return checked
 
 
 def _steps_run(gaps: FloatArray) -> range:
-    """The steps at which a layer ran, from its errors [max_gap, steps] of one sample."""
+    """Returns the steps at which a layer ran, from its errors [max_gap, steps] of one sample."""
     known = np.flatnonzero(~np.isnan(gaps[0]))
     return range(int(known[0]) - 1, int(known[-1]) + 1) if len(known) else range(gaps.shape[1])
 
@@ -552,15 +550,15 @@ def _check_layers(
     paths = [layer.path for layer in layers]
     if len(set(paths)) < len(paths):
         twice = {path for path in paths if paths.count(path) > 1}
-        raise InvalidArgumentError(f"the layers {listed(sorted(twice))} come twice.")
-    in_layers = _macs_a_step(layers, steps_run, num_steps)
+        raise InvalidArgumentError(f"layers are repeated: {listed(sorted(twice))}.")
+    in_layers = _macs_per_step(layers, steps_run, num_steps)
     if 0 < total_macs < in_layers:
         raise InvalidArgumentError(
             f"the layers have {in_layers} MACs together, more than total_macs = {total_macs}."
         )
 
 
-def _macs_a_step(layers: Sequence[CacheLayer], steps_run: Sequence[range], num_steps: int) -> int:
-    """MACs of the layers in a step, the mean over the steps."""
+def _macs_per_step(layers: Sequence[CacheLayer], steps_run: Sequence[range], num_steps: int) -> int:
+    """Returns the mean MACs of the layers per step."""
     of_run = sum((x.macs or 0) * len(run) for x, run in zip(layers, steps_run, strict=True))
     return of_run // num_steps

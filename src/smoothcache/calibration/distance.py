@@ -1,4 +1,4 @@
-"""How far a layer's output has moved: tensors in, zero-dimensional tensors out, nothing read."""
+"""L1 distances between outputs, returned as zero-dimensional tensors without a host sync."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def l1_norm(value: Tensor) -> Tensor:
-    """Sum of absolute values, accumulated in float32 or better; shape []."""
+    """Returns the sum of absolute values, accumulated in at least float32; shape []."""
     if not value.is_floating_point():
         return torch.zeros((), device=value.device)
     dtype = torch.promote_types(value.dtype, torch.float32)
@@ -16,15 +16,16 @@ def l1_norm(value: Tensor) -> Tensor:
 
 
 def l1_distance(a: Tensor, b: Tensor, scratch: Tensor | None = None) -> Tensor:
-    """Sum of absolute differences of two tensors of one shape; shape [].
+    """Returns the sum of absolute differences of two tensors of equal shape; shape [].
 
-    ``scratch``, of the same form, is overwritten and saves fresh memory for the difference.
+    ``scratch``, a tensor of the same shape and dtype, is overwritten with the difference to save
+    an allocation.
     """
     return l1_norm(torch.sub(a, b, out=scratch)) if a.is_floating_point() else l1_norm(a)
 
 
 def relative_l1(value: Tensor, reference: Tensor) -> Tensor:
-    """``||value - reference||_1 / ||reference||_1``, dimensionless; shape [].
+    """Returns ``||value - reference||_1 / ||reference||_1``, dimensionless; shape [].
 
     Source: arXiv 2411.10510, the error of a reuse.
 

@@ -1,4 +1,4 @@
-"""Confirms what was found in a model by watching one generation."""
+"""Confirms the layers found in a model by observing one generation."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ def observe_layers(
     granularity: Granularity = "auto",
     select: Select | None = None,
 ) -> list[CacheLayer]:
-    """Finds the layers of a model as ``find_layers`` does, and watches which of them really run.
+    """Finds the layers of a model as ``find_layers`` does, and observes which of them run.
 
-    A block whose layers are bypassed (their parts are used without calling them), or carry their
-    input on in a way that no difference keeps, is taken as a whole; what never ran is left out.
+    A block is taken as a whole if its layers are bypassed (their submodules are called directly),
+    or if their output carries the input in a form that a difference cannot capture. Layers that
+    never run are omitted.
 
     Args:
         model: A diffusers pipeline or any module.
-        sample: ``sample(i)`` runs a generation; ``sample(0)`` is run once.
+        sample: ``sample(i)`` runs a generation; only ``sample(0)`` is run, once.
         granularity: As for ``find_layers``.
         select: As for ``find_layers``.
 
     Returns:
-        The layers that ran, with their MACs and bytes of one step.
+        The layers that ran, with their MACs and output bytes of one step.
 
     Raises:
-        LayersNotFoundError: If none of them ran.
-        InvalidArgumentError: If a layer that was asked for cannot be reused.
-        AlreadyCachedError: If the model runs under a schedule.
+        LayersNotFoundError: If no layer ran.
+        InvalidArgumentError: If a requested layer cannot be reused.
+        AlreadyCachedError: If the model already runs under a schedule.
 
     Example:
         >>> import torch
@@ -77,28 +78,28 @@ def observe_layers(
     if not seen:
         raise LayersNotFoundError(
             f"sample(0) ran none of the {len(layers)} layers of {target.name}; it must "
-            "run the very object that was passed, before it is compiled"
+            "run the same object that was passed, uncompiled"
         )
     return [replace(layer, nbytes=watchers[layer.path].nbytes) for layer in seen]
 
 
 def blocks_of(layers: Sequence[CacheLayer]) -> list[CacheLayer]:
-    """The blocks that layers belong to."""
+    """Returns the blocks of layers, as layers of kind "block"."""
     paths = dict.fromkeys(layer.block for layer in layers)
     return [CacheLayer(path, "block", path) for path in paths]
 
 
 class Watcher:
-    """Handler that notes whether a module ran, and what it cost in the first step.
+    """Handler that records whether a module ran and its cost in the first step.
 
     Args:
-        follow: Whether to find out what the module carries on, in its first call.
+        follow: Whether to detect in the first call which inputs the module adds to.
 
     Attributes:
         macs: MACs in the first step; None if the module never ran.
-        nbytes: Bytes of what the module returned in the first step.
-        is_mixed: Whether it carries an input on in a way that no difference keeps.
-        counter: Counts while the first step is under way.
+        nbytes: Bytes of the module's outputs in the first step.
+        is_mixed: Whether the output depends on an input in a way that a difference cannot capture.
+        counter: MAC counter, set during the first step.
     """
 
     def __init__(self, *, follow: bool = False) -> None:
@@ -126,7 +127,7 @@ class Watcher:
 
 
 class _FirstStep(CallListener):
-    """Listener that has the watchers count in the first step of each denoiser."""
+    """Listener that enables counting in the first step of each denoiser."""
 
     def __init__(self, watchers: list[Watcher]) -> None:
         self._watchers = watchers

@@ -1,4 +1,4 @@
-"""Keeps what layers returned at earlier steps and measures what reusing it would have cost."""
+"""Keeps layer outputs of earlier steps and measures the error of reusing them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .distance import l1_distance, l1_norm
 
 
 class ObserverMemory:
-    """Bytes of kept outputs, now and at most; and room to work in, which all layers share."""
+    """Current and peak bytes of kept outputs, and scratch tensors shared by all layers."""
 
     def __init__(self) -> None:
         self.held = self.peak = 0
         self._scratch: dict[Any, Tensor] = {}
 
     def scratch(self, like: Tensor) -> Tensor:
-        """A tensor of the same form, to be overwritten."""
+        """Returns a tensor of the same shape, dtype and device, to be overwritten."""
         form = (like.shape, like.dtype, like.device)
         if form not in self._scratch:
             self._scratch[form] = torch.empty_like(like)
@@ -37,9 +37,10 @@ class ObserverMemory:
 
 
 class LayerObserver:
-    """Handler of one layer that compares each output with the last ones and changes nothing.
+    """Handler of one layer that compares each output with earlier ones, without changing it.
 
-    Of a layer that adds to its input, what it adds is compared, as that is what is reused.
+    For a layer that adds to its input, the differences to the input are compared, because these
+    are reused.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class LayerObserver:
         self._sums.clear()
 
     def sums(self, num_steps: int) -> Tensor:
-        """L1 norms (row 0) and L1 distances for gaps 1..max_gap; [1 + max_gap, steps]."""
+        """Returns L1 norms (row 0) and L1 distances for gaps 1..max_gap; [1 + max_gap, steps]."""
         zero = next(iter(self._sums.values())).new_zeros(()) if self._sums else torch.zeros(())
         rows = range(self._max_gap + 1)
         cells = [self._sums.get((row, step), zero) for row in rows for step in range(num_steps)]
@@ -93,7 +94,7 @@ class LayerObserver:
         if self._counter:
             self.macs += self._counter.total - before
             self.nbytes += bytes_of(output)
-        self._compare(self._taken(output, values))
+        self._compare(self._tensors(output, values))
         self.steps_seen.add(self._step)
         self._use += 1
         return output
@@ -101,11 +102,11 @@ class LayerObserver:
     def _run(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, list[Any]]:
-        """The output, and what would be kept of it."""
+        """Runs the layer; returns its output and the leaves that would be kept."""
         inputs = float_tensors((args, kwargs))
         count = len(inputs)
         if self._follow and count not in self._sources:
-            inputs = copies_of(inputs, range(count))  # the layer may write into them
+            inputs = copies_of(inputs, range(count))  # the layer may modify them in place
             output, carried = followed(forward, args, kwargs)
             self._sources[count] = carried.sources
             self.is_mixed = self.is_mixed or carried.is_mixed
@@ -131,36 +132,36 @@ class LayerObserver:
             if gap <= self._max_gap and _same_shapes(outputs, earlier):
                 for value, kept in zip(outputs, earlier, strict=True):
                     self._add(gap, l1_distance(value, kept, self._memory.scratch(value)))
-        spent: list[Tensor] = []
+        unused: list[Tensor] = []
         if len(history) == self._max_gap:
-            spent = history.popleft()[1]
-            self._memory.hold(-_nbytes(spent))
-        # Copies, because the model may write into its own outputs.
-        history.append((self._step, _copied(outputs, spent)))
+            unused = history.popleft()[1]
+            self._memory.hold(-_nbytes(unused))
+        # Copies, because the model may modify its outputs in place.
+        history.append((self._step, _copied(outputs, unused)))
         self._memory.hold(_nbytes(outputs))
 
     def _add(self, row: int, value: Tensor) -> None:
         at = (row, self._step)
         self._sums[at] = self._sums[at] + value if at in self._sums else value
 
-    def _taken(self, output: Any, values: list[Any]) -> list[Tensor]:
-        """The tensors that would be kept of an output, on the tokens that are compared."""
+    def _tensors(self, output: Any, values: list[Any]) -> list[Tensor]:
+        """Returns the tensors that would be kept, restricted to the compared tokens."""
         tensors = [x.detach() for x in values if isinstance(x, Tensor)]
         if not tensors:
             raise CalibrationError(
                 f"{self._path!r} returned no tensor but {type(output).__name__}, so nothing of it "
                 "can be reused; leave it out with find_layers(model, select=...)"
             )
-        return [self._thinned(x) for x in tensors]
+        return [self._subsampled(x) for x in tensors]
 
-    def _thinned(self, value: Tensor) -> Tensor:
+    def _subsampled(self, value: Tensor) -> Tensor:
         if self._tokens is None or value.ndim < 3:
             return value
         return value[..., :: max(1, value.shape[-2] // self._tokens), :]
 
 
 def _copied(tensors: list[Tensor], into: list[Tensor]) -> list[Tensor]:
-    """Copies, in the memory of tensors that are of no more use if they have the same form."""
+    """Returns copies, written into unused tensors if shapes and dtypes match."""
     if [(x.shape, x.dtype) for x in tensors] != [(x.shape, x.dtype) for x in into]:
         return [tensor.clone() for tensor in tensors]
     return [old.copy_(new) for old, new in zip(into, tensors, strict=True)]

@@ -1,4 +1,4 @@
-"""Records the trajectories of samples: their latents and outputs, as their solver sees them."""
+"""Records the trajectories of samples: latents, and outputs combined by guidance."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .solver_responses import calls_of, measure_responses
 from .trajectory import FloatArray, Guidance, SolverResponses, Trajectories
 
 Keep = bool | Literal["gram"]
-MOST_BYTES = 2**30  # of latents and outputs that a calibration holds
+MOST_BYTES = 2**30  # limit of latents and outputs in a calibration
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,16 @@ class TrajectoryPart:
 
 
 class TrajectoryRecorder:
-    """Records one sample after the other, and measures the solver's responses after the first.
+    """Records samples, and measures the solver's responses on the first.
 
     Args:
         model: Pipeline or module.
-        keeps_latents: Whether latents and outputs are kept, or their inner products alone.
-        responses: Of the solver, if they have been measured before.
-        most_bytes: Of latents and outputs; what goes beyond has all of them left out.
+        keeps_latents: Whether to keep latents and outputs, or only inner products.
+        responses: Responses of the solver, if already measured.
+        most_bytes: Limit for latents and outputs, beyond which all of them are discarded.
 
     Attributes:
-        left_out: Bytes of the latents and outputs that were left out.
+        left_out: Bytes of the discarded latents and outputs.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class TrajectoryRecorder:
         self._output_bytes = 0
 
     def record(self, generate: Callable[[], Any]) -> None:
-        """Runs a generation uncached, and adds its trajectory."""
+        """Runs a generation uncached and adds its trajectory."""
         tape, generation = record_generation(self._model, generate)
         self.add(generate, tape, generation)
 
@@ -86,13 +86,13 @@ class TrajectoryRecorder:
         generation: Generation,
         number: int | None = None,
     ) -> None:
-        """Adds a trajectory that was recorded.
+        """Adds a recorded trajectory.
 
         Args:
-            generate: Runs its generation again, for the first one.
-            tape: Its outputs.
-            generation: Its latents and timesteps.
-            number: Of the sample; the next one by default.
+            generate: Runs the generation again; used for the first one.
+            tape: Recorded outputs.
+            generation: Recorded latents and timesteps.
+            number: Index of the sample; None takes the next one.
         """
         number = len(self._grams) if number is None else number
         calls = calls_of(tape)
@@ -105,8 +105,8 @@ class TrajectoryRecorder:
         guidance = self._responses.guidance
         if denoisers != self._denoisers or len(calls[0]) != len(guidance.weights):
             raise CalibrationError(
-                "a sample calls other denoisers, or each of them another number of times, than "
-                "the samples before; every sample must be generated alike"
+                "a sample calls the denoisers differently than the samples before; every sample "
+                "must use the same denoisers with the same number of calls per step"
             )
         outputs = combined_outputs(tape, calls, guidance)
         for step, output in enumerate(outputs):
@@ -155,11 +155,11 @@ class TrajectoryRecorder:
 
     @property
     def is_measured(self) -> bool:
-        """Whether the solver's responses are known."""
+        """Whether the solver's responses have been measured."""
         return self._responses is not None
 
     def result(self) -> Trajectories:
-        """All trajectories so far."""
+        """Returns all trajectories recorded so far."""
         if self._responses is None:
             raise CalibrationError("no trajectory was recorded")
         return Trajectories(
@@ -173,7 +173,7 @@ class TrajectoryRecorder:
 
 
 def record_generation(model: Any, generate: Callable[[], Any]) -> tuple[Tape, Generation]:
-    """Runs a generation uncached; its outputs, and its latents and timesteps."""
+    """Runs a generation uncached; returns its outputs, and its latents and timesteps."""
     tape = Tape()
 
     def answer(place: Place, run: Callable[[], Any]) -> Any:
@@ -188,34 +188,34 @@ def record_generation(model: Any, generate: Callable[[], Any]) -> tuple[Tape, Ge
 
 
 def in_half(values: Tensor) -> Tensor:
-    """Numbers in half precision, if they fit."""
+    """Returns values in half precision, or unchanged if they overflow."""
     half = values.to(torch.float16)
     return half if bool(torch.isfinite(half).all()) else values
 
 
 def combined_outputs(tape: Tape, calls: dict[int, list[Place]], guidance: Guidance) -> Tensor:
-    """The outputs of all steps as the solver sees them, [steps, *latents]."""
+    """Returns the outputs of all steps, combined by guidance; [steps, *latents]."""
     steps = [[tape.main(place) for place in calls[step]] for step in range(len(calls))]
     return torch.stack([guidance.combined(outputs) for outputs in steps])
 
 
 def gram_of(outputs: Tensor) -> FloatArray:
-    """Inner products of the outputs of all steps, [steps, steps]."""
+    """Returns the inner products of the outputs of all steps; [steps, steps]."""
     flat = outputs.flatten(1).double()
     gram: FloatArray = (flat @ flat.T).cpu().numpy()
     return gram
 
 
 class TrajectoryObserver:
-    """Records trajectories beside a calibration, which it never breaks off.
+    """Records trajectories during a calibration; a failure never aborts the calibration.
 
     Args:
         model: Pipeline or module.
-        keep: Whether to record, and inner products alone.
-        first: Number of the first sample that this process runs.
+        keep: Whether to record trajectories; "gram" records only inner products.
+        first: Index of the first sample that this process runs.
 
     Attributes:
-        reason: Why there are no trajectories, or no latents in them; empty if nothing is missing.
+        reason: Why trajectories or their latents are missing; empty if nothing is missing.
     """
 
     def __init__(self, model: Any, keep: Keep, first: int = 0) -> None:
@@ -229,7 +229,7 @@ class TrajectoryObserver:
         self._start()
 
     def start(self, i: int) -> None:
-        """A sample begins."""
+        """Starts a sample."""
         self._number = i
         if i == self._first and self._keep:
             keeps = self._keep is True
@@ -245,13 +245,13 @@ class TrajectoryObserver:
         self._pending: Callable[[Callable[[], Any]], None] | None = None
 
     def around(self, handlers: Mapping[str, Handler]) -> dict[str, Handler]:
-        """The handlers, those of the denoisers with this around them."""
+        """Returns the handlers, wrapped to record the outputs of the denoisers."""
         if not self._keep:
             return dict(handlers)
-        own = {name: self._listening(handlers.get(name)) for name in self._signatures}
-        return {**handlers, **own}
+        wrapped = {name: self._recording(handlers.get(name)) for name in self._signatures}
+        return {**handlers, **wrapped}
 
-    def _listening(self, handler: Handler | None) -> Handler:
+    def _recording(self, handler: Handler | None) -> Handler:
         def call(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
             output = handler(forward, args, kwargs) if handler else forward(*args, **kwargs)
             if self._place is not None and not self.reason:
@@ -261,7 +261,7 @@ class TrajectoryObserver:
         return call
 
     def before(self, call: DenoiserCall) -> None:
-        """A denoiser is called."""
+        """Notes the place and, at the first call of a step, the latents of a denoiser call."""
         denoiser, tick, branch = call.denoiser, call.tick, call.branch
         self._place = None
         if self.reason or not self._keep:
@@ -273,13 +273,13 @@ class TrajectoryObserver:
         if tick.call == 0:
             latents = self._signatures[denoiser].sort(call.args, call.kwargs).latents
             if latents is None:
-                self.reason = "the denoiser is given no latents"
+                self.reason = "the denoiser is called without latents"
                 return
             self._latents.append(latents.detach().to(torch.float32, copy=True))
             self._dtype = latents.dtype
 
     def complete(self, timesteps: list[float]) -> None:
-        """A sample has been run; the first one is added when the model is free again."""
+        """Ends a sample; the first sample is added later, by ``measure``."""
         generation = Generation(self._latents, timesteps, None, self._dtype)
         tape, recorder = self._tape, self._recorder
         self._start()
@@ -291,7 +291,7 @@ class TrajectoryObserver:
             self.measure(lambda: None)
 
     def measure(self, generate: Callable[[], Any]) -> None:
-        """Adds the sample that was run last; after the first one, measures the solver."""
+        """Adds the last sample; for the first sample, measures the solver's responses."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self._guarded(pending, generate)
@@ -323,7 +323,7 @@ class TrajectoryObserver:
             self._recorder.take(parts)
 
     def result(self) -> Trajectories | None:
-        """What was recorded; None if nothing could be."""
+        """Returns the recorded trajectories; None if nothing could be recorded."""
         recorder = self._recorder
         if self.reason or recorder is None:
             return None
@@ -334,5 +334,5 @@ class TrajectoryObserver:
     def _guarded(self, action: Callable[..., None], *args: Any) -> None:
         try:
             action(*args)
-        except Exception as error:  # of the user's sampler too, under outputs not of the model
+        except Exception as error:  # including errors of the user's sampler on artificial outputs
             self.reason = f"{error}" or type(error).__name__

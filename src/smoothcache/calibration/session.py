@@ -1,4 +1,4 @@
-"""One calibration run: attaches observers to a model and gathers their errors."""
+"""One calibration run: attaches observers to a model and collects their errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LEAST_NORM = 1e-200  # of an output that is zero; no relative error overflows w
 
 
 def _input_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Shape of what a denoiser denoises, such as "2 x 4 x 32 x 32"; empty if that is not told."""
+    """Returns the shape of the latents, such as "2 x 4 x 32 x 32"; empty if unknown."""
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1]
     return " x ".join(map(str, tensors[0].shape)) if tensors else ""
 
@@ -44,7 +44,7 @@ def run(
     numbers: Sequence[int],
     done: Callable[[], object] = lambda: None,
 ) -> None:
-    """Runs samples under the observers of a session."""
+    """Runs samples with the observers of a session attached."""
     with session.attached():
         for i in numbers:
             session.start(i)
@@ -77,9 +77,9 @@ class Part:
     trajectories: TrajectoryPart
 
 
-# Longer than most classes: what it measures at a call ends in one result.
+# A long class, because all measurements end in one result.
 class CalibrationSession(CallListener):
-    """The observers of one calibration and what they have seen.
+    """The observers of one calibration and their measurements.
 
     Args:
         target: The model.
@@ -131,7 +131,7 @@ class CalibrationSession(CallListener):
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """While the observers stand in the model."""
+        """Attaches the observers to the model inside a ``with`` block."""
         blocks = [block for block in blocks_of(self._layers) if block.path in self._blocks]
         modules = layer_modules(self._target, [*self._layers, *blocks])
         handlers: dict[str, Handler] = {**self._observers, **self._blocks}
@@ -144,7 +144,7 @@ class CalibrationSession(CallListener):
             attachment.remove()
 
     def confirmed(self, *, may_take_blocks: bool) -> list[CacheLayer]:
-        """The layers that ran, or a block in place of layers that it bypasses."""
+        """Returns the layers that ran, with a block in place of layers that it bypasses."""
         macs = {path: watcher.macs for path, watcher in self._blocks.items()}
         ran = {path: o.macs if o.steps_seen else None for path, o in self._observers.items()}
         mixed = [path for path, observer in self._observers.items() if observer.is_mixed]
@@ -160,8 +160,8 @@ class CalibrationSession(CallListener):
         self._generations += tick.starts
         if self._generations > 1:
             raise CalibrationError(
-                f"sample({self._sample}) began a second generation; it must run exactly one from "
-                "start to end (a model that runs back and forth in time cannot be calibrated)"
+                f"sample({self._sample}) started a second generation; it must run exactly one from "
+                "start to end (samplers whose timesteps reverse cannot be calibrated)"
             )
         self._denoisers_at.setdefault(tick.step, set()).add(denoiser)
         self._input = self._input or _input_shape(call.args, call.kwargs)
@@ -205,7 +205,7 @@ class CalibrationSession(CallListener):
             observer.forget()
 
     def complete(self) -> None:
-        """Reads the errors of a sample that has been run."""
+        """Reads the errors of a finished sample."""
         if not self._generations:
             raise CalibrationError(
                 f"sample({self._sample}) never ran the model; it must run the pipeline or module "
@@ -214,7 +214,7 @@ class CalibrationSession(CallListener):
         timesteps = tuple(self._clock.timesteps)
         if self._timesteps and len(timesteps) != len(self._timesteps):
             raise CalibrationError(
-                f"sample({self._sample}) ran {len(timesteps)} steps, the ones before it "
+                f"sample({self._sample}) ran {len(timesteps)} steps, but earlier samples ran "
                 f"{len(self._timesteps)}; every sample must run the same number of steps"
             )
         self._timesteps = self._timesteps or timesteps
@@ -223,11 +223,11 @@ class CalibrationSession(CallListener):
         self._trajectories.complete(list(timesteps))
 
     def _read(self, num_steps: int) -> npt.NDArray[np.float64]:
-        """The errors of a sample, [layers, max_gap, steps]: the host's only read of them."""
+        """Reads the errors of a sample, [layers, max_gap, steps]; the only host sync per sample."""
         sums = [observer.sums(num_steps) for observer in self._observers.values()]
         if any(part.device.type == "meta" for part in sums):
             raise CalibrationError(
-                "the model is on the meta device, where nothing is computed; load its weights"
+                "the model is on the meta device, which computes nothing; load its weights"
             )
         values = torch.stack([part.to(sums[0].device) for part in sums]).cpu().double().numpy()
         self._refuse_non_finite(values)
@@ -280,19 +280,19 @@ class CalibrationSession(CallListener):
     # ---------------------------------------------------------------------------------- result
 
     def result(self) -> Calibration:
-        """Everything that was measured."""
+        """Returns the calibration."""
         steps = len(self._timesteps)
         runs = [self._steps_of(path) for path in self._observers]
         seen = [observer.steps_seen for observer in self._observers.values()]
-        # A denoiser that runs at a single step of several has nothing to be reused.
+        # A denoiser that runs at a single step has nothing to reuse.
         ran = [
             set(run) == at and len(run) >= min(steps, 2) for run, at in zip(runs, seen, strict=True)
         ]
         if not any(ran):
             raise CalibrationError(
-                "the model ran, but none of its layers did at every step "
-                f"({', '.join(layer.path for layer in self._layers[:3])}, ...); it may be compiled "
-                "or call them in a way that cannot be observed"
+                "the model ran, but none of its layers ran at every step "
+                f"({', '.join(layer.path for layer in self._layers[:3])}, ...); calibrate the "
+                "uncompiled model, and check that it calls these modules"
             )
         errors = np.stack([self._errors[i] for i in sorted(self._errors)])
         for index, run in enumerate(runs):
@@ -335,7 +335,7 @@ class CalibrationSession(CallListener):
         )
 
     def _steps_of(self, path: str) -> range:
-        """The steps at which the denoiser of a layer was called."""
+        """Returns the steps at which the denoiser of a layer was called."""
         steps = [
             step
             for step, denoisers in self._denoisers_at.items()
@@ -344,6 +344,6 @@ class CalibrationSession(CallListener):
         return range(min(steps, default=0), max(steps, default=-1) + 1)
 
     def _mean_macs(self) -> int:
-        """MACs of an uncached step, over the denoisers that take turns."""
+        """Returns the mean MACs of an uncached step over all denoisers."""
         called = [name for names in self._denoisers_at.values() for name in names]
         return sum(self._macs[name] for name in called) // len(self._denoisers_at)

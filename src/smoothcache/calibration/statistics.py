@@ -1,4 +1,4 @@
-"""Means over samples and the confidence intervals beside them."""
+"""Means over samples and their confidence intervals."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ FloatArray = npt.NDArray[np.float64]
 
 @cache
 def student_t_95(degrees: int) -> float:
-    """How many standard errors a two-sided 95 % confidence interval reaches from the mean.
+    """Returns the half-width of a two-sided 95 % confidence interval, in standard errors.
 
-    With t = sqrt(n) tan(a), Student's density of n degrees of freedom is cos(a)^(n - 1), up to
-    a factor; so integrate that until 95 % lie within.
+    With t = sqrt(n) tan(a), the density of Student's t with n degrees of freedom is proportional
+    to cos(a)^(n - 1), which is integrated up to 95 %.
 
     >>> round(student_t_95(9), 3)
     2.262
@@ -27,7 +27,7 @@ def student_t_95(degrees: int) -> float:
 
 
 def mean_of_known(errors: FloatArray) -> FloatArray:
-    """The mean over layers, of those that ran; [samples, layers, steps] to [samples, steps]."""
+    """Returns the mean over layers that ran; [samples, layers, steps] to [samples, steps]."""
     known = ~np.isnan(errors)
     count = known.sum(axis=1)
     total = np.where(known, errors, 0.0).sum(axis=1)

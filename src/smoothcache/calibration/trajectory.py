@@ -1,7 +1,7 @@
-"""Trajectories of the calibration samples: what was denoised and what the denoiser said.
+"""Trajectories of the calibration samples: their latents and the denoiser's outputs.
 
-Planning needs inner products of the outputs alone, N x N numbers a sample. Fitting in closed loop
-also needs the latents and outputs themselves; a record without them has them sampled again.
+Planning needs only inner products of the outputs, N x N numbers per sample. Closed-loop fitting
+also needs the latents and outputs; if they were not recorded, they are sampled again.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Guidance:
-    """How a solver combines the outputs of a step, and where the latents are in its input.
+    """How a solver combines the outputs of a step, and the layout of latents in the batch.
 
     Attributes:
-        weights: By branch, the weight of each part of the batch of its output; they sum to 1
-            where guidance does not change the scale.
-        parts: In how many equal parts the denoiser's input holds the latents.
-        channels: How many of the channels (dimension 1) of the outputs are used; None for all.
+        weights: Weight of each part of the output's batch, for each branch; the weights sum to 1
+            unless guidance changes the scale.
+        parts: Number of copies of the latents in the denoiser's input batch.
+        channels: Number of output channels (dimension 1) that are used; None for all.
     """
 
     weights: tuple[tuple[float, ...], ...]
@@ -35,10 +35,10 @@ class Guidance:
     channels: int | None = None
 
     def combined(self, outputs: Sequence[Tensor]) -> Tensor:
-        """The output as the solver sees it, in float32.
+        """Returns the combined output of a step in float32.
 
         Args:
-            outputs: Of all calls of a step, by branch.
+            outputs: Outputs of all calls of a step, by branch.
         """
         total: Tensor | None = None
         for output, weights in zip(outputs, self.weights, strict=True):
@@ -46,11 +46,11 @@ class Guidance:
                 term = part.to(torch.float32) * weight
                 total = term if total is None else total + term
         if total is None:
-            raise CalibrationError("a step without a call of the denoiser cannot be combined")
+            raise CalibrationError("a step has no denoiser call, so it has no output to combine")
         return total
 
     def components(self, outputs: Sequence[Tensor]) -> Tensor:
-        """What each branch adds to the combined output, [branches, *latents] in float32."""
+        """Returns each branch's term of the combined output, [branches, *latents] in float32."""
         pairs = zip(outputs, self.weights, strict=True)
         return torch.stack(
             [
@@ -60,9 +60,9 @@ class Guidance:
             ]
         )
 
-    def latents(self, given: Tensor) -> Tensor:
-        """The latents in the input of a denoiser, once."""
-        return given.chunk(self.parts)[0] if self.parts > 1 else given
+    def latents(self, batch: Tensor) -> Tensor:
+        """Returns one copy of the latents from the denoiser's input batch."""
+        return batch.chunk(self.parts)[0] if self.parts > 1 else batch
 
     def _cut(self, output: Tensor) -> Sequence[Tensor]:
         used = output if self.channels is None else output[:, : self.channels]
@@ -74,11 +74,11 @@ class SolverResponses:
     """The response of the latents at every step to the output of every step before.
 
     Attributes:
-        table: h[t, l], how far the latents at step l move when the output at step t moves by one
-            unit; the last column is of the latents after the last step; [steps, steps + 1], 0
-            where t >= l. Read-only.
+        table: h[t, l], the change of the latents at step l per unit change of the output at step
+            t; the last column is for the latents after the last step; [steps, steps + 1], 0 where
+            t >= l. Read-only.
         guidance: How the outputs of a step are combined.
-        knows_end: Whether the last column was measured. Otherwise it continues the one before.
+        knows_end: Whether the last column was measured; otherwise it is extrapolated.
     """
 
     table: FloatArray
@@ -92,18 +92,18 @@ class SolverResponses:
 
 @dataclass(frozen=True, eq=False)
 class Trajectories:
-    """The uncached trajectories of some samples, as their solver sees them.
+    """The uncached trajectories of the calibration set, with outputs combined by guidance.
 
     Attributes:
-        responses: Of the solver, measured on the first sample.
+        responses: Responses of the solver, measured on the first sample.
         grams: Inner products of the combined outputs, [samples, steps, steps]. Read-only.
         denoisers: Prefix of the denoiser that runs at each step, [steps].
-        output_bytes: Bytes of the outputs of a step, all branches together.
-        latents: Before each step, [steps, *latents] for each sample; empty if they were not kept.
-        outputs: Combined over the guidance branches, alike.
+        output_bytes: Bytes of the outputs of a step, over all branches.
+        latents: Latents before each step, [steps, *latents] per sample; empty if not kept.
+        outputs: Combined outputs of each step, [steps, *latents] per sample; empty if not kept.
 
     Raises:
-        InvalidArgumentError: If sizes contradict each other or a number is not finite.
+        InvalidArgumentError: If shapes contradict each other or a number is not finite.
     """
 
     responses: SolverResponses
@@ -124,8 +124,8 @@ class Trajectories:
         table = self.responses.table
         if table.shape != (steps, steps + 1) or np.any(np.tril(table)):
             raise InvalidArgumentError(
-                f"the responses must be [{steps}, {steps + 1}], and 0 where a step does not come "
-                f"before another; they have the shape {table.shape}."
+                f"the responses must have the shape [{steps}, {steps + 1}] and be 0 on and below "
+                f"the diagonal; they have the shape {table.shape}."
             )
         for name, values in (("inner products", grams), ("responses", table)):
             if not np.isfinite(values).all():
@@ -156,17 +156,17 @@ class Trajectories:
 
     @property
     def has_latents(self) -> bool:
-        """Whether the latents and outputs were kept, and not their inner products alone."""
+        """Whether latents and outputs were kept, in addition to inner products."""
         return bool(self.latents)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all numbers, as a file holds them too."""
+        """Size of all arrays in bytes, also in a file."""
         numbers = sum(x.nbytes for x in (*self.latents, *self.outputs))
         return numbers + self.grams.nbytes + self.responses.table.nbytes
 
     def without_latents(self) -> Trajectories:
-        """What planning needs alone."""
+        """Returns the trajectories with only the data that planning needs."""
         return replace(self, latents=(), outputs=())
 
     def of_samples(self, numbers: Sequence[int]) -> Trajectories:
@@ -180,7 +180,7 @@ class Trajectories:
         )
 
     def first_steps(self) -> tuple[int, ...]:
-        """The steps at which a denoiser has its first turn."""
+        """Returns the steps at which a denoiser takes over."""
         return tuple(
             t for t, name in enumerate(self.denoisers) if not t or name != self.denoisers[t - 1]
         )

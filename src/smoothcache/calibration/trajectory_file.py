@@ -1,4 +1,4 @@
-"""Trajectories in the file of a calibration: tables beside its errors, checked when read."""
+"""Trajectories in a calibration file: additional tables, validated on load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HALF = (np.dtype(np.float16), np.dtype(np.float32))
 
 
 def to_file(trajectories: Trajectories) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    """What the metadata says, and the tables by name."""
+    """Returns the metadata, and the tables by name."""
     guidance = trajectories.responses.guidance
     document = {
         "samples": trajectories.num_samples,
@@ -43,7 +43,7 @@ def to_file(trajectories: Trajectories) -> tuple[dict[str, Any], dict[str, npt.N
 
 
 def from_file(document: Value, tables: Mapping[str, npt.NDArray[Any]]) -> Trajectories | None:
-    """Trajectories as ``to_file`` took them apart; None if the file has none.
+    """Restores trajectories written by ``to_file``; None if the file has none.
 
     Raises:
         FileFormatError: If a table is missing, unknown or of another type.
@@ -58,7 +58,7 @@ def from_file(document: Value, tables: Mapping[str, npt.NDArray[Any]]) -> Trajec
     if fields is None:
         if tables:
             raise document.error(
-                f"the table '{next(iter(tables))}' is unknown, so this is no calibration of ours"
+                f"the table '{next(iter(tables))}' is unknown, so this is not a calibration file"
             )
         return None
     count = fields["samples"].integer(least=1)
@@ -71,7 +71,7 @@ def from_file(document: Value, tables: Mapping[str, npt.NDArray[Any]]) -> Trajec
         if tables[name].dtype not in allowed:
             raise document.error(f"the table '{name}' is stored as {tables[name].dtype}")
         if not np.isfinite(tables[name]).all():
-            raise document.error(f"the table '{name}' has NaN or infinity in it")
+            raise document.error(f"the table '{name}' contains NaN or infinity")
     weights = fields["guidance"].list_of(lambda x: tuple(x.list_of(Value.number)))
     guidance = Guidance(
         tuple(weights),

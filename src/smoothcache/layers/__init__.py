@@ -1,4 +1,4 @@
-"""Layers of a model that can be reused between steps: found by structure, confirmed by watching."""
+"""Layers that can be reused between steps: found by structure, confirmed by observing a run."""
 
 from .find import find_layers as find_layers
 from .layer import CacheLayer as CacheLayer

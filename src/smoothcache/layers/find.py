@@ -1,10 +1,10 @@
-"""Which layers of a model can be reused: found by structure, registered nowhere.
+"""Finds the layers of a model that can be reused by its structure, without a registry.
 
-A block is an element of a list of modules that has an attention inside, or that stands beside a
-list of such and leads back to the width it started from. Within it, an attention is a module with
-query, key and value projections, a feed-forward one whose projections lead back to their width.
-Where these hold too little of the block's weights (attention and MLP side by side with one
-projection, say) or are bypassed, the residual that the whole block adds is the layer.
+A block is an element of a module list that contains an attention, or an element of a neighbouring
+list whose projections return to their input width. Within a block, an attention is a module with
+query, key and value projections, and a feed-forward is a module whose projections return to their
+input width. If these hold too small a fraction of the block's weights (a fused projection for
+attention and MLP, for example) or are bypassed, the residual of the whole block is the layer.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from .structure import (
     parent_path,
 )
 
-# The smallest share of a block's weights that its layers must hold to be reused one by one.
+# Smallest fraction of a block's weights that its layers must hold to be reused separately.
 LAYER_COVERAGE = 0.75
 
 
@@ -59,25 +59,25 @@ def find_layers(
     granularity: Granularity = "auto",
     select: Select | None = None,
 ) -> list[CacheLayer]:
-    """Finds the layers of a model whose output can be reused between steps, by its structure.
+    """Finds the layers of a model whose output can be reused between steps, by structure.
 
-    ``observe_layers`` confirms them by watching the model run.
+    ``observe_layers`` also confirms them by observing a run of the model.
 
     Args:
         model: A diffusers pipeline (all of its denoisers are searched) or any module.
         granularity: "layer" for attentions and feed-forwards, "block" for the residual of each
-            block, "model" for the denoiser's output; "auto" takes the layers of every block that
-            has its weights in them, and the block itself elsewhere.
-        select: Names the layers by hand instead: ``select(path, module)`` is True for a layer,
-            or its kind if it is to have another than its structure says.
+            block, "model" for the denoiser's output. "auto" uses the layers of a block if they hold
+            most of its weights, and the block otherwise.
+        select: Predicate that chooses the layers instead: ``select(path, module)`` returns True
+            for a layer, or the layer's kind to override the kind derived from its structure.
 
     Returns:
-        The layers in the order in which the model defines them.
+        The layers, in the order in which the model defines them.
 
     Raises:
-        InvalidArgumentError: If ``model`` is neither a pipeline nor a module, the granularity
-            is unknown, or a selected layer lies inside another or is never called.
-        LayersNotFoundError: If the model has no such layer at all.
+        InvalidArgumentError: If ``model`` is neither a pipeline nor a module, the granularity is
+            unknown, or a selected layer is inside another one or never called.
+        LayersNotFoundError: If the model has no such layer.
 
     Example:
         >>> from diffusers import DiTTransformer2DModel
@@ -102,7 +102,7 @@ def find_layers(
             found = [
                 x for path, block in _blocks(denoiser) for x in _layers_of(path, block, granularity)
             ]
-        seen: set[nn.Module] = set()  # one that two blocks share is one layer, used twice
+        seen: set[nn.Module] = set()  # a module shared by two blocks is one layer, used twice
         for layer in found:
             module = denoiser.get_submodule(layer.path)
             if module not in seen:
@@ -121,27 +121,28 @@ def confirmed(
     mixed: Collection[str] = (),
     may_take_blocks: bool,
 ) -> list[CacheLayer]:
-    """The layers after watching them: a block whose layers cannot be reused is taken as a whole.
+    """Returns the layers confirmed by an observed run, with whole blocks where necessary.
 
     Args:
-        layers: What was found.
-        macs: What each layer and each block was seen to cost, by path; None if it never ran.
-        mixed: Paths of layers that carry their input on in a way that no difference keeps.
-        may_take_blocks: Whether the layers were left to be chosen; otherwise they stay as given.
+        layers: Layers found by structure.
+        macs: Observed MACs of each layer and block, by path; None if it never ran.
+        mixed: Paths of layers whose output carries the input in a form that a difference cannot
+            capture.
+        may_take_blocks: Whether a block may replace its layers.
 
     Returns:
-        The layers that ran, with their MACs, and a block in place of layers that did too little,
-        or that carry their input on. Where such layers have no block that runs, they are left out.
+        The layers that ran, with their MACs. A block replaces layers that are ``mixed`` or account
+        for too small a fraction of its MACs. Mixed layers without a block that runs are omitted.
 
     Raises:
-        InvalidArgumentError: If such a layer was asked for.
+        InvalidArgumentError: If a layer is mixed and ``may_take_blocks`` is False.
     """
     if mixed and not may_take_blocks:
         raise InvalidArgumentError(sentence(next(iter(mixed))))
     covered: dict[str, int] = {}
     for layer in layers:
         covered[layer.block] = covered.get(layer.block, 0) + (macs[layer.path] or 0)
-    carrying = {layer.block for layer in layers if layer.path in mixed}
+    mixed_blocks = {layer.block for layer in layers if layer.path in mixed}
     result: dict[str, CacheLayer] = {}
     for layer in layers:
         whole = macs.get(layer.block)
@@ -151,7 +152,7 @@ def confirmed(
             and layer.path != layer.block
             and may_take_blocks
         )
-        if too_little or layer.block in carrying:
+        if too_little or layer.block in mixed_blocks:
             if not whole:
                 continue
             kind = re.sub(r"[a-z]+_attn$|ffn$", "block", layer.kind)
@@ -165,22 +166,22 @@ def _nothing_found(target: Target, granularity: Granularity, select: Select | No
     name = target.name
     if select is not None:
         return (
-            f"select chose no module of {name}; it is called with the path and the module of each"
+            f"select returned True for no module of {name}; it is called with each path and module"
         )
     if granularity == "layer":
         return (
-            f"{name} has no attention or feed-forward that is a module of its own; ask for the "
-            'granularity "block" or "auto"'
+            f"{name} has no attention or feed-forward modules; use the granularity "
+            '"block" or "auto"'
         )
     return (
-        f"{name} has no block with an attention in it, so there is nothing that could be reused; "
-        "pass the denoiser itself, or name its layers with find_layers(model, select=...)"
+        f"{name} has no block with an attention, so no layer can be reused; pass the denoiser "
+        "itself, or choose its layers with find_layers(model, select=...)"
     )
 
 
 # ------------------------------------------------------------------------------------- blocks
 def _blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The innermost repeated modules that have an attention inside, and those beside them."""
+    """Returns the innermost list elements that contain an attention, and neighbouring blocks."""
     modules = dict(named_modules(denoiser))
     attentions = [
         path
@@ -195,9 +196,9 @@ def _blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _blocks_beside(blocks: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """Elements of lists beside those of the blocks, which do their attention by hand.
+    """Returns blocks of neighbouring lists, which implement attention without a module.
 
-    Where no attention was found at all, every such list of the denoiser counts.
+    If no attention was found, all lists of the denoiser are considered.
     """
     owners = {parent_path(parent_path(path)) for path in blocks} or set(modules)
     inside = tuple(f"{path}." for path in blocks)
@@ -211,13 +212,13 @@ def _blocks_beside(blocks: Sequence[str], modules: Mapping[str, nn.Module]) -> l
         and not path.startswith(inside)
         and not any(block.startswith(f"{path}.") for block in blocks)
         and not is_in_conditioning(path)
-        and _leads_back(module)
+        and _preserves_width(module)
         and [type(x) for _, x in named_children(modules[parent_path(path)])].count(type(module)) > 1
     ]
 
 
-def _leads_back(module: nn.Module) -> bool:
-    """Whether linear projections of a module of its own lead to the width that the first takes."""
+def _preserves_width(module: nn.Module) -> bool:
+    """Whether a module has a forward, and linear projections that return to an input width."""
     if isinstance(module, LISTS):
         return False
     linear = [child for child in all_modules(module) if is_linear(child)]
@@ -226,7 +227,7 @@ def _leads_back(module: nn.Module) -> bool:
 
 
 def _listed_ancestor(path: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The nearest element of a list that holds a module, or is it; None outside of any list."""
+    """Returns the nearest list element that contains a module; None outside any list."""
     ancestor = parent_path(path)
     while ancestor:
         if isinstance(modules[parent_path(ancestor)], LISTS):
@@ -236,7 +237,7 @@ def _listed_ancestor(path: str, modules: Mapping[str, nn.Module]) -> str | None:
 
 
 def _with_feed_forward(path: str | None, modules: Mapping[str, nn.Module]) -> str | None:
-    """A list that holds attention and feed-forward apart is the block, if it is listed itself."""
+    """Returns the outer list as the block if it is itself listed and has a feed-forward."""
     if not path or not (outer := parent_path(path)) or contains_feed_forward(modules[path]):
         return path
     is_listed = isinstance(modules[outer], LISTS) and isinstance(modules[parent_path(outer)], LISTS)
@@ -244,7 +245,7 @@ def _with_feed_forward(path: str | None, modules: Mapping[str, nn.Module]) -> st
 
 
 def _layers_of(path: str, block: nn.Module, granularity: Granularity) -> list[CacheLayer]:
-    """The layers of a block, or the block."""
+    """Returns the layers of a block, or the block as one layer."""
     found = dict(_reusable_parts(block, path.rpartition(".")[2]))
     layers = [CacheLayer(join_path(path, name), kind, path) for name, (_, kind) in found.items()]
     if granularity == "layer" or isinstance(block, HOLDERS) or "" in found:
@@ -254,15 +255,15 @@ def _layers_of(path: str, block: nn.Module, granularity: Granularity) -> list[Ca
         for name, (module, _) in found.items()
         if not _reaches_into(block, name)
     )
-    if granularity == "block" or covered < LAYER_COVERAGE * _working_weights(block):
+    if granularity == "block" or covered < LAYER_COVERAGE * _token_weights(block):
         return [CacheLayer(path, "block", path)]
     return layers
 
 
 def _reaches_into(block: nn.Module, name: str) -> bool:
-    """Whether a block uses the parts of a child without calling the child, as far as code shows.
+    """Whether a block calls submodules of a child but never the child, judging by source code.
 
-    Read from the source of the block's methods and of the objects that it delegates to.
+    The source of the block's methods and of the objects that it delegates to is searched.
     """
     helpers = [type(x) for x in vars(block).values() if callable(x) and not inspect.isroutine(x)]
     classes = {type(block), *helpers}
@@ -274,7 +275,7 @@ def _reaches_into(block: nn.Module, name: str) -> bool:
 
 @lru_cache(maxsize=256)
 def _source(cls: type) -> str:
-    """The methods of a class but for those that it has from torch; empty if they are not known."""
+    """Returns the source of a class's methods, except inherited from torch; empty if unknown."""
     owners = [owner for owner in cls.__mro__ if not owner.__module__.startswith("torch.")]
     methods = [x for owner in owners for x in vars(owner).values() if inspect.isfunction(x)]
     sources = []
@@ -285,7 +286,7 @@ def _source(cls: type) -> str:
 
 
 def _selected(denoiser: nn.Module, select: Select) -> list[CacheLayer]:
-    """The layers that a predicate chooses."""
+    """Returns the layers that a predicate chooses."""
     modules = dict(named_modules(denoiser))
     layers: list[CacheLayer] = []
     for path, module in modules.items():
@@ -294,8 +295,8 @@ def _selected(denoiser: nn.Module, select: Select) -> list[CacheLayer]:
             continue
         if _has_no_forward(module):
             raise InvalidArgumentError(
-                f"select chose {path!r}, a {type(module).__name__} that has no forward and so is "
-                "never called; choose the modules in it"
+                f"select chose {path!r}, but {type(module).__name__} has no forward and is never "
+                "called; choose the modules in it"
             )
         outer = next((x.path for x in layers if path.startswith(f"{x.path}.")), None)
         if outer is not None:
@@ -309,15 +310,15 @@ def _selected(denoiser: nn.Module, select: Select) -> list[CacheLayer]:
 
 
 def _has_no_forward(module: nn.Module) -> bool:
-    """Whether a module only holds others, as a list of blocks does."""
+    """Whether a module is only a container, such as a list of blocks."""
     return type(module).forward is nn.Module.forward and "forward" not in vars(module)
 
 
 def _reusable_parts(
     block: nn.Module, block_name: str
 ) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
-    """Name below the block, module and kind of each attention and feed-forward of a block."""
-    if is_attention(block_name, block) and not _does_more(block):
+    """Yields the name, module and kind of each attention and feed-forward of a block."""
+    if is_attention(block_name, block) and not _has_fused_feed_forward(block):
         yield "", (block, attention_kind(block_name, block))
         return
     for name, child in named_children(block):
@@ -332,8 +333,8 @@ def _reusable_parts(
                 yield join_path(name, inner), part
 
 
-def _does_more(attention: nn.Module) -> bool:
-    """Whether a block that projects to queries and keys has its feed-forward in the same place."""
+def _has_fused_feed_forward(attention: nn.Module) -> bool:
+    """Whether a block with query and key projections also contains its feed-forward."""
     children = {name.lower(): linear_widths(child) for name, child in named_children(attention)}
     return any(
         widths is not None
@@ -342,10 +343,10 @@ def _does_more(attention: nn.Module) -> bool:
     )
 
 
-def _working_weights(block: nn.Module) -> int:
-    """Weights of a block that tokens are multiplied with, so without its conditioning."""
+def _token_weights(block: nn.Module) -> int:
+    """Returns the number of a block's weights that are applied to tokens, without conditioning."""
     if is_linear(block):
         return matrix_elements(block)
-    own = sum(p.numel() for p in block.parameters(recurse=False) if p.ndim > 1)
+    direct = sum(p.numel() for p in block.parameters(recurse=False) if p.ndim > 1)
     children = (child for name, child in named_children(block) if not is_conditioning(name))
-    return own + sum(map(_working_weights, children))
+    return direct + sum(map(_token_weights, children))

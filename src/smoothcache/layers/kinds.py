@@ -1,4 +1,4 @@
-"""Tells attention, feed-forward and conditioning apart by weights and names."""
+"""Classifies modules as attention, feed-forward or conditioning by weights and names."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _QUERY = {"q", "to_q", "q_proj", "query", "wq", "q_linear", "proj_q", "linear_q"
 _KEY = {"k", "to_k", "k_proj", "key", "wk", "k_linear", "proj_k", "linear_k", "key_proj"}
 _KEY_VALUE = {"kv", "to_kv", "kv_proj", "kv_linear", "wkv"}
 FUSED = {"qkv", "to_qkv", "qkv_proj", "in_proj", "wqkv", "query_key_value", "qkv_linear", "c_attn"}
-_QUERY_NAME = re.compile(r"(^|_)(q|qkv)(_|$)")  # a joint attention has one for each stream
+_QUERY_NAME = re.compile(r"(^|_)(q|qkv)(_|$)")  # a joint attention has one per stream
 _ATTENTION_NAME = re.compile(r"attn|attention")
 FEED_FORWARD_NAME = re.compile(r"(^|_)(ff|ffn|mlp|feed_?forward)\d*($|_)")
 _CROSS_NAME = re.compile(r"cross|(^|_)(text|context|prompt|caption)($|_)")
 _TEMPORAL_NAME = re.compile(r"(^|[._])(temp|temporal|time_attn)")
-# Parts that condition the layers instead of being one: frozen, they would freeze the timestep.
+# Modules that condition layers. They must not be reused, which would freeze the timestep.
 _CONDITIONING_NAME = re.compile(
     r"^(t|time|temb)_(mlp|net|proj|fc|linear|ff)"
     r"|(^|_)(ada|adaln|mod|modulation|norm\d*|emb|embed|embedder|embedding|embeddings|rope|rotary"
     r"|pos|timestep|label|cond|gate|scale)($|_)"
 )
-# Blocks that prepare a prompt or a reference and never see the latents: kinds of their own, so
-# that a curve averaged over a kind is not flattered by layers that do not change.
+# Blocks that process only a prompt or a reference have separate kinds, because their nearly
+# constant outputs would lower the mean error of a kind.
 _REFINER_NAME = re.compile(
     r"(^|[._])((context|token|text|caption)_refiner|perceiver\.|facial|text_fusion"
     r"|(txt|text)_\w*blocks)"
@@ -63,7 +63,7 @@ def is_conditioning(name: str) -> bool:
 
 
 def is_attention(path: str, module: nn.Module) -> bool:
-    """Whether a module projects to queries, keys and values (or is named an attention)."""
+    """Whether a module has query, key and value projections, or an attention's name."""
     name = path.rpartition(".")[2]
     if isinstance(module, nn.MultiheadAttention):
         return True
@@ -91,7 +91,7 @@ def _descendants(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def is_feed_forward(name: str, module: nn.Module) -> bool:
-    """Whether a module's projections lead out of a width and back to it."""
+    """Whether a module's projections return to their input width."""
     if is_conditioning(name) or is_attention(name, module) or _contains_attention(module):
         return False
     widths = [linear_widths(child) for child in all_modules(module)]
@@ -101,14 +101,14 @@ def is_feed_forward(name: str, module: nn.Module) -> bool:
     if any(
         matrix_elements(child) == matrix_elements(module) for _, child in named_children(module)
     ):
-        return False  # a wrapper, perhaps with the residual connection in it
+        return False  # a wrapper, which may contain the residual connection
     return len(projections) >= 2 and any(out == projections[0][0] for _, out in projections[1:])
 
 
 def attention_kind(name: str, module: nn.Module) -> str:
     children = [child for child, part in named_children(module) if linear_widths(part)]
     queries = [child for child in children if _QUERY_NAME.search(child)]
-    if any(child.lower() in _QUERY for child in queries):  # fused ones may stand beside them
+    if any(child.lower() in _QUERY for child in queries):  # fused projections may also exist
         queries = [child for child in queries if "qkv" not in child.lower()]
     if len(queries) > 1:
         return "joint_attn"
@@ -128,7 +128,7 @@ def attention_kind(name: str, module: nn.Module) -> str:
 
 
 def split_spatial_and_temporal(layers: list[CacheLayer]) -> list[CacheLayer]:
-    """Names the kinds of a model with temporal and with other blocks apart."""
+    """Prefixes kinds with "spatial" and "temporal" in models that have both."""
     stacks = {_TEMPORAL_NAME.search(layer.block) is not None for layer in layers}
     split = {
         kind

@@ -1,4 +1,4 @@
-"""The record of a layer that can be reused, and of the model that it belongs to."""
+"""Records of a layer that can be reused and of its model."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def identity_from_json(value: Value) -> ModelIdentity:
 
 
 Granularity = Literal["auto", "layer", "block", "model"]
-"""What is reused: layers, whole blocks, or the denoiser's output; "auto" chooses for each block."""
+"""Unit of reuse: layers, whole blocks, or the denoiser's output; "auto" chooses per block."""
 Select = Callable[[str, nn.Module], bool | str]
-"""Path and module -> whether it is a layer, or of which kind."""
+"""Predicate over path and module; returns whether the module is a layer, or its kind."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,17 @@ class CacheLayer:
     """One layer whose output can be reused between steps.
 
     Attributes:
-        path: Dotted path of the module from the denoiser; where a pipeline has several
-            denoisers, the component's name comes first.
-            The denoiser itself, at the granularity "model", has the empty path.
-        kind: ``self_attn``, ``cross_attn``, ``joint_attn``, ``ffn``, ``block`` for the residual
-            that a whole block adds, or ``model`` for the denoiser's output; with ``spatial_`` or
-            ``temporal_`` before it in a model that has both, and with ``refiner_`` in blocks that
-            work on the prompt alone.
-        block: Dotted path of the block that the layer belongs to.
-        macs: Multiply-accumulates of the layer in one step (all of its calls, at the batch that
-            was observed); None until a forward has been observed.
-        nbytes: Bytes of what the layer returns in one step (all of its calls, at the batch and
-            dtype that were observed): what keeping it takes; None until then.
+        path: Dotted path of the module within the denoiser, prefixed with the component's name if a
+            pipeline has several denoisers. Empty for the denoiser itself (granularity "model").
+        kind: ``self_attn``, ``cross_attn``, ``joint_attn``, ``ffn``, ``block`` for the residual of
+            a whole block, or ``model`` for the denoiser's output. Prefixed with ``spatial_`` or
+            ``temporal_`` in a model that has both, and with ``refiner_`` in blocks that process
+            only the prompt.
+        block: Dotted path of the layer's block.
+        macs: Multiply-accumulates of the layer in one step (all of its calls, at the observed batch
+            size); None before a forward has been observed.
+        nbytes: Bytes of the layer's outputs in one step (all of its calls, at the observed batch
+            size and dtype); None before a forward has been observed.
     """
 
     path: str
@@ -72,12 +71,12 @@ class CacheLayer:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Class and fingerprint of the model that a schedule or a calibration is for.
+    """Class and fingerprint of the model of a schedule or calibration.
 
     Attributes:
-        class_name: Class of the denoiser; several are joined by ``+``.
-        fingerprint: 16 hexadecimal digits over the denoiser's configuration, or over the names
-            and shapes of its parameters if it has none. Weights and dtype do not enter.
+        class_name: Class of the denoiser; several classes are joined by ``+``.
+        fingerprint: Hash of the denoiser's configuration, or of the names and shapes of its
+            parameters if it has none, as 16 hexadecimal digits. Independent of weights and dtype.
     """
 
     class_name: str
@@ -85,10 +84,10 @@ class ModelIdentity:
 
 
 def is_residual(layer: CacheLayer) -> bool:
-    """Whether the residual of a module is reused instead of its output.
+    """Whether a module's residual is reused instead of its output.
 
     Args:
-        layer: Of any granularity.
+        layer: A layer of any granularity.
 
     Returns:
         True for whole blocks, False for attentions, feed-forwards and the denoiser's output.
@@ -101,5 +100,5 @@ def is_residual(layer: CacheLayer) -> bool:
 
 
 def is_followed(layer: CacheLayer) -> bool:
-    """Whether a forward decides if a layer's output, or what it adds to its input, is reused."""
+    """Whether the first forward determines if the layer's output or its residual is reused."""
     return not is_residual(layer) and layer.kind != "model"

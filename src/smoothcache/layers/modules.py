@@ -1,4 +1,4 @@
-"""Finds the modules that recorded layers stand for, and identifies a model."""
+"""Looks up the modules of layers, and identifies models."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _ABOUT_STORAGE = re.compile(
     r"quantization_config|(torch_)?dtype|variant|device(_map)?|name_or_path|use_safetensors"
     r"|attn_(implementation|backend|processor)|attention_backend|(\w+_)?version"
 )
-_PUT_BEFORE = ("FSDP", "Parametrized")  # the names of classes
+_CLASS_PREFIXES = ("FSDP", "Parametrized")
 
 
 def layer_modules(model: Any, layers: Sequence[CacheLayer]) -> dict[str, nn.Module]:
-    """Returns the module of each layer, by the path of the layer.
+    """Returns the module of each layer.
 
     Args:
         model: A diffusers pipeline or a module.
-        layers: Layers of this model, as ``find_layers`` gives them.
+        layers: Layers of this model, as returned by ``find_layers``.
 
     Returns:
-        Path of a layer -> its module, in the order of ``layers``.
+        Modules by layer path, in the order of ``layers``.
 
     Raises:
-        ScheduleMismatchError: If the model has no module at some of the paths.
+        ScheduleMismatchError: If the model has no module at a path, or two paths are one module.
 
     Example:
         >>> from smoothcache.layers import find_layers
@@ -51,7 +51,7 @@ def layer_modules(model: Any, layers: Sequence[CacheLayer]) -> dict[str, nn.Modu
     missing = [layer.path for layer in layers if layer.path not in modules]
     if missing:
         raise ScheduleMismatchError(
-            f"the layers of the schedule are not those of the model; missing from the model: "
+            f"the layers of the schedule differ from the model's; missing from the model: "
             f"{listed(missing)}. Load the model that it was planned for, or plan a schedule for "
             "this one."
         )
@@ -61,13 +61,13 @@ def layer_modules(model: Any, layers: Sequence[CacheLayer]) -> dict[str, nn.Modu
         other = owners.setdefault(module, path)
         if other != path:
             raise ScheduleMismatchError(
-                f"{other!r} and {path!r} are one module in two places; give it one row"
+                f"{other!r} and {path!r} are the same module; give it a single row"
             )
     return found
 
 
 def identify(model: Any) -> ModelIdentity:
-    """Identifies a model, so that a schedule made for another model can be refused.
+    """Returns the identity of a model, by which schedules for other models are refused.
 
     Args:
         model: A diffusers pipeline or a module.
@@ -92,9 +92,9 @@ def identify(model: Any) -> ModelIdentity:
 
 
 def _class_name(module: nn.Module) -> str:
-    """The name of a module's class, without what FSDP2 or a parametrization put before it."""
+    """Returns the name of a module's class without the prefix of FSDP2 or a parametrization."""
     cls = type(module)
-    while cls.__name__ in {prefix + cls.__bases__[-1].__name__ for prefix in _PUT_BEFORE}:
+    while cls.__name__ in {prefix + cls.__bases__[-1].__name__ for prefix in _CLASS_PREFIXES}:
         cls = cls.__bases__[-1]
     return cls.__name__
 
@@ -113,12 +113,12 @@ def _configuration(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_about_storage(key: str) -> bool:
-    """Whether a configuration's key says how weights are stored or run, not what the model is."""
+    """Whether a configuration key describes storage or execution rather than the model."""
     return key.startswith("_") or _ABOUT_STORAGE.fullmatch(key) is not None
 
 
 def _logical_shape(part: nn.Module, name: str, value: Tensor) -> list[int]:
-    """A tensor's shape; of a linear projection's weight also where it is stored packed."""
+    """Returns a tensor's shape; for a linear weight, the shape before packing."""
     if isinstance(part, nn.Linear) and name == "weight":
         return [part.out_features, part.in_features]
     return list(value.shape)

@@ -1,4 +1,4 @@
-"""Walks a model's modules: children, weights and wrappers."""
+"""Traverses a model's modules, seeing through adapters and parametrizations."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-HOLDERS = (nn.ModuleList, nn.ModuleDict)  # lists that have no forward of their own
+HOLDERS = (nn.ModuleList, nn.ModuleDict)  # lists without a forward
 
 
 def matrix_elements(module: nn.Module) -> int:
-    """Elements of the matrices in a module, as they are before any quantisation packs them."""
+    """Returns the number of matrix elements in a module, before any packing by quantisation."""
     projections = [child for child in all_modules(module) if is_linear(child)]
     others = [child for child in all_modules(module) if not is_linear(child)]
-    own = sum(p.numel() for m in others for _, p in own_tensors(m) if p.ndim > 1)
-    return own + sum(math.prod(linear_widths(child) or ()) for child in projections)
+    other_elements = sum(p.numel() for m in others for _, p in own_tensors(m) if p.ndim > 1)
+    return other_elements + sum(math.prod(linear_widths(child) or ()) for child in projections)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a matrix, also if quantised or with adapters beside it."""
+    """Whether a module is a linear projection, including quantised and adapted ones."""
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     return all(isinstance(size, int) for size in sizes)
 
 
 def linear_widths(module: nn.Module) -> tuple[int, int] | None:
-    """Channels in and out of a projection; None for anything else."""
+    """Returns the input and output channels of a projection; None for other modules."""
     if is_linear(module):
         return module.in_features, module.out_features  # type: ignore[return-value]
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -36,20 +36,20 @@ def linear_widths(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-# ------------------------------------------------------ what adapters and parametrizations cover
-def _behind_adapters(module: nn.Module) -> nn.Module:
-    """The module that adapters (PEFT) were put beside; or the module itself."""
+# ----------------------------------------------------------------- adapters and parametrizations
+def _without_adapters(module: nn.Module) -> nn.Module:
+    """Returns the base module of a PEFT adapter, or the module itself."""
     for name in ("base_layer", "original_module"):
         inner = getattr(module, name, None)
         if isinstance(inner, nn.Module):
-            return _behind_adapters(inner)
+            return _without_adapters(inner)
     return module
 
 
 def named_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     hidden = {"parametrizations"} if parametrize.is_parametrized(module) else set()
     return (
-        (name, _behind_adapters(child))
+        (name, _without_adapters(child))
         for name, child in module.named_children()
         if name not in hidden
     )
@@ -58,7 +58,7 @@ def named_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def named_modules(
     module: nn.Module, path: str = "", seen: set[nn.Module] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Like ``named_modules``, without adapters and parametrizations."""
+    """Yields like ``nn.Module.named_modules``, without adapters and parametrizations."""
     seen = set() if seen is None else seen
     if module not in seen:
         seen.add(module)
@@ -72,7 +72,7 @@ def all_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters that a module itself has, also those that are made from others."""
+    """Yields a module's direct parameters, including parametrized ones."""
     yield from module.named_parameters(recurse=False)
     if parametrize.is_parametrized(module):
         for name in module.parametrizations:  # type: ignore[union-attr]

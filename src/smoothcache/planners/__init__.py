@@ -1,9 +1,8 @@
-"""Ways to fill in a schedule: one method a file.
+"""Planners: one method per file.
 
 A new planner is a file with a function from a calibration to a schedule, and an entry in
-``PLANNERS``; the tests of all planners and of the running then include it. ``plan_learned`` and
-``plan_trajectory`` have none, because they need more than error curves: what ``learn_routers``
-learned, and recorded trajectories.
+``PLANNERS``, which adds it to the shared tests. ``plan_learned`` and ``plan_trajectory`` have no
+entry, because they need more than error curves: trained routers and recorded trajectories.
 """
 
 from __future__ import annotations
@@ -30,4 +29,4 @@ PLANNERS: Mapping[str, Callable[[Calibration], Schedule]] = MappingProxyType(
         "threshold-block": partial(plan, alpha=0.18, per="block"),
     }
 )
-"""One example setting of each method, by name."""
+"""Example settings of each method, by name."""

@@ -1,4 +1,4 @@
-"""What every planner ends with: rows become a schedule for what was calibrated."""
+"""Last step of every planner: turns rows into a schedule for the calibrated model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..steps.resample import CARRIED_OVER
 def assemble(
     calibration: Calibration, rows: Mapping[str, Row], settings: Mapping[str, object]
 ) -> Schedule:
-    """The schedule of these rows, with its identity and cost from the calibration.
+    """Returns the schedule of these rows, with identity and cost from the calibration.
 
-    A layer is computed at the first step at which it runs; what is planned for steps at which it
-    does not run, because another denoiser has its turn, means nothing and is written as computed.
-    Timesteps that no solver gave are left out: a run would wait for them in vain.
+    A layer is computed at the first step at which it runs. Steps at which it does not run, because
+    another denoiser does, are marked as computed. Interpolated timesteps are omitted, because no
+    solver would produce them.
 
     Args:
-        calibration: What the rows were planned from.
-        rows: Layer path -> row, for every layer of the calibration.
+        calibration: Calibration that the rows were planned from.
+        rows: Rows by layer path, for every layer of the calibration.
         settings: Name and arguments of the planner, for the provenance.
     """
     rows = {

@@ -1,4 +1,4 @@
-"""Few different steps: every set of layers that are computed together is a graph to compile."""
+"""Limits the number of distinct steps, each of which ``torch.compile`` turns into a graph."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def with_few_patterns(
     costs: Sequence[float],
     patterns: int,
 ) -> BoolArray:
-    """Computes more, so that the steps follow few patterns and every reuse stays below alpha.
+    """Computes more layers, so that steps have few patterns and all errors stay below alpha.
 
-    The two patterns whose union adds the least cost become one, again and again. What is computed
-    in addition shortens later gaps, whose errors are looked at again: one that is not below alpha
-    is computed too, at all steps of its pattern. The result is good, not always the best.
+    The two patterns whose union adds the least cost are merged repeatedly. Additional computations
+    change later gaps, whose errors are checked again: a reuse whose error is not below alpha is
+    computed too, at all steps of its pattern. The result is a heuristic, not always optimal.
 
     Args:
-        computed: The plan so far; [units, steps], a unit being layers with one row.
-        errors: Of each unit, errors[k - 1, t] as ``threshold_mask`` takes them.
-        alpha: What every reuse's error must stay below.
+        computed: The plan so far; [units, steps], where a unit is a set of layers with one row.
+        errors: errors[k - 1, t] of each unit, as for ``threshold_mask``.
+        alpha: Upper bound of the error of every reuse.
         costs: Cost of each unit in a step.
-        patterns: Most different columns of the result, at least 1.
+        patterns: Largest number of distinct columns of the result, at least 1.
 
     Returns:
-        A plan that computes wherever the given one does. [units, steps]
+        A plan that computes at least what the given plan computes; [units, steps].
     """
     columns = [tuple(column) for column in computed.T]
-    groups = [[t for t, c in enumerate(columns) if c == own] for own in dict.fromkeys(columns)]
+    groups = [[t for t, c in enumerate(columns) if c == one] for one in dict.fromkeys(columns)]
     computed = computed.copy()
     while True:
         while len(groups) > patterns:
@@ -46,12 +46,12 @@ def with_few_patterns(
             merged = groups[i] + groups[j]
             computed[:, merged] = computed[:, merged].any(axis=1, keepdims=True)
             groups = [g for k, g in enumerate(groups) if k not in (i, j)] + [merged]
-        broken = [
-            (u, t) for u in range(len(computed)) for t in _too_far(computed[u], errors[u], alpha)
+        exceeding = [
+            (u, t) for u in range(len(computed)) for t in _exceeding(computed[u], errors[u], alpha)
         ]
-        if not broken:
+        if not exceeding:
             return computed
-        for unit, step in broken:
+        for unit, step in exceeding:
             computed[unit, next(group for group in groups if step in group)] = True
 
 
@@ -61,14 +61,14 @@ def _added(
     pair: tuple[int, int],
     costs: Sequence[float],
 ) -> float:
-    """The cost that making one pattern of two adds."""
+    """Returns the cost added by merging two patterns."""
     steps = [*groups[pair[0]], *groups[pair[1]]]
     both = computed[:, steps]
     return float(np.asarray(costs) @ (len(steps) * both.any(axis=1) - both.sum(axis=1)))
 
 
-def _too_far(computed: BoolArray, errors: FloatArray, alpha: float) -> list[int]:
-    """The steps at which the error of a reuse is not below alpha."""
+def _exceeding(computed: BoolArray, errors: FloatArray, alpha: float) -> list[int]:
+    """Returns the steps at which the error of a reuse is not below alpha."""
     last, found = 0, []
     for step, is_computed in enumerate(computed):
         gap = step - last

@@ -1,4 +1,4 @@
-"""Schedules that keep no more than so many bytes."""
+"""Limits the bytes that a schedule keeps."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..schedule.row import Row
 def within_bytes(
     rows: Mapping[str, Row], layers: Sequence[CacheLayer], max_bytes: int
 ) -> dict[str, Row]:
-    """Reuses what gains the most MACs for its bytes, as long as it fits, and computes the rest.
+    """Reuses the layers that save the most MACs per byte within a limit, and computes the rest.
 
-    The bytes are those of the buffers of a compiled model. An uncompiled one keeps no more.
+    Bytes are counted for the buffers of a compiled model; an uncompiled model keeps no more.
 
     >>> layers = [
     ...     CacheLayer("attn", "self_attn", "", macs=50, nbytes=10),
@@ -27,12 +27,12 @@ def within_bytes(
     {'attn': (True, True), 'ff': (True, False)}
 
     Args:
-        rows: Layer path -> row.
-        layers: The layers, with the MACs and the bytes of one step.
-        max_bytes: The limit.
+        rows: Rows by layer path.
+        layers: The layers, with the MACs and output bytes of one step.
+        max_bytes: Limit in bytes.
 
     Raises:
-        InvalidArgumentError: If the bytes of a layer that is reused are not known.
+        InvalidArgumentError: If the bytes of a reused layer are unknown.
     """
     needed: dict[str, int] = {}
     gains: dict[str, float] = {}
@@ -41,8 +41,8 @@ def within_bytes(
         nbytes = buffer_bytes(row, layer)
         if nbytes is None:
             raise InvalidArgumentError(
-                f"max_bytes needs the bytes of every layer, and those of {layer.path!r} are not "
-                "known: the calibration is of an older version; calibrate again"
+                f"max_bytes requires the bytes of every layer, but {layer.path!r} has none, "
+                "because the calibration is of an older version; calibrate again"
             )
         needed[layer.path] = nbytes
         gains[layer.path] = (layer.macs or 1) * row.computed.count(False) / max(nbytes, 1)

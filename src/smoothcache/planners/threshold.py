@@ -32,12 +32,12 @@ def plan(
     num_steps: int | None = None,
     timesteps: Iterable[float] | None = None,
 ) -> Schedule:
-    """Plan with one threshold for the whole model, as the paper does.
+    """Plans with one threshold for the whole model, as in the paper.
 
-    Source: Liu et al., "SmoothCache", arXiv 2411.10510, section 3. With the defaults it is the
-    paper's rule: E(t, k) averaged over samples and over all blocks of a kind, and compared with
-    alpha. ``per="block"`` and predictors other than "hold" are additions. The calibration measures
-    the error of "hold"; with other predictors alpha orders schedules by cost but bounds no error.
+    Source: Liu et al., "SmoothCache", arXiv 2411.10510, section 3. The defaults follow the paper:
+    E(t, k) is averaged over samples and over all blocks of a kind, and compared with alpha.
+    ``per="block"`` and predictors other than "hold" are additions. The calibration measures the
+    error of "hold"; with other predictors, alpha controls the cost but does not bound an error.
 
     >>> from smoothcache.layers import CacheLayer
     >>> layer = CacheLayer("blocks.0.attn", kind="self_attn", block="blocks.0", macs=50)
@@ -48,27 +48,27 @@ def plan(
 
     Args:
         calibration: Measured error curves.
-        alpha: Relative L1 error that a reuse must stay below; 0 computes everything.
-        per: "kind" decides for all layers of a kind together, "block" for each layer alone.
+        alpha: Upper bound of the relative L1 error of a reuse; 0 computes everything.
+        per: "kind" uses one row for all layers of a kind, "block" one row per layer.
         max_gap: Largest number of consecutive reuses (k_max in the paper); by default the largest
             measured gap.
-        predictor: How reused values are made, a name in ``PREDICTORS``.
-        patterns: Largest number of different steps (sets of layers that are computed together);
-            ``torch.compile`` makes one graph for each. More is computed, and errors stay below
-            alpha.
+        predictor: Name of a predictor in ``PREDICTORS``.
+        patterns: Largest number of distinct steps (sets of layers that are computed together), each
+            of which ``torch.compile`` turns into a graph. More layers are computed, and errors stay
+            below alpha.
         max_bytes: Largest number of bytes that a run keeps, compiled or not, at the calibrated
-            batch and dtype. The layers that save the fewest MACs per byte are computed instead.
-        num_steps: Plan for so many steps instead, with the curves that ``Calibration.resample``
-            reads off: carried over, not measured.
-        timesteps: The model's own t at each of these steps, in running order [num_steps]; by
-            default they divide the noise levels of the calibration alike.
+            batch size and dtype. The layers that save the fewest MACs per byte are computed.
+        num_steps: Number of steps to plan for, with error curves interpolated by
+            ``Calibration.resample``, not measured; None for the calibrated number.
+        timesteps: The model's own timestep at each of these steps, in running order [num_steps];
+            by default, positions in the calibration are spaced evenly.
 
     Returns:
         A schedule bound to the calibrated layers, with its expected ``compute``.
 
     Raises:
-        InvalidArgumentError: If an argument is not as described, or the curves do not reach from
-            one to the next of so few steps.
+        InvalidArgumentError: If an argument is invalid, or num_steps is so small that the measured
+            gaps do not reach the next step.
     """
     alpha = check_number("alpha", alpha)
     if alpha < 0:
@@ -83,10 +83,10 @@ def plan(
     max_gap = calibration.max_gap if max_gap is None else check_count("max_gap", max_gap, least=1)
     if max_gap > calibration.max_gap:
         is_carried_over = CARRIED_OVER in calibration.provenance
-        of = f" of {calibration.num_steps} steps" if is_carried_over else ""
+        suffix = f" of {calibration.num_steps} steps" if is_carried_over else ""
         raise InvalidArgumentError(
-            f"max_gap is {max_gap}, but only gaps up to {calibration.max_gap}{of} were measured. "
-            f"Calibrate again with a larger max_gap, or plan with a smaller one."
+            f"max_gap is {max_gap}, but only gaps up to {calibration.max_gap}{suffix} were "
+            "measured. Calibrate again with a larger max_gap, or plan with a smaller one."
         )
 
     units = calibration.kinds if per == "kind" else [layer.path for layer in calibration.layers]
@@ -96,16 +96,16 @@ def plan(
         )
         for u in units
     ]
-    computed = np.array([threshold_mask(own, alpha) for own in errors])
+    computed = np.array([threshold_mask(of_unit, alpha) for of_unit in errors])
     if patterns is not None:
         members = [[x.macs or 1 for x in calibration.layers if _unit(x, per) == u] for u in units]
         costs = [sum(macs) for macs in members]
         most = check_count("patterns", patterns, least=1)
         computed = with_few_patterns(computed, errors, alpha, costs, most)
-    of_unit = {
+    row_of = {
         u: Row(tuple(map(bool, mask)), predictor) for u, mask in zip(units, computed, strict=True)
     }
-    rows = {layer.path: of_unit[_unit(layer, per)] for layer in calibration.layers}
+    rows = {layer.path: row_of[_unit(layer, per)] for layer in calibration.layers}
     settings = {"alpha": alpha, "per": per, "max_gap": max_gap, "predictor": predictor}
     if max_bytes is not None:
         most = check_count("max_bytes", max_bytes, least=0)
@@ -120,20 +120,20 @@ _BY = {"kind": "kind", "block": "layer"}
 
 
 def _unit(layer: CacheLayer, per: str) -> str:
-    """What decides for a layer: its kind, or itself."""
+    """Returns the unit of a layer that shares one row: its kind, or the layer itself."""
     return layer.kind if per == "kind" else layer.path
 
 
 def threshold_mask(errors: FloatArray, alpha: float) -> tuple[bool, ...]:
-    """Walk the steps: after a computed step, reuse while the error stays below alpha.
+    """Returns which steps are computed: after each, reuse continues while errors are below alpha.
 
     Args:
-        errors: errors[k - 1, t] is the error E(t, k) of reusing at step t what was computed
-            k steps earlier; [max_gap, steps].
+        errors: errors[k - 1, t] is the error E(t, k) at step t of reusing the output computed k
+            steps earlier; [max_gap, steps].
         alpha: The threshold.
 
     Returns:
-        True where a step is computed; the first and the last step always are. [steps]
+        True where a step is computed, which includes the first and last step; [steps].
     """
     max_gap, num_steps = errors.shape
     last = num_steps - 1

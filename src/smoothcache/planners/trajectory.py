@@ -1,18 +1,17 @@
-"""Chooses the steps to compute by the states that reuse leads to: dynamic programming.
+"""Chooses the steps to compute by dynamic programming over the resulting state errors.
 
-Between two computed steps the denoiser's outputs are replaced by combinations of the last computed
-ones. What counts of that is one vector a segment, what its reused outputs do to the state at which
-the next segment begins:
+Between two computed steps, the denoiser's outputs are replaced by combinations of the last computed
+outputs. The effect of a segment j < t < l on the state at its end is
 
     r(j, l) = sum_{j < t < l} h[t, l] e_t
 
-and what it costs is what no combination of the last computed outputs can express of it:
+and its cost is the squared residual after the best combination of the last computed outputs:
 
     cost(h, i, j, l) = min_a || r(j, l) - a_0 e_j - a_1 e_i - a_2 e_h ||^2
 
-over all samples together. It follows from the inner products of the e_t, so neither the model nor
-the size of its output matters. With the number of computed steps fixed, dynamic programming
-minimises the sum of costs exactly; its state is the last two (or three) computed steps.
+summed over all samples. Costs follow from the inner products of the e_t, independent of the model
+and of the size of its output. For a fixed number of computed steps, dynamic programming minimises
+the sum of costs exactly; its state is the last two (or three) computed steps.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ from ._assemble import assemble
 FloatArray = npt.NDArray[np.float64]
 MAX_LAG = 3
 NOISE, EARLY_WEIGHT = 5e-5, 3.0
-RIDGE = 1e-6  # of the mean square of what is combined, where weights are fitted
-LARGEST_NORM = 12.0  # of the weights of one reuse, as the sum of their absolute values
-_MOST_COSTS = 3_000_000  # numbers in the table of costs, which limits how far segments reach
+RIDGE = 1e-6  # ridge of the weight fit, relative to the mean square of the outputs
+LARGEST_NORM = 12.0  # limit of the L1 norm of the weights of one reuse
+_MAX_COSTS = 3_000_000  # size of the table of costs, which limits the length of segments
 
 
 def plan_trajectory(
@@ -51,32 +50,32 @@ def plan_trajectory(
     noise: float = NOISE,
     early_weight: float = EARLY_WEIGHT,
 ) -> Schedule:
-    """Plans from recorded trajectories which steps run the denoiser, and how the others reuse it.
+    """Plans from recorded trajectories which steps run the denoiser and how the others reuse it.
 
-    Needs no run of the model. The whole denoiser's output is reused, so a reused step costs next
-    to nothing and ``max_lag`` outputs are kept. The weights are those under which combinations of
-    the *uncached* outputs come nearest to the uncached states; ``fit`` fits them to the run itself.
+    The model does not run. The whole denoiser's output is reused, so a reused step has almost no
+    cost and ``max_lag`` outputs are kept. The weights minimise the distance between combinations of
+    *uncached* outputs and the uncached states; ``fit`` refines them in closed loop.
 
     Args:
-        calibration: With trajectories, as ``calibrate`` records them.
-        speedup: Compute one step in so many; give this or one of the next two.
-        compute: Compute at most this fraction of the steps, in (0, 1].
-        steps_computed: Compute exactly so many steps.
-        max_lag: How many of the last computed outputs are combined in a reuse.
-        memory: How many of the last computed steps the choice of the next ones takes into account,
-            2 or 3.
-        noise: How far computed outputs of the run are expected from uncached ones, as a mean square
-            relative to theirs. The more, the less does a choice rely on large weights.
-        early_weight: How many times as much the error of the first state counts as that of the
-            last; the model carries early ones on, and how far differs between models.
+        calibration: Calibration with trajectories, as ``calibrate`` records them.
+        speedup: Ratio of all steps to computed steps. Exactly one of ``speedup``, ``compute`` and
+            ``steps_computed`` is required.
+        compute: Largest fraction of computed steps, in (0, 1].
+        steps_computed: Exact number of computed steps.
+        max_lag: Number of last computed outputs that a reuse combines.
+        memory: Number of last computed steps in the state of the dynamic program, 2 or 3.
+        noise: Expected mean squared deviation of the run's computed outputs from uncached outputs,
+            relative to their mean square. Larger values favour choices with small weights.
+        early_weight: Weight of an error in the first state relative to the last. Early errors
+            propagate through later steps, by an amount that differs between models.
 
     Returns:
-        A schedule at the granularity "model", with weights. ``fit`` improves them.
+        A schedule of granularity "model" with fitted weights.
 
     Raises:
-        InvalidArgumentError: If the calibration has no trajectories, or a number makes no sense.
+        InvalidArgumentError: If the calibration has no trajectories, or an argument is invalid.
 
-    Source: ours; the choice of steps by dynamic programming is akin to arXiv 2602.22654.
+    Source: ours; arXiv 2602.22654 also chooses steps by dynamic programming.
 
     Example:
         >>> import torch
@@ -124,7 +123,7 @@ def plan_trajectory(
 
 
 def trajectories_of(calibration: Calibration) -> Trajectories:
-    """The trajectories of a calibration.
+    """Returns the trajectories of a calibration.
 
     Raises:
         InvalidArgumentError: If it has none.
@@ -136,7 +135,7 @@ def trajectories_of(calibration: Calibration) -> Trajectories:
     if calibration.trajectories is None:
         why = calibration.provenance.get("no_trajectories", "")
         raise InvalidArgumentError(
-            "the calibration has no trajectories, from which steps are planned"
+            "the calibration has no trajectories, which planning requires"
             + (f" ({why})" if why else "")
             + "; calibrate with trajectory=True."
         )
@@ -149,22 +148,22 @@ def steps_to_compute(
     compute: float | None,
     steps_computed: int | None,
 ) -> int:
-    """How many steps a budget leaves to be computed.
+    """Returns the number of computed steps within a budget.
 
     Raises:
-        InvalidArgumentError: If not exactly one budget is given, or it makes no sense.
+        InvalidArgumentError: If not exactly one budget is given, or it is invalid.
     """
     given = [x for x in (speedup, compute, steps_computed) if x is not None]
     if len(given) != 1:
-        raise InvalidArgumentError("give exactly one of speedup, compute and steps_computed.")
+        raise InvalidArgumentError("pass exactly one of speedup, compute and steps_computed.")
     steps, least = trajectories.num_steps, len(trajectories.first_steps())
     if steps_computed is not None:
         count = check_count("steps_computed", steps_computed, least=1)
     elif compute is not None:
-        share = check_number("compute", compute)
-        if not 0 < share <= 1:
-            raise InvalidArgumentError(f"compute must be in (0, 1], got {share:g}.")
-        count = int(steps * share + 1e-9)
+        fraction = check_number("compute", compute)
+        if not 0 < fraction <= 1:
+            raise InvalidArgumentError(f"compute must be in (0, 1], got {fraction:g}.")
+        count = int(steps * fraction + 1e-9)
     else:
         factor = check_number("speedup", speedup)
         if factor < 1:
@@ -172,8 +171,7 @@ def steps_to_compute(
         count = int(steps / factor + 1e-9)
     if not least <= count <= steps:
         raise InvalidArgumentError(
-            f"the budget leaves {count} of {steps} steps to be computed; at least {least} and at "
-            f"most {steps} can be."
+            f"the budget allows {count} of {steps} computed steps, expected {least} to {steps}."
         )
     return count
 
@@ -185,14 +183,15 @@ def whole_model_schedule(
     settings: dict[str, object],
     branch_weights: Sequence[Sequence[Sequence[float]]] = (),
 ) -> Schedule:
-    """A schedule that reuses the whole denoiser's output with these weights.
+    """Returns a schedule that reuses the whole denoiser's output with these weights.
 
     Args:
-        calibration: With trajectories.
+        calibration: Calibration with trajectories.
         computed: Whether each step is computed.
-        weights: Of the last computed outputs at every step, the newest first; empty where computed.
-        settings: For the provenance.
-        branch_weights: The same for the further branches of guidance, where each has its own.
+        weights: Weights of the last computed outputs at every step, the newest first; empty at
+            computed steps.
+        settings: Settings for the provenance.
+        branch_weights: Weights of further guidance branches, if branches have separate weights.
     """
     trajectories = trajectories_of(calibration)
     names = tuple(dict.fromkeys(trajectories.denoisers))
@@ -211,8 +210,8 @@ def whole_model_schedule(
                 nbytes=trajectories.output_bytes or None,
             )
         )
-        own = [trajectories.denoisers[t] == name for t in range(steps)]
-        flags = tuple(x or not mine for x, mine in zip(computed, own, strict=True))
+        runs = [trajectories.denoisers[t] == name for t in range(steps)]
+        flags = tuple(x or not is_run for x, is_run in zip(computed, runs, strict=True))
         tables = [
             tuple(tuple(w) if not flag else () for w, flag in zip(table, flags, strict=True))
             for table in (weights, *branch_weights)
@@ -235,14 +234,14 @@ def whole_model_schedule(
 
 
 class Segments:
-    """What is to be known of all segments, from inner products.
+    """Effects of all segments between computed steps, as inner products.
 
     Args:
         gram: Inner products of the outputs, summed over the samples, [steps, steps].
         table: Responses of the solver, [steps, steps + 1].
-        ends: For each step, where its denoiser's turn ends, [steps].
-        sensitivities: How far the final latents move with the latents at each step and at the
-            end, [steps + 1]; None takes them as equal.
+        ends: For each step, the next step of another denoiser, or the number of steps; [steps].
+        sensitivities: Weight of an error in the latents at each step and at the end, [steps + 1];
+            None for equal weights.
     """
 
     def __init__(
@@ -266,7 +265,7 @@ class Segments:
 
     @classmethod
     def of(cls, trajectories: Trajectories, early_weight: float = 1.0) -> Segments:
-        """Of all samples together; errors count up to so much more the earlier they are."""
+        """Returns the segments of all samples, with errors weighted as in ``plan_trajectory``."""
         steps = trajectories.num_steps
         firsts = [*trajectories.first_steps(), steps]
         ends = [next(x for x in firsts if x > t) for t in range(steps)]
@@ -275,13 +274,13 @@ class Segments:
         return cls(gram, trajectories.responses.table, ends, sensitivities)
 
     def regressors(self, computed: Sequence[int], max_lag: int) -> list[int]:
-        """The last computed steps, the newest first, as far as they are of its denoiser's turn."""
+        """Returns the last computed steps of the same denoiser, the newest first."""
         newest = computed[-1]
         return [t for t in reversed(computed[-max_lag:]) if self.ends[t] == self.ends[newest]]
 
 
 def relative_error(segments: Segments, cost: float) -> float:
-    """The root of a sum of costs, relative to what all outputs do to the final state."""
+    """Returns the root of a sum of costs, relative to the effect of all outputs on the end."""
     last = segments.table[:, -1]
     whole = float(last @ segments.gram @ last)
     return float(np.sqrt(cost / whole)) if whole > 0 else 0.0
@@ -290,13 +289,13 @@ def relative_error(segments: Segments, cost: float) -> float:
 def choose_steps(
     segments: Segments, count: int, *, memory: int = 2, noise: float = RIDGE
 ) -> tuple[list[int], float]:
-    """The computed steps with the least sum of costs, and that sum.
+    """Returns the computed steps with the smallest sum of costs, and that sum.
 
     Args:
-        segments: Of the trajectories.
-        count: How many steps are computed.
-        memory: How many of the last computed steps the cost of a segment depends on, 2 or 3.
-        noise: Of computed outputs, relative; what keeps weights small.
+        segments: Segments of the trajectories.
+        count: Number of computed steps.
+        memory: Number of last computed steps that the cost of a segment depends on, 2 or 3.
+        noise: Relative noise of computed outputs; larger values keep weights small.
 
     Raises:
         InvalidArgumentError: If no such choice exists.
@@ -313,11 +312,11 @@ def choose_steps(
         for j in range(steps - 1):
             if not np.isfinite(value[j]).any():
                 continue
-            total = value[j][..., None] + costs[j]  # the oldest step is the last but one axis
+            total = value[j][..., None] + costs[j]  # the oldest step is the second-to-last axis
             best = total.argmin(axis=-2)
             least = np.take_along_axis(total, best[..., None, :], axis=-2)[..., 0, :]
             gaps = np.arange(1, min(reach, steps - 1 - j) + 1)
-            # The new state's gap is this one; what was its newest gap comes second.
+            # The new gap comes first in the new state; the previously newest gap comes second.
             following[j + gaps, gaps] = np.moveaxis(least, -1, 0)[gaps - 1]
             choice[j + gaps, gaps] = np.moveaxis(best, -1, 0)[gaps - 1]
         choices.append(choice)
@@ -327,12 +326,12 @@ def choose_steps(
         last[j] = value[j] + costs[j][..., steps - j - 1]
     at = np.unravel_index(int(last.argmin()), states)
     if not np.isfinite(last[at]):
-        raise InvalidArgumentError(f"{count} of {steps} steps cannot be chosen.")
+        raise InvalidArgumentError(f"there is no choice of {count} out of {steps} steps.")
     return _traced(tuple(int(x) for x in at), choices), float(last[at])
 
 
 def _traced(state: tuple[int, ...], choices: list[npt.NDArray[np.int16]]) -> list[int]:
-    """The computed steps that lead to a state (step, gap before it, ...)."""
+    """Returns the computed steps that lead to a state (step, gap before it, ...)."""
     chosen = [state[0]]
     for choice in reversed(choices):
         step, gap, *older = state
@@ -342,40 +341,40 @@ def _traced(state: tuple[int, ...], choices: list[npt.NDArray[np.int16]]) -> lis
 
 
 def _reach(steps: int, count: int, memory: int) -> int:
-    """The largest gap between computed steps that is looked at."""
-    most = int((_MOST_COSTS / steps) ** (1 / memory))
+    """Returns the largest gap between computed steps that is considered."""
+    most = int((_MAX_COSTS / steps) ** (1 / memory))
     return min(steps, max(most, -(-steps // count)))
 
 
 def _costs(segments: Segments, reach: int, memory: int, noise: float) -> FloatArray:
-    """Costs by newest computed step, gaps to the older ones (0 for none), and gap to the next."""
+    """Returns costs by newest computed step, gaps to older steps (0 for none), and next gap."""
     steps = segments.num_steps
     costs = np.full((steps, *(reach + 1 for _ in range(memory - 1)), reach), np.inf)
     for j in range(steps):
         longest = min(reach, int(segments.ends[j]) - j)
         nexts = np.arange(j + 1, j + longest + 1)
-        older, is_there, is_legal = _older(segments, j, reach, memory)
-        at = np.stack([np.full(is_legal.shape, j), *older], axis=-1)  # the newest first
-        there = np.stack([np.ones(is_legal.shape, dtype=bool), *is_there], axis=-1)
-        both = there[..., :, None] & there[..., None, :]
+        older, is_usable, is_valid = _older(segments, j, reach, memory)
+        at = np.stack([np.full(is_valid.shape, j), *older], axis=-1)  # the newest first
+        usable = np.stack([np.ones(is_valid.shape, dtype=bool), *is_usable], axis=-1)
+        both = usable[..., :, None] & usable[..., None, :]
         matrix = np.where(both, segments.gram[at[..., :, None], at[..., None, :]], 0.0)
-        matrix = matrix + _ridge(matrix, there, noise) + np.eye(memory) * ~there[..., None]
-        right = segments.products[j][nexts[:, None], at[..., None, :]] * there[..., None, :]
+        matrix = matrix + _ridge(matrix, usable, noise) + np.eye(memory) * ~usable[..., None]
+        right = segments.products[j][nexts[:, None], at[..., None, :]] * usable[..., None, :]
         solved = np.linalg.solve(matrix[..., None, :, :], right[..., None])[..., 0]
         explained = (right * solved).sum(axis=-1)
         cost = np.maximum(segments.squares[j, nexts] - explained, 0.0)
-        costs[j][..., :longest] = np.where(is_legal[..., None], cost, np.inf)
+        costs[j][..., :longest] = np.where(is_valid[..., None], cost, np.inf)
     return costs
 
 
 def _older(
     segments: Segments, j: int, reach: int, memory: int
 ) -> tuple[list[npt.NDArray[np.int64]], list[npt.NDArray[np.bool_]], npt.NDArray[np.bool_]]:
-    """The computed steps before j for all gaps, whether each can be combined, and which exist."""
+    """Returns the steps before j for all gaps, whether each is usable, and which gaps are valid."""
     gaps = np.arange(reach + 1)
     shape = (reach + 1,) * (memory - 1)
     position, exists = np.full(shape, j), np.ones(shape, dtype=bool)
-    older, is_there = [], []
+    older, is_usable = [], []
     for axis in range(memory - 1):
         gap = np.broadcast_to(
             gaps.reshape([-1 if a == axis else 1 for a in range(memory - 1)]), shape
@@ -384,12 +383,12 @@ def _older(
         exists = exists & ((gap == 0) == is_first) & (position - gap >= 0)
         position = np.maximum(position - gap, 0)
         older.append(position)
-        is_there.append((gap > 0) & (segments.ends[position] == segments.ends[j]))
-    return older, is_there, exists
+        is_usable.append((gap > 0) & (segments.ends[position] == segments.ends[j]))
+    return older, is_usable, exists
 
 
-def _ridge(matrix: FloatArray, there: npt.NDArray[np.bool_], noise: float) -> FloatArray:
-    mean = np.trace(matrix, axis1=-2, axis2=-1) / there.sum(axis=-1)
+def _ridge(matrix: FloatArray, usable: npt.NDArray[np.bool_], noise: float) -> FloatArray:
+    mean = np.trace(matrix, axis1=-2, axis2=-1) / usable.sum(axis=-1)
     ridge: FloatArray = max(noise, 1e-12) * mean[..., None, None] * np.eye(matrix.shape[-1])
     return ridge
 
@@ -397,10 +396,10 @@ def _ridge(matrix: FloatArray, there: npt.NDArray[np.bool_], noise: float) -> Fl
 def open_loop_weights(
     segments: Segments, computed: Sequence[int], max_lag: int
 ) -> tuple[tuple[float, ...], ...]:
-    """The weights at every step, of uncached outputs; the newest first, none where computed.
+    """Returns the weights of uncached outputs at every step, the newest first.
 
-    Those of each step are fitted to its own output. Least squares being linear, their sum has
-    the least error for the state at the end of the segment, too.
+    The weights of each step are fitted to its own output; computed steps have none. As least
+    squares is linear, their sum also minimises the error of the state at the end of the segment.
     """
     steps = segments.num_steps
     weights: list[tuple[float, ...]] = [()] * steps
@@ -413,7 +412,7 @@ def open_loop_weights(
 
 
 def guarded_weights(segments: Segments, known: Sequence[int], reused: range) -> FloatArray:
-    """Least-squares weights [reused, lags], of fewer lags where they would come out too large."""
+    """Returns least-squares weights [reused, lags], with fewer lags if they would be too large."""
     for lags in range(len(known), 0, -1):
         used = list(known[:lags])
         matrix = segments.gram[np.ix_(used, used)]
@@ -422,4 +421,4 @@ def guarded_weights(segments: Segments, known: Sequence[int], reused: range) -> 
         found: FloatArray = np.linalg.lstsq(matrix + ridge * np.eye(lags), right, rcond=None)[0].T
         if np.abs(found).sum(axis=1).max() <= LARGEST_NORM:
             return found
-    return np.ones((len(reused), 1))  # holds what was computed last
+    return np.ones((len(reused), 1))  # the predictor "hold"

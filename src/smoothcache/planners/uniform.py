@@ -1,4 +1,4 @@
-"""FORA, or static caching: compute every n-th step, whatever the layer."""
+"""FORA, or static caching: compute every n-th step, for all layers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from ._assemble import assemble
 def plan_uniform(
     calibration: Calibration, *, interval: int, predictor: str = "hold", last: bool = False
 ) -> Schedule:
-    """Plan like ``Schedule.uniform`` for the calibrated layers, with the expected cost.
+    """Plans like ``Schedule.uniform`` for the calibrated layers, with the expected cost.
 
     Source: Selvaraju et al., "FORA", arXiv 2407.01425; ``predictor`` is our addition.
 
     Args:
-        calibration: Gives the layers, their costs and the number of steps; errors are not used.
-        interval: 1 computes everything; the number of steps or more computes step 0 alone.
-        predictor: How reused values are made, a name in ``PREDICTORS``.
-        last: Compute the last step as well, as the published schedules do.
+        calibration: Source of the layers, their costs and the number of steps; errors are unused.
+        interval: 1 computes everything; the number of steps or more computes only step 0.
+        predictor: Name of a predictor in ``PREDICTORS``.
+        last: Whether to compute the last step as well, as the published schedules do.
 
     Returns:
         A schedule bound to the calibrated layers, with its expected ``compute``.
 
     Raises:
-        InvalidArgumentError: If an argument is not as described.
+        InvalidArgumentError: If an argument is invalid.
 
     Example:
         >>> import numpy as np

@@ -1,7 +1,7 @@
-"""The 0/1 files that the authors of SmoothCache published, and what their names mean on a model.
+"""Maps the names in published SmoothCache schedule files onto the layers of a model.
 
-Such a file is one JSON object, ``{"attn": [1, 0, 1], "mlp": [1, 0, 1]}``: 1 computes the layers
-of that name at that step, 0 reuses them. "attn-3" means block number 3 alone.
+Such a 0/1 file is one JSON object, ``{"attn": [1, 0, 1], "mlp": [1, 0, 1]}``: 1 computes the layers
+of that name at that step, 0 reuses them. "attn-3" refers to block number 3 only.
 
 Source: the schedules in the repository Roblox/SmoothCache, and Learning-to-Cache in its format.
 """
@@ -17,7 +17,7 @@ from ..checks import listed
 from ..errors import ScheduleMismatchError
 from ..layers.layer import CacheLayer, ModelIdentity
 
-_SELF = ("self_attn", "joint_attn")  # the first of these kinds that the model has
+_SELF = ("self_attn", "joint_attn")  # the first of these kinds in the model is used
 KINDS_OF_NAME: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         **dict.fromkeys(("attn", "attn1", "self_attn"), _SELF),
@@ -28,21 +28,22 @@ KINDS_OF_NAME: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def map_names(names: Iterable[str], layers: Sequence[CacheLayer]) -> dict[str, str]:
-    """Which published name covers which layer.
+    """Maps each layer to the published name that covers it.
 
-    In this order a name means: the layers whose path ends in it; the layers of the kind that it
-    usually stands for; and "name-3" means the same within block 3, counted in the order of layers.
+    A name covers the layers whose path ends in it or, if there are none, the layers of the kind
+    that it commonly denotes. "name-3" applies the same rules within block 3, counted in layer
+    order.
 
     Args:
         names: All names of the schedule.
         layers: The layers of the model.
 
     Returns:
-        Layer path -> name. A layer that no name covers is not in it.
+        Names by layer path, without the layers that no name covers.
 
     Raises:
         ScheduleMismatchError: If a name covers no layer, two names cover the same layer, or the
-            file has another number of blocks than the model; all such names are listed.
+            number of blocks differs from the model's; all such names are listed.
     """
     blocks = list(dict.fromkeys(layer.block for layer in layers))
     owners: dict[str, str] = {}
@@ -53,7 +54,7 @@ def map_names(names: Iterable[str], layers: Sequence[CacheLayer]) -> dict[str, s
         if not covered and (numbered := re.fullmatch(r"(.+)-([0-9]+)", name)):
             base, index = numbered[1], int(numbered[2])
             if index >= len(blocks):
-                problems.append(f"'{name}' means block {index}, the model has {len(blocks)}")
+                problems.append(f"'{name}' is for block {index}, but there are {len(blocks)}")
                 continue
             unnamed_blocks.discard(index)
             covered = _covered_by(base, [x for x in layers if x.block == blocks[index]])
@@ -72,14 +73,14 @@ def map_names(names: Iterable[str], layers: Sequence[CacheLayer]) -> dict[str, s
         kinds = listed(dict.fromkeys(layer.kind for layer in layers), 20) or "none"
         raise ScheduleMismatchError(
             f"the published schedule does not fit this model: {shown}{more}. The model has "
-            f"{len(layers)} layers in {len(blocks)} blocks, of the kinds {kinds}. Take a schedule "
-            f"that was made for this model, or rename the rows of the file."
+            f"{len(layers)} layers in {len(blocks)} blocks, of the kinds {kinds}. Use a schedule "
+            f"made for this model, or rename the rows of the file."
         )
     return owners
 
 
 def _covered_by(name: str, layers: Sequence[CacheLayer]) -> list[CacheLayer]:
-    """The layers that a name without a block number means."""
+    """Returns the layers covered by a name without a block number."""
     if covered := [layer for layer in layers if layer.path.rpartition(".")[2] == name]:
         return covered
     for kind in KINDS_OF_NAME.get(name, ()):  # a kind may be prefixed: spatial_self_attn
@@ -89,7 +90,7 @@ def _covered_by(name: str, layers: Sequence[CacheLayer]) -> list[CacheLayer]:
 
 
 def with_costs_of(known: CacheLayer, layer: CacheLayer) -> CacheLayer:
-    """A layer with the costs that are known of it, where it was not observed itself."""
+    """Returns ``layer`` with missing costs filled in from ``known``."""
     macs = known.macs if layer.macs is None else layer.macs
     nbytes = known.nbytes if layer.nbytes is None else layer.nbytes
     return replace(layer, macs=macs, nbytes=nbytes)
@@ -120,6 +121,6 @@ def check_same_layers(planned: Sequence[CacheLayer], given: Sequence[CacheLayer]
     }
     if found := [f"{what}: {listed(paths)}" for what, paths in problems.items() if paths]:
         raise ScheduleMismatchError(
-            f"the layers of the schedule are not those of the model; {'; '.join(found)}. "
+            f"the layers of the schedule differ from the model's; {'; '.join(found)}. "
             f"Load the model that it was planned for, or plan a schedule for this one."
         )

@@ -1,4 +1,4 @@
-"""Bytes that a schedule will keep, told before it runs."""
+"""Memory and compute of a schedule, estimated before it runs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class _Row(Protocol):
 
 
 def peak_bytes(rows: Mapping[str, _Row], layers: Sequence[CacheLayer]) -> int | None:
-    """The most bytes that an uncompiled run keeps at any moment.
+    """Estimates the peak size of the values kept by an uncompiled run, in bytes.
 
-    A value is kept from when it is computed until its last use. The layers are taken to run in
-    their order, and the calls of a step as one: with several, the run may keep less.
+    A value is kept from its computation until its last use. The estimate assumes that layers run
+    in the given order and that a step is one call; with several calls, a run may keep less.
 
     Args:
-        rows: Layer path -> row.
-        layers: The layers with their bytes of one step.
+        rows: Rows by layer path.
+        layers: The layers with the bytes of their outputs in one step.
 
     Returns:
-        None if the bytes of a layer that is reused are not known.
+        The peak in bytes; None if the bytes of a reused layer are unknown.
     """
     changes: list[tuple[int, int, int]] = []  # step, number of the layer, bytes
     for number, layer in enumerate(layers):
@@ -46,7 +46,7 @@ def peak_bytes(rows: Mapping[str, _Row], layers: Sequence[CacheLayer]) -> int | 
 
 
 def buffer_bytes(row: _Row, layer: CacheLayer) -> int | None:
-    """Bytes of the buffers that a layer of a compiled model keeps its values in, as long as it may.
+    """Returns the bytes of a layer's buffers in a compiled model; None if unknown.
 
     >>> from smoothcache.schedule import Row
     >>> layer = CacheLayer("blocks.0.attn", kind="self_attn", block="blocks.0", nbytes=100)
@@ -63,19 +63,19 @@ def compute_fraction(
 ) -> float | None:
     """MACs of a run under a schedule, relative to the uncached run.
 
-    What lies outside the layers is computed at every step; predicting counts as free.
+    Everything outside the layers is computed at every step; prediction is counted as free.
 
     >>> half = CacheLayer("blocks.0.ff", kind="ffn", block="blocks.0", macs=50)
     >>> compute_fraction({"blocks.0.ff": Row((True, False))}, [half], total_macs=100)
     0.75
 
     Args:
-        rows: Layer path -> row.
+        rows: Rows by layer path.
         layers: The layers with their MACs of one step.
         total_macs: MACs of one uncached step of the whole denoiser, layers included.
 
     Returns:
-        A fraction in (0, 1]; None if the cost of a layer, or the total, is not known.
+        A fraction in (0, 1]; None if the cost of a layer or the total is unknown.
     """
     if total_macs <= 0:
         return None
@@ -89,7 +89,7 @@ def compute_fraction(
 
 
 def macs_saved_per_step(rows: Mapping[str, Row], layers: Sequence[CacheLayer]) -> float | None:
-    """MACs that reuse saves in a step, on average; None if not known."""
+    """Returns the mean MACs saved per step by reuse; None if unknown."""
     saved = 0.0
     for layer in layers:
         if layer.macs is None:

@@ -1,4 +1,4 @@
-"""The file of a schedule: JSON that people can read, checked in full before it is believed."""
+"""Schedule files: human-readable JSON, fully validated on load."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def read(path: str | os.PathLike[str], make: Callable[..., T]) -> T:
 
     Args:
         path: The file.
-        make: Makes the schedule from its fields, given by name.
+        make: Constructor of the schedule; takes its fields as keyword arguments.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        FileFormatError: If it is damaged or made by a newer version; says where and why.
+        FileFormatError: If the file is damaged or was written by a newer version.
     """
     document = parse_json(Path(path).read_bytes(), str(path))
     if _is_published(document):
@@ -86,12 +86,12 @@ def read(path: str | os.PathLike[str], make: Callable[..., T]) -> T:
             quality=fields["quality"].dict_of(_number_or_text),
             provenance=fields["provenance"].dict_of(Value.text),
         )
-    except InvalidArgumentError as error:  # what only the whole can tell, as a repeated layer
+    except InvalidArgumentError as error:  # inconsistent fields, such as a repeated layer
         raise document.error(str(error).rstrip(".")) from error
 
 
 def _is_published(document: Value) -> bool:
-    """Whether this is meant to be a published 0/1 file: lists, and no field of ours."""
+    """Whether this looks like a published 0/1 file: lists, and none of the library's fields."""
     entries = document.raw if isinstance(document.raw, dict) else {}
     has_lists = any(isinstance(entry, list) for entry in entries.values())
     return has_lists and not {"format", "version", "rows"} & entries.keys()
@@ -100,7 +100,7 @@ def _is_published(document: Value) -> bool:
 def _rows_to_json(
     layers: Sequence[CacheLayer] | None, rows: Mapping[str, Row]
 ) -> list[dict[str, Any]]:
-    """A row a kind where all its layers do the same, otherwise a row a layer."""
+    """Writes one row per kind if all its layers have equal rows, otherwise one row per layer."""
     if layers is None:
         return [_row_to_json("name", name, row) for name, row in rows.items()]
     by_kind: dict[str, dict[str, Row]] = {}
@@ -132,7 +132,7 @@ def _row_to_json(what: str, name: str, row: Row) -> dict[str, Any]:
 def _rows_from_json(
     rows: Value, layers: Sequence[CacheLayer] | None, num_steps: int
 ) -> dict[str, Row]:
-    """The row of every layer; each must have exactly one, its own or that of its kind."""
+    """Returns the row of every layer; each layer must have exactly one, for itself or its kind."""
     found: dict[str, Row] = {}
     for item in rows.items():
         what = _what(item, ("name",) if layers is None else ("kind", "layer"))
@@ -148,8 +148,8 @@ def _rows_from_json(
             if path in found:
                 raise item.error(f"'{path}' already has a row; each layer needs exactly one")
             found[path] = _row_from_json(item, fields, num_steps)
-    if without := [layer.path for layer in layers or () if layer.path not in found]:
-        raise rows.error(f"no row covers {listed(without)}; each layer needs exactly one")
+    if missing := [layer.path for layer in layers or () if layer.path not in found]:
+        raise rows.error(f"no row covers {listed(missing)}; each layer needs exactly one")
     return found
 
 
@@ -157,14 +157,14 @@ def _row_from_json(item: Value, fields: dict[str, Value], num_steps: int) -> Row
     predictor = fields["predictor"].text()
     if predictor not in (*PREDICTORS, FITTED):
         known = listed((*PREDICTORS, FITTED), 20)
-        raise fields["predictor"].error(f"'{predictor}' is unknown; there are {known}")
+        raise fields["predictor"].error(f"'{predictor}' is unknown; known predictors are {known}")
     steps: set[int] = set()
     for value in fields["compute_steps"].items():
         step = value.integer()
         if step >= num_steps:
             raise value.error(f"step {step} is out of range; the steps are 0 to {num_steps - 1}")
         if steps and step <= max(steps):
-            raise value.error(f"step {step} comes after step {max(steps)}; steps must rise")
+            raise value.error(f"step {step} follows step {max(steps)}; steps must be increasing")
         if not steps and step != 0:
             raise value.error("step 0 must be computed: there is nothing to reuse yet")
         steps.add(step)
@@ -184,7 +184,7 @@ def _row_from_json(item: Value, fields: dict[str, Value], num_steps: int) -> Row
 
 
 def _gains_from_json(value: Value, computed: Sequence[bool]) -> tuple[float, ...]:
-    """The gain of every step, from those of the reused ones."""
+    """Returns the gains of all steps from the gains of the reused steps."""
     given = value.list_of(Value.number)
     if len(given) != computed.count(False):
         raise value.error(
@@ -195,18 +195,19 @@ def _gains_from_json(value: Value, computed: Sequence[bool]) -> tuple[float, ...
 
 
 def _weights_from_json(value: Value, computed: Sequence[bool]) -> tuple[tuple[float, ...], ...]:
-    """The weights of every step, from those of the reused ones."""
+    """Returns the weights of all steps from the weights of the reused steps."""
     given = value.list_of(lambda x: tuple(x.list_of(Value.number)))
     if len(given) != computed.count(False):
         raise value.error(
-            f"weights of {len(given)} for {computed.count(False)} reused steps; each needs its own"
+            f"weights for {len(given)} steps, but {computed.count(False)} steps are reused; each "
+            "needs a list of weights"
         )
     rest = iter(given)
     return tuple(() if is_computed else next(rest) for is_computed in computed)
 
 
 def _what(item: Value, choices: tuple[str, ...]) -> str:
-    """Whether a row is for a kind, a layer or a name."""
+    """Returns whether a row is for a kind, a layer or a name."""
     found = [choice for choice in choices if choice in item.entries()]
     if len(found) != 1:
         raise item.error(f"expected exactly one of the fields {listed(choices)}")
@@ -226,10 +227,10 @@ def _number_or_text(value: Value) -> float:
 
 
 def read_masks(document: Value) -> dict[str, tuple[bool, ...]]:
-    """The masks of a published file by name, True where a step is computed.
+    """Returns the masks of a published file by name, True where a step is computed.
 
     Raises:
-        FileFormatError: If it is not an object of equally long lists of 0 and 1 that start with 1.
+        FileFormatError: If it is not an object of equally long 0/1 lists that start with 1.
     """
     masks = {
         name: tuple(_is_one(bit) for bit in row.items()) for name, row in document.entries().items()

@@ -1,4 +1,4 @@
-"""One layer's row of a schedule: which steps compute it, and how the others predict."""
+"""One layer's row of a schedule: the steps that compute it, and the predictor for the others."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ from ..steps.predictors import FITTED, POLYNOMIAL, PREDICTORS, Axis
 
 @dataclass(frozen=True)
 class Row:
-    """What one layer does at every step.
+    """Whether one layer is computed or reused at each step, and how reused values are predicted.
 
     >>> Row(computed=(True, False, False)).computed
     (True, False, False)
 
     Attributes:
         computed: True where the layer is computed, False where it is reused; [steps].
-        predictor: How a reused value is made from computed ones, a name in ``PREDICTORS``.
-        gains: How much of the predicted change since the last computed value is taken at each
-            reused step, 1 at computed ones; [steps]. None for 1 everywhere. A search fits them.
-        weights: Of the predictor "fitted", the weights of the last computed values at each reused
-            step, the newest first, and none at computed steps; [steps]. They need not sum to 1.
-        branch_weights: The same for each further guidance branch, if branches have weights of
-            their own; ``weights`` are those of the first one then.
-        batch_parts: In how many equal parts the batch of one call holds branches.
+        predictor: Name of the predictor in ``PREDICTORS``, which makes reused values from computed
+            ones.
+        gains: Fraction of the predicted change since the last computed value that is applied at
+            each reused step, 1 at computed steps; [steps]. None for 1 everywhere. A search fits
+            them.
+        weights: Weights of the last computed values at each reused step, the newest first, for the
+            predictor "fitted"; empty at computed steps; [steps]. They need not sum to 1.
+        branch_weights: Weights of each further guidance branch, if branches have separate weights;
+            ``weights`` then belong to the first branch.
+        batch_parts: Number of guidance branches in the batch of one call.
 
     Raises:
         InvalidArgumentError: If step 0 is not computed, the predictor is unknown, the gains are
-            not as many finite numbers, or the weights are not such of values that are computed.
+            not one finite number per step, or the weights do not match the computed steps.
     """
 
     computed: tuple[bool, ...]
@@ -47,13 +49,15 @@ class Row:
     def __post_init__(self) -> None:
         computed = tuple(self.computed)
         if not all(isinstance(step, bool | np.bool_) for step in computed):
-            raise InvalidArgumentError(f"a row says True or False at each step, got {computed}.")
+            raise InvalidArgumentError(
+                f"computed must hold booleans, one per step, got {computed}."
+            )
         if not computed or not computed[0]:
             raise InvalidArgumentError("step 0 must be computed: there is nothing to reuse yet.")
         if self.predictor not in (*PREDICTORS, FITTED):
             known = listed((*PREDICTORS, FITTED), 20)
             raise InvalidArgumentError(
-                f"the predictor {self.predictor!r} is unknown; there are {known}."
+                f"the predictor {self.predictor!r} is unknown; known predictors are {known}."
             )
         object.__setattr__(self, "computed", tuple(bool(step) for step in computed))
         object.__setattr__(self, "gains", _check_gains(self.gains, self.computed))
@@ -64,23 +68,23 @@ class Row:
 
     @property
     def weight_tables(self) -> tuple[tuple[tuple[float, ...], ...], ...]:
-        """The weights of every branch that has its own, or those of all; none without weights."""
+        """The weights of every branch, or one table for all branches; empty without weights."""
         return () if self.weights is None else (self.weights, *self.branch_weights)
 
     @property
     def order(self) -> int:
-        """How many computed values a reuse combines, less one."""
+        """Number of computed values that a reuse combines, minus one."""
         if self.weights is None:
             return PREDICTORS[self.predictor].order
         return max(2, *map(len, self.weights)) - 1
 
     @property
     def axis(self) -> Axis:
-        """What the predictor's polynomial runs over."""
+        """Variable of the predictor's polynomial."""
         return "step" if self.weights is not None else PREDICTORS[self.predictor].axis
 
     def moved(self, computed: tuple[bool, ...]) -> Row:
-        """The same with other computed steps; the gains go along, gap by gap.
+        """Returns the row with other computed steps; gains are carried over gap by gap.
 
         >>> row = Row((True, False, True, False), "taylor", (1, 0.5, 1, 2))
         >>> row.moved((True, True, False, False)).gains
@@ -96,7 +100,7 @@ class Row:
             return Row(computed, self.predictor if self.weights is None else POLYNOMIAL)
         of_gap = [1.0] * len(computed)
         for gap, gain in zip(accumulate(self.computed), self.gains, strict=True):
-            of_gap[gap - 1] = gain  # the last of the gap, which is a reused step if there is one
+            of_gap[gap - 1] = gain  # the gain of the last step of the gap
         gaps = accumulate(computed)
         return Row(computed, self.predictor, tuple(of_gap[gap - 1] for gap in gaps))
 
@@ -104,16 +108,16 @@ class Row:
     def uniform(
         cls, num_steps: int, interval: int, *, predictor: str = "hold", last: bool = False
     ) -> Row:
-        """Computes the steps 0, interval, 2 interval, ... and, with ``last``, the last one.
+        """Computes the steps 0, interval, 2 interval, ... and, with ``last``, the last step.
 
         >>> Row.uniform(6, 2, last=True).computed
         (True, False, True, False, True, True)
 
         Args:
-            num_steps: Solver steps of a generation.
-            interval: 1 computes every step; num_steps or more computes step 0 alone.
-            predictor: How reused values are made, a name in ``PREDICTORS``.
-            last: Compute the last step as well.
+            num_steps: Number of solver steps.
+            interval: 1 computes every step; num_steps or more computes only step 0.
+            predictor: Name of a predictor in ``PREDICTORS``.
+            last: Whether to compute the last step as well.
 
         Returns:
             The row of one layer.
@@ -141,7 +145,7 @@ def _refuse_weights_without_fit(row: Row) -> None:
     is_fitted = row.predictor == FITTED
     if is_fitted != (row.weights is not None):
         raise InvalidArgumentError(
-            f"the predictor {FITTED!r} needs weights, and no other has any; got "
+            f"the predictor {FITTED!r} requires weights, and other predictors take none; got "
             f"{row.predictor!r} {'with' if row.weights is not None else 'without'} weights."
         )
     if is_fitted and row.gains is not None:
@@ -152,10 +156,11 @@ def _check_branches(row: Row) -> tuple[tuple[tuple[float, ...], ...], ...]:
     parts = check_count("batch_parts", row.batch_parts, least=1)
     tables = tuple(check_weights(table, row.computed) for table in row.branch_weights)
     if (tables or parts > 1) and row.weights is None:
-        raise InvalidArgumentError("branches have weights of their own, but there are no weights.")
+        raise InvalidArgumentError("branch_weights and batch_parts require weights.")
     if (1 + len(tables)) % parts:
         raise InvalidArgumentError(
-            f"weights of {1 + len(tables)} branches, which cannot be {parts} in each call."
+            f"there are weights for {1 + len(tables)} branches, which is not a multiple of "
+            f"batch_parts = {parts}."
         )
     for table in tables:
         if [len(x) for x in table] != [len(x) for x in row.weights or ()]:
@@ -166,23 +171,23 @@ def _check_branches(row: Row) -> tuple[tuple[tuple[float, ...], ...], ...]:
 def check_weights(
     weights: Sequence[Sequence[float]], computed: Sequence[bool]
 ) -> tuple[tuple[float, ...], ...]:
-    """The weights of every step, if each has as many as there can be.
+    """Returns the validated weights of every step.
 
     Raises:
         InvalidArgumentError: If there are too many or too few, or one is not finite.
     """
     if len(weights) != len(computed):
-        raise InvalidArgumentError(f"weights for {len(weights)} of {len(computed)} steps.")
+        raise InvalidArgumentError(f"weights for {len(weights)} steps, expected {len(computed)}.")
     checked, known = [], 0
     for step, (given, is_computed) in enumerate(zip(weights, computed, strict=True)):
         if isinstance(given, str) or not isinstance(given, Sequence):
-            raise InvalidArgumentError(f"the weights of step {step} are no list, got {given!r}.")
+            raise InvalidArgumentError(f"the weights of step {step} must be a list, got {given!r}.")
         most = 0 if is_computed else known
         if len(given) > most or (not is_computed and not given):
-            needs = f"reused and needs 1 to {most}, one for each of the last computed values"
+            needs = f"reused and needs 1 to {most}, one per last computed value"
             raise InvalidArgumentError(
                 f"step {step} has {len(given)} weights; it is "
-                f"{'computed and has none' if is_computed else needs}."
+                f"{'computed and takes none' if is_computed else needs}."
             )
         checked.append(tuple(check_number(f"a weight of step {step}", x) for x in given))
         known += is_computed

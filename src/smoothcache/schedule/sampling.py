@@ -1,4 +1,4 @@
-"""One way of sampling: with which schedule, how many steps, and which solver."""
+"""Sampling configurations: schedule, number of steps and solver."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .schedule import Schedule
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """One way of sampling.
+    """One sampling configuration.
 
     Attributes:
-        name: What tables and messages call it.
+        name: Name in tables and messages.
         schedule: The schedule to run under; None to sample without a cache.
         num_steps: Number of solver steps; None for the sampler's own.
         solver: Name of the noise scheduler; None for the sampler's own.

@@ -1,4 +1,4 @@
-"""Schedule: which layers are computed at which steps, and for which model and sampler."""
+"""Schedules: which layers are computed at which steps, for which model and solver."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ from .html import schedule_map
 from .row import Row
 
 
-# Longer than most classes, because half of it documents public methods.
+# A long class, half of which is documentation of public methods.
 @dataclass(frozen=True)
 class Schedule:
-    """An immutable table, layers x steps, of what is computed and what is reused.
+    """An immutable table, layers x steps, that marks each cell as computed or reused.
 
-    A schedule is *bound* if it knows its layers; one read from a published 0/1 file is not, and
+    A schedule is *bound* if it has layers. A schedule read from a published 0/1 file is unbound;
     ``bind`` maps its names onto the layers of a model.
 
     >>> attn = CacheLayer("blocks.0.attn", kind="self_attn", block="blocks.0")
@@ -60,20 +60,21 @@ class Schedule:
     1
 
     Attributes:
-        num_steps: Solver steps of a generation.
-        rows: Layer path -> row; published name -> row if unbound.
+        num_steps: Number of solver steps.
+        rows: Rows by layer path, or by published name if unbound.
         layers: The layers in order of definition; None if unbound.
-        model: What it was planned for; None if unknown.
-        solver: Class name of the noise scheduler that it was planned with; None if none or any.
-        timesteps: The model's own t at every step, in running order [steps]; None if unknown.
-        noise_levels: sigma / (alpha + sigma) at every step, in [0, 1], only falling or only rising
-            [steps]; None if unknown. Predictors over the noise level need them.
+        model: The model it was planned for; None if unknown.
+        solver: Class name of the noise scheduler it was planned with; None if none or any.
+        timesteps: The model's own timestep at every step, in running order [steps]; None if
+            unknown.
+        noise_levels: sigma / (alpha + sigma) at every step, in [0, 1], monotonic [steps]; None if
+            unknown. Required by predictors over the noise level.
         compute: Expected fraction of the uncached MACs of a run, in (0, 1]; None if unknown.
-        quality: Measured quality by metric, if it was measured; infinite is allowed, NaN is not.
+        quality: Measured quality by metric, if measured; infinity is allowed, NaN is not.
         provenance: How and with which settings it was made.
 
     Raises:
-        InvalidArgumentError: If any of these contradicts another.
+        InvalidArgumentError: If fields are invalid or contradict each other.
     """
 
     num_steps: int
@@ -130,7 +131,7 @@ class Schedule:
         layers: Sequence[CacheLayer] | None = None,
         noise_levels: Sequence[float] | None = None,
     ) -> Schedule:
-        """Compute every layer at the steps 0, interval, 2 interval, ... and reuse it between.
+        """Computes every layer at the steps 0, interval, 2 interval, ... and reuses it in between.
 
         Source: Selvaraju et al., "FORA", arXiv 2407.01425; ``predictor`` is our addition.
 
@@ -143,21 +144,21 @@ class Schedule:
 
         Args:
             model: A pipeline or a module.
-            num_steps: Solver steps of a generation.
-            interval: 1 computes everything; num_steps or more computes step 0 alone.
-            predictor: How reused values are made, a name in ``PREDICTORS``.
-            last: Compute the last step as well, as the published schedules do.
-            granularity: What is reused, as for ``find_layers``.
-            layers: Reuse exactly these instead, as ``find_layers`` or ``observe_layers`` gave them.
+            num_steps: Number of solver steps.
+            interval: 1 computes everything; num_steps or more computes only step 0.
+            predictor: Name of a predictor in ``PREDICTORS``.
+            last: Whether to compute the last step as well, as the published schedules do.
+            granularity: Granularity of the layers, as for ``find_layers``.
+            layers: Reuse exactly these layers, as returned by ``find_layers`` or
+                ``observe_layers``; None finds them.
             noise_levels: sigma / (alpha + sigma) at every step [num_steps], for predictors over
-                the noise level; None asks the pipeline's noise scheduler for them.
+                the noise level; None reads them from the pipeline's noise scheduler.
 
         Returns:
-            A schedule that is bound to the model's layers; its ``compute`` is None unless the
-            layers know their MACs.
+            A schedule bound to the model's layers, without ``compute``.
 
         Raises:
-            InvalidArgumentError: If an argument is not as described.
+            InvalidArgumentError: If an argument is invalid.
             LayersNotFoundError: If the model has no layer to reuse.
         """
         target = Target.of(model)
@@ -177,22 +178,22 @@ class Schedule:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Schedule:
-        """Read a file that ``save`` wrote, or a published 0/1 file (unbound).
+        """Reads a file written by ``save``, or a published 0/1 file.
 
         Args:
             path: The file to read.
 
         Returns:
-            The schedule; a published file gives one without layers.
+            The schedule; unbound if read from a published file.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            FileFormatError: If it is damaged or made by a newer version; says where and why.
+            FileFormatError: If the file is damaged or was written by a newer version.
         """
         return file.read(path, cls)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file that people can read and ``load`` reads back as an equal schedule.
+        """Writes a human-readable JSON file, from which ``load`` restores an equal schedule.
 
         Args:
             path: The file; an existing one is replaced.
@@ -313,20 +314,20 @@ class Schedule:
         return fragment(title, *map(paragraph, notes), schedule_map(self))
 
     def bind(self, layers: Sequence[CacheLayer], model: ModelIdentity | None = None) -> Schedule:
-        """The same schedule for exactly these layers, in their order.
+        """Binds the schedule to these layers, in their order.
 
-        A bound schedule must have been made for them. The names of a published file are mapped
-        onto them; layers that no name covers are always computed.
+        A bound schedule must have the same layers. The names of a published file are mapped onto
+        the layers; layers that no name covers are always computed.
 
         Args:
             layers: All layers of the model that can be reused.
-            model: What the model is; compared if both sides know it.
+            model: Identity of the model, compared with the schedule's if both are known.
 
         Returns:
-            A schedule with one row for each layer.
+            A schedule with one row per layer.
 
         Raises:
-            ScheduleMismatchError: If the schedule does not fit; lists all that does not.
+            ScheduleMismatchError: If the schedule does not fit the layers; lists every mismatch.
         """
         if None not in (self.model, model) and self.model != model:
             raise ScheduleMismatchError(describe_other_model(self.model, model))
@@ -342,12 +343,11 @@ class Schedule:
         return replace(self, rows=rows, layers=tuple(layers), model=model or self.model)
 
     def resample(self, num_steps: int, *, timesteps: Iterable[float] | None = None) -> Schedule:
-        """The same schedule for another number of steps, by position in the noise level.
+        """Converts the schedule to another number of steps, by position in the noise level.
 
-        At every noise level as large a share of the steps is computed as before; what is left of
-        a step by rounding counts for the steps after it. The quality of the result is not known:
-        it was not measured. With the same number of steps, and no or the same timesteps, this is
-        the schedule itself.
+        The fraction of computed steps stays the same at every noise level; rounding errors carry
+        over to later steps. The quality of the result is not measured. With the same number of
+        steps and no or the same timesteps, the schedule itself is returned.
 
         Source: ours.
 
@@ -357,18 +357,18 @@ class Schedule:
           attn         x1   hold     #.#.
 
         Args:
-            num_steps: Solver steps of the generations that it will be for.
-            timesteps: The model's own t at each of them, in running order [num_steps]. By default,
-                and where the schedule does not know its own, both divide the noise levels alike.
+            num_steps: New number of solver steps.
+            timesteps: The model's own timestep at each new step, in running order [num_steps]. By
+                default, or if the schedule has no timesteps, positions are spaced evenly.
 
         Returns:
-            A schedule with these timesteps, without quality; its expected compute is known if it
-            was before and the layers have their MACs.
+            A schedule with these timesteps and without quality. Its expected compute is known if
+            the schedule's is and the layers have MACs.
 
         Raises:
-            InvalidArgumentError: If num_steps is not an integer of at least 1; or if the timesteps
-                are not as many finite numbers, do not only fall or only rise, run against those of
-                the schedule, or are of another unit.
+            InvalidArgumentError: If num_steps is not an integer of at least 1, or if the timesteps
+                are not num_steps finite monotonic numbers with the direction and unit of the
+                schedule's.
         """
         num_steps = check_count("num_steps", num_steps, least=1)
         given = None if timesteps is None else as_timesteps(timesteps, num_steps)
@@ -397,7 +397,7 @@ class Schedule:
         )
 
     def _compute_with(self, rows: Mapping[str, Row]) -> float | None:
-        """The expected compute of other rows; None if it does not follow from that of these."""
+        """Returns the expected compute with other rows; None if it cannot be derived."""
         before, after = (macs_saved_per_step(x, self.layers or ()) for x in (self.rows, rows))
         if self.compute is None or before is None or after is None:
             return None
@@ -409,35 +409,35 @@ class Schedule:
         return compute if 0 < compute <= 1 else None
 
     def table(self) -> npt.NDArray[np.bool_]:
-        """True where a layer is computed; [layers, steps], or [names, steps] if unbound.
+        """Returns the schedule as a table; [layers, steps], or [names, steps] if unbound.
 
         Returns:
-            A boolean array, with a row for each layer in the order of ``rows``.
+            A boolean array, True where a layer is computed, in the order of ``rows``.
         """
         return np.array([row.computed for row in self.rows.values()], dtype=np.bool_)
 
     @property
     def reused(self) -> int:
-        """How many times a layer is reused in a run, all layers and steps together."""
+        """Number of reuses in a generation, summed over layers and steps."""
         return sum(row.computed.count(False) for row in self.rows.values())
 
     @property
     def patterns(self) -> int:
-        """How many different steps there are, by the layers computed: graphs to be compiled."""
+        """Number of distinct steps by their computed layers, each of which compiles to a graph."""
         return len(set(zip(*(row.computed for row in self.rows.values()), strict=True)))
 
     @property
     def peak_bytes(self) -> int | None:
-        """The most bytes that an uncompiled run keeps at any moment; None if not known.
+        """Peak bytes of kept values in an uncompiled run; None if unknown.
 
-        Exact if the denoiser is called once a step, at the batch and dtype that were calibrated,
-        and runs its layers in their order. Otherwise a run may keep less.
+        Exact if the denoiser is called once per step, at the calibrated batch size and dtype, and
+        runs its layers in order. Otherwise a run may keep less.
         """
         return None if self.layers is None else peak_bytes(self.rows, self.layers)
 
     @property
     def buffer_bytes(self) -> int | None:
-        """Bytes of the buffers that a compiled model keeps its values in; None if not known."""
+        """Bytes of the buffers for kept values in a compiled model; None if unknown."""
         needed = [buffer_bytes(self.rows[layer.path], layer) for layer in self.layers or ()]
         if self.layers is None or None in needed:
             return None
@@ -445,11 +445,11 @@ class Schedule:
 
     @property
     def is_all_compute(self) -> bool:
-        """Whether nothing is ever reused."""
+        """Whether every layer is computed at every step."""
         return self.reused == 0
 
     def __str__(self) -> str:
-        """A line for each distinct row: # is a computed step, a dot a reused one."""
+        """One line per distinct row: ``#`` is a computed step, a dot a reused step."""
         kinds = {layer.path: layer.kind for layer in self.layers or ()}
         groups: dict[tuple[str, Row], int] = {}
         for name, row in self.rows.items():
@@ -474,7 +474,7 @@ class Schedule:
 def _check_rows(
     rows: Mapping[str, Row], layers: tuple[CacheLayer, ...] | None, num_steps: int
 ) -> dict[str, Row]:
-    """The rows, those of a bound schedule in the order of its layers."""
+    """Returns the validated rows, in layer order if bound."""
     if not rows:
         raise InvalidArgumentError("a schedule needs at least one row.")
     for name, row in rows.items():
@@ -489,7 +489,7 @@ def _check_rows(
     paths = [layer.path for layer in layers]
     if len(set(paths)) < len(paths):
         twice = {path for path in paths if paths.count(path) > 1}
-        raise InvalidArgumentError(f"the layers {listed(sorted(twice))} come twice.")
+        raise InvalidArgumentError(f"layers are repeated: {listed(sorted(twice))}.")
     if set(paths) != set(rows):
         raise InvalidArgumentError(
             "rows and layers differ; "
@@ -511,7 +511,7 @@ def _refuse_without_levels(rows: Mapping[str, Row]) -> None:
     for name, row in rows.items():
         if row.axis != "step" and False in row.computed:
             raise InvalidArgumentError(
-                f"the predictor {row.predictor!r} of {name!r} runs over the noise level, which is "
-                "not known here: calibrate a pipeline with a noise scheduler, give noise_levels, "
-                "or take a predictor over the step, such as 'taylor'."
+                f"the predictor {row.predictor!r} of {name!r} requires noise levels, which are "
+                "unknown; calibrate a pipeline with a noise scheduler, pass noise_levels, or use a "
+                "predictor over the step, such as 'taylor'."
             )

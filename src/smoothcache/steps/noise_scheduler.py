@@ -1,8 +1,7 @@
-"""How noisy the latents are at every step, as the noise scheduler has it.
+"""Noise levels of the steps, read from the noise scheduler.
 
-One number serves every kind of diffusion: sigma / (alpha + sigma), where the latents are alpha
-times the sample plus sigma times noise. It is 1 for pure noise and 0 for none, and in rectified
-flow it is the model's own time.
+The noise level is sigma / (alpha + sigma), where the latents are alpha times the sample plus sigma
+times noise. It is 1 for pure noise and 0 without noise, and equals the time of rectified flow.
 """
 
 from __future__ import annotations
@@ -18,30 +17,30 @@ from ..errors import InvalidArgumentError
 
 
 def levels_of_solver(scheduler: Any | None, num_steps: int) -> tuple[float, ...] | None:
-    """The noise level of each step when a noise scheduler is asked for so many.
+    """Returns the noise levels of a noise scheduler for a number of steps.
 
-    The scheduler itself is left as it is. None if it does not say, or asks for more to say it
-    (a resolution, say).
+    The scheduler is unchanged. Returns None if its noise levels are unknown or depend on further
+    arguments, such as a resolution.
     """
     if scheduler is None or not hasattr(scheduler, "set_timesteps"):
         return None
-    asked = copy.deepcopy(scheduler)
+    duplicate = copy.deepcopy(scheduler)
     try:
-        asked.set_timesteps(num_steps)
-    except Exception:  # what it needs, and what it raises without, is its own affair
+        duplicate.set_timesteps(num_steps)
+    except Exception:  # schedulers raise various errors if an argument is missing
         return None
-    return levels_at(asked, range(num_steps))
+    return levels_at(duplicate, range(num_steps))
 
 
 def levels_at(scheduler: Any | None, entries: Sequence[int]) -> tuple[float, ...] | None:
-    """The noise levels of entries of a noise scheduler's list of timesteps.
+    """Returns the noise levels at entries of a noise scheduler's list of timesteps.
 
     Args:
-        scheduler: Of a pipeline, after it was told the number of steps; None if there is none.
-        entries: Indices in its list, one for each step.
+        scheduler: A noise scheduler after ``set_timesteps``; None if there is none.
+        entries: Indices into its list, one per step.
 
     Returns:
-        [steps]; None if the scheduler does not say, or the levels neither only fall nor only rise.
+        Noise levels [steps]; None if they are unknown or not monotonic.
     """
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None or not entries or max(entries) >= len(timesteps):
@@ -53,7 +52,7 @@ def levels_at(scheduler: Any | None, entries: Sequence[int]) -> tuple[float, ...
 
 
 def _from_sigmas(scheduler: Any, entries: Sequence[int], count: int) -> tuple[float, ...] | None:
-    """From a list of sigma / alpha or, in rectified flow, of sigma alone."""
+    """Returns the levels from the scheduler's sigmas: sigma / alpha, or sigma in rectified flow."""
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None or len(sigmas) < count:
         return None
@@ -64,19 +63,19 @@ def _from_sigmas(scheduler: Any, entries: Sequence[int], count: int) -> tuple[fl
 
 
 def _from_alphas(scheduler: Any, timesteps: Sequence[Any]) -> tuple[float, ...] | None:
-    """From the noise levels of the training, for a scheduler that steps through those."""
+    """Returns the levels from ``alphas_cumprod``, for a scheduler with training timesteps."""
     trained = getattr(scheduler, "alphas_cumprod", None)
     if trained is None or any(int(t) != t or int(t) >= len(trained) for t in timesteps):
         return None
-    kept = [float(trained[int(t)]) for t in timesteps]
-    return tuple(math.sqrt(1 - a) / (math.sqrt(1 - a) + math.sqrt(a)) for a in kept)
+    alphas = [float(trained[int(t)]) for t in timesteps]
+    return tuple(math.sqrt(1 - a) / (math.sqrt(1 - a) + math.sqrt(a)) for a in alphas)
 
 
 def check_noise_levels(values: Iterable[float] | None, steps: int) -> tuple[float, ...] | None:
-    """The noise levels of so many steps, if they are in [0, 1] and only fall or only rise.
+    """Returns validated noise levels.
 
     Raises:
-        InvalidArgumentError: If they are not.
+        InvalidArgumentError: If they are not one number in [0, 1] per step, or not monotonic.
     """
     if values is None:
         return None
@@ -85,30 +84,30 @@ def check_noise_levels(values: Iterable[float] | None, steps: int) -> tuple[floa
         raise InvalidArgumentError(f"{len(levels)} noise levels for {steps} steps.")
     if not all(0 <= level <= 1 for level in levels) or not _are_ordered(levels):
         raise InvalidArgumentError(
-            "noise levels are sigma / (alpha + sigma), in [0, 1], and only fall or only rise; got "
-            f"{listed(levels)}."
+            "noise levels are sigma / (alpha + sigma); they must be in [0, 1] and only fall or "
+            f"only rise, got {listed(levels)}."
         )
     return levels
 
 
 def _are_ordered(levels: Sequence[float]) -> bool:
-    """Whether numbers only fall or only rise."""
+    """Whether numbers are strictly monotonic."""
     pairs = list(pairwise(levels))
     return all(a > b for a, b in pairs) or all(a < b for a, b in pairs)
 
 
 def announced_timesteps(scheduler: Any | None) -> Any | None:
-    """A noise scheduler's tensor of timesteps, a new one for each generation; None before any."""
+    """Returns a noise scheduler's timesteps, a new tensor per generation; None before any."""
     timesteps = getattr(scheduler, "timesteps", None)
-    is_told = getattr(scheduler, "num_inference_steps", None) is not None
+    is_set = getattr(scheduler, "num_inference_steps", None) is not None
     training = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
-    if timesteps is None or (not is_told and len(timesteps) == training):
-        return None  # until it is told a number of steps it lists those of the training
+    if timesteps is None or (not is_set and len(timesteps) == training):
+        return None  # before set_timesteps, it lists the training timesteps
     return timesteps
 
 
 def solver_position(scheduler: Any | None) -> int | None:
-    """Index of the timestep at which a noise scheduler is; None if it does not count its steps."""
+    """Returns the index of a noise scheduler's current timestep; None if it keeps none."""
     if scheduler is None or not hasattr(scheduler, "_step_index"):
         return None
     if scheduler._step_index is None:  # before its first step
@@ -117,6 +116,6 @@ def solver_position(scheduler: Any | None) -> int | None:
 
 
 def solver_stages(scheduler: Any | None) -> int | None:
-    """Calls of the denoiser that a noise scheduler makes in a step, if it says, for each branch."""
+    """Returns a noise scheduler's number of calls per step and branch; None if unknown."""
     order = getattr(scheduler, "order", None)
     return order if isinstance(order, int) else None

@@ -1,4 +1,4 @@
-"""How a reused value is made from computed ones; a predictor is one entry of a table."""
+"""Predictors, which make reused values from computed ones; each is one entry of a table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Literal
 
 Axis = Literal["step", "log_snr", "angle"]
-_PURE = 1e-4  # pure noise, or none, has no finite log-SNR and is taken as this far from it
+_MIN_NOISE = 1e-4  # clips noise levels 0 and 1, whose log-SNR is infinite
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,11 @@ class Predictor:
     """A polynomial through the last ``order + 1`` computed values of a layer.
 
     Attributes:
-        name: Its name in schedules.
-        order: Degree of the polynomial; 0 holds the last value. While fewer values than that
-            have been computed, the degree is lower.
-        axis: What the polynomial runs over: the index of the step, or the step's noise level as
-            log-SNR or as the angle whose tangent is the noise over the signal.
+        name: Name in schedules.
+        order: Degree of the polynomial; 0 holds the last value. The degree is lower until
+            ``order + 1`` values have been computed.
+        axis: Variable of the polynomial: the step index, or the step's noise level as log-SNR or as
+            the angle whose tangent is noise over signal.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Predictor:
 
     @property
     def needs_noise_levels(self) -> bool:
-        """Whether the steps' noise levels must be known."""
+        """Whether the predictor requires noise levels."""
         return self.axis != "step"
 
 
@@ -48,13 +48,13 @@ PREDICTORS: Mapping[str, Predictor] = MappingProxyType(
         )
     }
 )
-"""Every predictor, by the name that schedules call it."""
+"""All predictors, by name."""
 FITTED, POLYNOMIAL = "fitted", "taylor2"
-"""A predictor with its own weights at every step, and what replaces it where they do not fit."""
+"""The predictor with fitted weights per step, and its replacement if the weights do not apply."""
 
 
 def axis_positions(axis: Axis, steps: int, noise_levels: Sequence[float] | None) -> list[float]:
-    """Where each step lies on an axis; [steps].
+    """Returns the position of each step on an axis; [steps].
 
     >>> axis_positions("step", 3, None)
     [0.0, 1.0, 2.0]
@@ -62,23 +62,24 @@ def axis_positions(axis: Axis, steps: int, noise_levels: Sequence[float] | None)
     [1.57, 0.79, 0.0]
 
     Args:
-        axis: Of a predictor.
-        steps: How many there are.
-        noise_levels: sigma / (alpha + sigma) of each step, in [0, 1]; needed by all but "step".
+        axis: Axis of a predictor.
+        steps: Number of steps.
+        noise_levels: sigma / (alpha + sigma) of each step, in [0, 1]; required unless axis is
+            "step".
     """
     if axis == "step" or noise_levels is None:
         return [float(step) for step in range(steps)]
     if axis == "angle":
         return [math.atan2(noise, 1 - noise) for noise in noise_levels]
-    clipped = [min(max(noise, _PURE), 1 - _PURE) for noise in noise_levels]
+    clipped = [min(max(noise, _MIN_NOISE), 1 - _MIN_NOISE) for noise in noise_levels]
     return [2 * math.log((1 - noise) / noise) for noise in clipped]
 
 
 def extrapolation_weights(known: Sequence[float], at: float, gain: float = 1.0) -> list[float]:
-    """Weights of the values at ``known`` in what is predicted at ``at`` (Lagrange).
+    """Returns the Lagrange weights of values at ``known`` for an extrapolation to ``at``.
 
-    Where positions coincide, only the newest of them counts, and the degree is lower by one for
-    each of the others. That happens on the log-SNR axis beyond the clip at pure noise.
+    If positions coincide, only the newest is used and the degree decreases by one for each other.
+    That happens on the log-SNR axis where noise levels are clipped.
 
     Example:
         >>> extrapolation_weights([0, 2], at=3)
@@ -90,9 +91,8 @@ def extrapolation_weights(known: Sequence[float], at: float, gain: float = 1.0) 
 
     Args:
         known: Positions of the computed values, the newest last.
-        at: Position of the wanted one.
-        gain: How much of the change since the newest value is predicted; 1 is the polynomial
-            itself, 0 holds.
+        at: Position of the extrapolation.
+        gain: Fraction of the change since the newest value; 1 gives the polynomial, 0 holds.
 
     Returns:
         Weights that sum to 1.
@@ -113,10 +113,10 @@ def _is_close_to_any(here: float, others: Sequence[float]) -> bool:
 
 
 def last_uses(computed: Sequence[bool], order: int) -> list[int | None]:
-    """For each step, the last later step that reuses a value computed at it; None if none does.
+    """Returns, for each step, the last step that reuses its value; None if none does.
 
-    A value is in use while at most ``order`` further ones have been computed. Steps that are
-    planned as reuse have an entry too: what is computed there after all is of use as long.
+    A value is used until more than ``order`` newer values have been computed. Steps planned for
+    reuse have an entry too, in case they must be computed.
 
     Example:
         >>> last_uses([True, False, False, True, True], order=0)
@@ -137,7 +137,7 @@ def _last_use(computed: Sequence[bool], order: int, step: int) -> int | None:
 
 
 def planned_sources(computed: Sequence[bool], step: int, count: int) -> tuple[int, ...]:
-    """The last steps to be computed before a step, the newest last.
+    """Returns the last ``count`` computed steps before a step, the newest last.
 
     >>> planned_sources([True, False, True, False], step=3, count=2)
     (0, 2)

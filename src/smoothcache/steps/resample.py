@@ -1,7 +1,7 @@
-"""The mathematics of carrying schedules and error curves over to another number of steps.
+"""Resampling of schedules and error curves to another number of steps.
 
-The old steps are an axis of the noise level: step i lies at i and lasts until i + 1. The new steps
-are found on it by their timesteps where both are known, and otherwise evenly spaced.
+The old steps define an axis over the noise level: step i covers [i, i + 1). New steps are located
+on it by their timesteps if both are known, and are evenly spaced otherwise.
 """
 
 from __future__ import annotations
@@ -16,35 +16,31 @@ from ..errors import InvalidArgumentError
 
 FloatArray = npt.NDArray[np.float64]
 CARRIED_OVER = "carried over"
-
-
-"""The entry of a provenance that says so."""
-
-
+"""Name of the provenance entry of resampled schedules and calibrations."""
 NOT_MEASURED = "carried over, not measured"
 _ROUNDING = 1e-9
-_SAME_STEP = 1e-4  # of a step: timesteps in single precision are hardly more exact
-_BEYOND = 0.1  # of a step: how far past the largest gap the errors are taken to grow on
+_SAME_STEP = 1e-4  # tolerance in steps, about the resolution of float32 timesteps
+_BEYOND = 0.1  # extrapolation past the largest gap, in steps
 _DIGITS = 12
-_OTHER_UNIT = 100.0  # times as large: that is no other schedule of noise levels
+_OTHER_UNIT = 100.0  # ratio from which timesteps must be of another unit
 
 
 def told(provenance: Mapping[str, str], old: int, new: int) -> dict[str, str]:
-    """The provenance of what was carried over, perhaps not for the first time."""
+    """Returns the provenance with a note on resampling; earlier notes are kept."""
     text = f"from {old} to {new} steps by position in the noise level; not measured"
     before = provenance.get(CARRIED_OVER)
     return {**provenance, CARRIED_OVER: text if before is None else f"{text} (before: {before})"}
 
 
 def as_timesteps(timesteps: Iterable[float], num_steps: int | None = None) -> tuple[float, ...]:
-    """The timesteps as numbers, if there is one for each step and they only fall or only rise.
+    """Returns validated timesteps as numbers.
 
     Args:
-        timesteps: In running order; also an array or a tensor.
-        num_steps: How many there must be; None if that is free.
+        timesteps: Timesteps in running order, also as an array or tensor.
+        num_steps: Required number of timesteps; None for any.
 
     Raises:
-        InvalidArgumentError: If they are not as described.
+        InvalidArgumentError: If they are not num_steps finite monotonic numbers.
     """
     try:
         values: tuple[object, ...] = tuple(getattr(timesteps, "tolist", lambda: timesteps)())
@@ -54,7 +50,7 @@ def as_timesteps(timesteps: Iterable[float], num_steps: int | None = None) -> tu
     if not numbers or num_steps not in (None, len(numbers)):
         wanted = "at least one" if num_steps is None else str(num_steps)
         raise InvalidArgumentError(
-            f"there are {len(numbers)} timesteps, but {wanted} must be given: one for each step."
+            f"got {len(numbers)} timesteps, expected {wanted}: one for each step."
         )
     _direction(numbers, "given")
     return numbers
@@ -63,21 +59,21 @@ def as_timesteps(timesteps: Iterable[float], num_steps: int | None = None) -> tu
 def positions(
     old: Sequence[float] | None, new: Sequence[float] | None, *, num_old: int
 ) -> FloatArray | None:
-    """Where the new timesteps lie on the axis of the old steps.
+    """Locates new timesteps on the axis of the old steps.
 
-    Before the first and after the last step the axis goes on in steps of the same size.
+    Before the first and after the last step, the axis is extrapolated linearly.
 
     Args:
-        old: Timesteps in running order, [num_old]; None if unknown.
-        new: Likewise, of another number of steps, as ``as_timesteps`` gives them; [new steps].
-        num_old: How many old steps there are.
+        old: Old timesteps in running order, [num_old]; None if unknown.
+        new: New timesteps from ``as_timesteps``, [new steps]; None if unknown.
+        num_old: Number of old steps.
 
     Returns:
-        Positions in old steps, [new steps], not falling; None if the timesteps do not say.
+        Positions in old steps, [new steps], non-decreasing; None if timesteps are unknown.
 
     Raises:
-        InvalidArgumentError: If one falls and the other rises, if the old do neither, or if they
-            cannot be of the same unit.
+        InvalidArgumentError: If their directions differ, if the old timesteps are not monotonic, or
+            if their units differ.
     """
     if old is None or new is None or num_old == 1:
         return None
@@ -87,8 +83,8 @@ def positions(
     if _direction(new, "given") not in (0, direction):
         falls, rises = ("known", "given") if direction < 0 else ("given", "known")
         raise InvalidArgumentError(
-            f"the {falls} timesteps fall and the {rises} rise; give the model's own timesteps in "
-            f"the order in which they are run."
+            f"the {falls} timesteps fall and the {rises} rise; pass the model's own timesteps in "
+            f"running order."
         )
     _check_unit(old, new)
     level, wanted = (direction * _levels(timesteps, old) for timesteps in (old, new))
@@ -104,15 +100,15 @@ def positions(
 
 
 def edges(found: FloatArray | None, num_old: int, num_new: int) -> FloatArray:
-    """Where on the axis of the old steps each new one begins, and where the last ends.
+    """Returns the edges of the new steps on the axis of the old steps.
 
     Args:
-        found: What ``positions`` gave.
-        num_old: How many old steps there are.
-        num_new: How many new ones.
+        found: Result of ``positions``.
+        num_old: Number of old steps.
+        num_new: Number of new steps.
 
     Returns:
-        From 0 to num_old at most, not falling; [num_new + 1].
+        Edges in [0, num_old], non-decreasing; [num_new + 1].
     """
     if found is None:
         return np.arange(num_new + 1) * num_old / num_new
@@ -120,19 +116,20 @@ def edges(found: FloatArray | None, num_old: int, num_new: int) -> FloatArray:
 
 
 def resample_row(computed: Sequence[bool], begins: FloatArray) -> tuple[bool, ...]:
-    """A row of a schedule that computes as often, per step, at every noise level.
+    """Resamples a row of a schedule with the same fraction of computed steps at every noise level.
 
     Args:
         computed: True where an old step is computed; [old steps].
-        begins: What ``edges`` gave; [new steps + 1].
+        begins: Result of ``edges``; [new steps + 1].
 
     Returns:
-        True where a new step is computed; the first always is, and the last if it was. [new steps]
+        True where a new step is computed; [new steps]. The first step is always computed, the last
+        step if it was before.
     """
     steps = len(computed)
     at = [step for step, is_computed in enumerate(computed) if is_computed]
     gaps = np.diff([*at, steps])
-    rate = np.repeat(1 / gaps, gaps)  # one computed step for each gap, spread over it
+    rate = np.repeat(1 / gaps, gaps)  # one computed step per gap, distributed over the gap
     mass = np.concatenate([[0.0], np.cumsum(rate)])
     inside = np.diff(np.interp(begins, np.arange(steps + 1), mass))
     width = np.diff(begins)
@@ -143,7 +140,7 @@ def resample_row(computed: Sequence[bool], begins: FloatArray) -> tuple[bool, ..
 
 
 def nearest(values: Sequence[float], begins: FloatArray) -> tuple[float, ...]:
-    """What belonged to the old step in which each new one begins; [new steps]."""
+    """Returns the value of the old step in which each new step begins; [new steps]."""
     steps = np.clip(begins[:-1].astype(np.intp), 0, len(values) - 1)
     return tuple(values[step] for step in steps)
 
@@ -151,15 +148,15 @@ def nearest(values: Sequence[float], begins: FloatArray) -> tuple[float, ...]:
 def between(
     levels: Sequence[float], found: FloatArray | None, num_new: int
 ) -> tuple[float, ...] | None:
-    """Noise levels at the new steps, linearly between those of the old ones.
+    """Interpolates noise levels linearly to the new steps.
 
     Args:
-        levels: Of the old steps, only falling or only rising.
-        found: What ``positions`` gave.
-        num_new: How many new steps there are.
+        levels: Noise levels of the old steps, monotonic.
+        found: Result of ``positions``.
+        num_new: Number of new steps.
 
     Returns:
-        [new steps]; None if some of them are not told apart.
+        Noise levels [new steps]; None if some of them coincide.
     """
     places = np.linspace(0, len(levels) - 1, num_new) if found is None else found
     read = np.interp(places, np.arange(len(levels)), levels)
@@ -167,29 +164,29 @@ def between(
 
 
 def diffuse(rate: FloatArray) -> list[bool]:
-    """Yes or no at every step, so that the share of yes follows a rate; the first is yes.
+    """Rounds a rate to booleans by error diffusion; the first is True.
 
     Args:
-        rate: Yes for each step, in [0, 1]; [steps].
+        rate: Wanted fraction of True at each step, in [0, 1]; [steps].
     """
-    due = 1.0
+    accumulated = 1.0
     chosen: list[bool] = []
-    for share in rate:
-        chosen.append(due >= 1 - _ROUNDING)
-        due += float(share) - chosen[-1]
+    for fraction in rate:
+        chosen.append(accumulated >= 1 - _ROUNDING)
+        accumulated += float(fraction) - chosen[-1]
     return chosen
 
 
 def largest_gap(found: FloatArray, most: int, reach: int) -> int:
-    """The most new steps that nowhere lie farther apart than errors are known.
+    """Returns the largest gap in new steps that lies within the measured gaps everywhere.
 
     Args:
         found: Positions of the new steps; [new steps].
-        most: The largest gap wanted, in new steps.
-        reach: The largest gap that was measured, in old steps.
+        most: Upper limit, in new steps.
+        reach: Largest measured gap, in old steps.
 
     Returns:
-        A gap in new steps; 0 if even neighbours are farther apart.
+        A gap in new steps; 0 if adjacent steps are farther apart than ``reach``.
     """
     gap = 0
     while gap < most and np.all(found[gap + 1 :] - found[: -gap - 1] <= reach + _BEYOND):
@@ -198,12 +195,12 @@ def largest_gap(found: FloatArray, most: int, reach: int) -> int:
 
 
 def steps_within(found: FloatArray, run: range, num_old: int) -> range:
-    """The new steps that are nearest to one of the old steps in a range.
+    """Returns the new steps whose nearest old step is in a range.
 
     Args:
         found: Positions of the new steps; [new steps].
-        run: Old steps.
-        num_old: How many old steps there are.
+        run: Range of old steps.
+        num_old: Number of old steps.
     """
     nearest = np.clip(np.floor(found + 0.5), 0, num_old - 1)
     first, stop = np.searchsorted(nearest, [run.start, run.stop])
@@ -213,17 +210,17 @@ def steps_within(found: FloatArray, run: range, num_old: int) -> range:
 def resample_errors(
     errors: FloatArray, runs: Sequence[tuple[range, range]], found: FloatArray, max_gap: int
 ) -> FloatArray:
-    """Error curves read off at other steps and gaps, linearly between those that were measured.
+    """Interpolates error curves linearly to other steps and gaps.
 
     Args:
         errors: errors[i, l, k - 1, t] is E(t, k); [samples, layers, old gaps, old steps].
         runs: The old and the new steps at which each layer runs; [layers].
         found: Positions of the new steps; [new steps].
-        max_gap: The largest gap wanted, in new steps.
+        max_gap: Largest gap of the result, in new steps.
 
     Returns:
-        The same for the new steps and gaps, [samples, layers, max_gap, new steps]; NaN where the
-        gap reaches before the layer's first step, and where the layer does not run.
+        Errors [samples, layers, max_gap, new steps]; NaN where the gap reaches before the layer's
+        first step, and where the layer does not run.
     """
     read = np.full((*errors.shape[:2], max_gap, len(found)), np.nan)
     for layer, (old, new) in enumerate(runs):
@@ -239,48 +236,48 @@ def resample_errors(
 def _error_at(
     measured: FloatArray, run: range, position: FloatArray, gap: FloatArray
 ) -> FloatArray:
-    """E at fractional positions and gaps, where a gap of 0 has no error.
+    """Interpolates E at fractional positions and gaps; a gap of 0 has no error.
 
-    The positions are those nearest to the wanted that were measured for the gap; past the largest
-    gap the error grows in proportion.
+    Positions are clamped to those measured for the gap. Past the largest gap, the error grows in
+    proportion.
 
     Args:
         measured: E of one layer; [samples, gaps, steps].
-        run: The steps at which the layer ran.
-        position: In steps; [wanted].
-        gap: In steps; [wanted].
+        run: Steps at which the layer ran.
+        position: Positions in steps; [points].
+        gap: Gaps in steps; [points].
 
     Returns:
-        [samples, wanted].
+        Errors [samples, points].
     """
     table = np.concatenate([np.zeros_like(measured[:, :1]), measured], axis=1)
     reach = table.shape[1] - 1
     known = np.clip(gap, 0, reach)
-    step, short = np.floor(position), np.floor(known)
+    step, lower = np.floor(position), np.floor(known)
     total = np.zeros((len(table), len(position)))
-    for k, share_of_gap in ((short, 1 - (known - short)), (short + 1, known - short)):
+    for k, gap_weight in ((lower, 1 - (known - lower)), (lower + 1, known - lower)):
         index = np.minimum(k, reach).astype(np.intp)
-        for t, share_of_step in ((step, 1 - (position - step)), (step + 1, position - step)):
+        for t, step_weight in ((step, 1 - (position - step)), (step + 1, position - step)):
             nearest = np.clip(t, run.start + index, run.stop - 1).astype(np.intp)
-            total += share_of_gap * share_of_step * table[:, index, nearest]
+            total += gap_weight * step_weight * table[:, index, nearest]
     return total * np.where(known > 0, gap / np.where(known > 0, known, 1), 1)
 
 
 def _levels(timesteps: Sequence[float], unit: Sequence[float]) -> FloatArray:
-    """Timesteps over the largest of a unit, without digits that mean nothing."""
+    """Returns timesteps divided by the largest of ``unit``, rounded to significant digits."""
     largest = np.abs(unit).max()
     return np.round(np.array(timesteps) / (largest or 1.0), _DIGITS)
 
 
 def _direction(timesteps: Sequence[float], which: str) -> int:
-    """1 if they rise, -1 if they fall, 0 if there is only one."""
+    """Returns 1 if timesteps rise, -1 if they fall, 0 if there is only one."""
     if len(timesteps) == 1:
         return 0
     changes = np.sign(np.diff(_levels(timesteps, timesteps)))
     if not changes.any() or {-1, 1} <= set(changes):
         raise InvalidArgumentError(
-            f"the {which} timesteps neither fall nor rise all the way ({_ends(timesteps)}), so "
-            f"they tell no place among other steps."
+            f"the {which} timesteps neither only fall nor only rise ({_ends(timesteps)}), so other "
+            f"steps cannot be located among them."
         )
     return 1 if changes.max() > 0 else -1
 
@@ -290,8 +287,8 @@ def _check_unit(old: Sequence[float], new: Sequence[float]) -> None:
     smaller, larger = sorted((largest_old, largest_new))
     if 0 < smaller and larger / smaller >= _OTHER_UNIT:
         raise InvalidArgumentError(
-            f"the given timesteps ({_ends(new)}) are of another unit than the known ones "
-            f"({_ends(old)}); give those that the model itself is called with."
+            f"the given timesteps ({_ends(new)}) are of another unit than the known timesteps "
+            f"({_ends(old)}); pass the timesteps that the model itself is called with."
         )
 
 
