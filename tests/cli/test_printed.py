@@ -20,6 +20,7 @@ from support.tiny_pipeline import save_pipeline
 from support.toys import build
 
 import smoothcache as sc
+from smoothcache.cli.options import Setup
 from smoothcache.comparison.benchmark import Benchmark
 from smoothcache.comparison.result import Comparison
 from smoothcache.metrics.report import Report, ReportRow
@@ -60,12 +61,10 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def put(command: str, **functions: Callable[..., Any]) -> None:
         module = importlib.import_module(f"smoothcache.cli.commands.{command}")
-        sampler = SimpleNamespace(steps=50, inputs=(0, 1), sample=None)
-        defaults: dict[str, Any] = {
-            "load_model": lambda *_, **__: None,
-            "PipelineSampler": lambda *_, **__: sampler,
-            "sampling_rate": lambda *_: None,
-        }
+        sampler = SimpleNamespace(steps=50, inputs=(0, 1), count=2, sample=None)
+        monkeypatch.setattr(Setup, "load", lambda *_: None)
+        monkeypatch.setattr(Setup, "sampler", lambda *_, **__: sampler)
+        defaults: dict[str, Any] = {"sampling_rate": lambda *_: None}
         for name, function in {**defaults, **functions}.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, function)

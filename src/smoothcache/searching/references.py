@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import InvalidArgumentError
+from ..processes import decided_by_rank_zero
 from .gains import Trajectory
-from .processes import decided_by_rank_zero
 from .rollouts import Rollouts
 from .space import Candidate
 
