@@ -32,8 +32,9 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 
 def test_all_pages_are_seen() -> None:
     assert [page.stem for page in PAGES] == [
-        *("README", "audio", "command-line", "concepts", "errors", "extending", "file-formats"),
+        *("README", "audio", "command-line", "concepts", "errors", "evaluation", "extending"),
         *(
+            "file-formats",
             "living-with-other-tools",
             "metrics",
             "models",
@@ -107,6 +108,7 @@ def test_commands_and_options_exist() -> None:
     assert {words[1] for words in commands} == {
         *("demo", "inspect", "calibrate", "plan", "search", "generate", "compare", "benchmark"),
         "doctor",
+        *("sample", "evaluate", "figures"),
     }
     for program, command, *words in commands:
         assert program == "smoothcache"

@@ -755,3 +755,11 @@ def test_evaluate_schedules_and_folders(model: Path, tmp_path: Path) -> None:
     assert "there is no metric 'fidd'" in refused("evaluate", out / "half", "--metrics", "fidd")
     assert "NAME=PATH" in refused(*pair, "--weights", "inception")
     assert "must end in .json" in refused(*pair, "--table", tmp_path / "t.pdf")
+
+
+def test_figures_of_a_calibration(model: Path, calibration: Path, tmp_path: Path) -> None:
+    options = ("--model", model, "--calibration", calibration, "-o", tmp_path / "figures")
+    made = json.loads(succeed("figures", *options, "--json").stdout)
+    names = [Path(file).name for file in made["files"]]
+    assert names == ["figure-2.png", "figure-3.png", "figure-4.png"]
+    assert "there is nothing to draw" in refused("figures", "-o", tmp_path / "none")
