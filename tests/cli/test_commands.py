@@ -333,7 +333,7 @@ def test_reports_are_written(
     page = file.read_text()
     assert "smoothcache search" in page and "Error curves" in page and "search cost" in page
     succeed("benchmark", model, *label, "--no-converged", "--html", file)
-    assert "best at ≤ 50 % of the MACs" in file.read_text()
+    assert "best at ≤ 52 % of the MACs" in file.read_text()
 
 
 def test_demo_shows_its_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -190,7 +190,34 @@ def test_long_schedules_are_cut() -> None:
 def test_a_benchmark_names_the_best_at_each_cost() -> None:
     page = benchmarked_page()
     assert page.facts[0].value == "FORA 1" and page.tone == "good"
-    assert "closest to the uncached samples at 3 of 3 budgets" in page.verdict
+    assert "closest to the uncached samples at 2 of 2 budgets" in page.verdict
+
+
+def test_a_plot_of_many_families_keeps_its_size() -> None:
+    rows = [
+        ReportRow(f"r{i}", family=f"family number {i}", compute=0.5, psnr=30.0 + i, time=0.5)
+        for i in range(24)
+    ]
+    page = benchmark_page(Benchmark("many", tuple(rows), {}, {}, {}))
+    figure = next(x for x in page.sections if x.kind == "figure")
+    assert figure.svg.count("<li>") == 24 and 'viewBox="0 0 324 ' in figure.svg
+    assert figure.svg.count("data-tip") == 24
+
+
+@pytest.mark.parametrize(
+    ("verdict", "tone"),
+    [
+        ("the schedule pays off: it ends closer", "good"),
+        ("the schedule pays off: closer; HOWEVER, 6 steps end closer", "open"),
+        ("SAMPLING WITHOUT A CACHE IS BETTER: 6 steps", "bad"),
+        ("no cache is needed: 6 steps has the smallest error", "bad"),
+    ],
+)
+def test_the_verdict_of_a_search_is_marked(verdict: str, tone: str) -> None:
+    best = Measured("found", 0.5, 0.1)
+    result = SearchResult(best, (Measured("6 steps", 0.5, 0.2),), (best,), 3, 2.0, verdict)
+    found = SearchedSchedule(4, {"attn": Row.uniform(4, 2)}, result=result)
+    assert search_page(found).tone == tone
 
 
 def test_a_search_without_a_result_is_refused() -> None:

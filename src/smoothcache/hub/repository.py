@@ -121,7 +121,7 @@ def _downloaded(
     try:
         if not offline:
             url = hub.hf_hub_url(place.name, file, **options)
-            known = hub.get_hf_file_metadata(url, token=place.token, endpoint=place.endpoint)
+            known = hub.get_hf_file_metadata(url, token=place.token)
             if known.size is None:
                 raise HubError(
                     f"the hub does not say how large {file} of '{place.name}' is, so it is not "
@@ -148,7 +148,7 @@ def _hint(hub: Any, place: Place, others: Mapping[str, str], options: Mapping[st
     for name, hint in others.items():
         try:
             url = hub.hf_hub_url(place.name, name, **options)
-            hub.get_hf_file_metadata(url, token=place.token, endpoint=place.endpoint)
+            hub.get_hf_file_metadata(url, token=place.token)
         except Exception:  # then it has not
             continue
         return hint

@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ..optional import optional_module
 from ..plots.methods import MARKERS
-from ..plots.style import BLACK, CYCLE, GREY, NORMAL, SMALL, new_figure, tidy_axes
+from ..plots.style import BLACK, CYCLE, GREY, NORMAL, new_figure, tidy_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +28,8 @@ THEME = {
     "#009e73": "var(--green)",
 }
 POINT = "point-"
+SHAPES = dict(zip(MARKERS, "●■◆▲▼✚✖⬢", strict=True))
+"""Marker of matplotlib -> the character that looks like it."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def inline_svg(figure: Figure, prefix: str, tips: Mapping[str, str] | None = Non
     svg = svg.replace("xlink:href=", "href=")
     for name in ("width", "height"):  # the page gives it its size
         svg = re.sub(rf'^(<svg[^>]*?) {name}="[^"]*"', r"\1", svg)
-    svg = re.sub(r"#[0-9a-f]{6}", lambda m: THEME.get(m[0], m[0]), svg)
+    svg = re.sub(r"#[0-9a-f]{6}", lambda m: _themed(m[0]), svg)
     for name, tip in (tips or {}).items():
         spoken = escape(tip, quote=True)
         svg = svg.replace(
@@ -108,12 +110,12 @@ def plot_points(
     figure = new_figure(width=4.5, height=3.4)
     panel: Any = figure.subplots()
     families = list(dict.fromkeys(point.family for point in points))
+    colours = [(*CYCLE, GREY)[i % (len(CYCLE) + 1)] for i in range(len(families))]
     tips = {f"{POINT}{i}": f"{point.name}: {point.text}" for i, point in enumerate(points)}
     number = {id(point): i for i, point in enumerate(points)}
     for i, family in enumerate(families):
         members = sorted((x for x in points if x.family == family), key=lambda point: point.x)
-        colour = (*CYCLE, GREY)[i % (len(CYCLE) + 1)]
-        marker = MARKERS[i % len(MARKERS)]
+        colour, marker = colours[i], _markers(len(families))[i]
         if family not in unconnected:
             panel.plot(
                 [x.x for x in members], [x.y for x in members], color=colour, linewidth=1.2,
@@ -125,15 +127,29 @@ def plot_points(
                 [point.x], [point.y], color=colour, marker=marker, markersize=size, zorder=2,
                 linestyle="none", gid=f"{POINT}{number[id(point)]}",
             )  # fmt: skip
-        panel.plot([], [], color=colour, marker=marker, label=family, markersize=5,
-                   linewidth=0 if family in unconnected else 1.2)  # fmt: skip
     tidy_axes(panel)
     panel.set_xlabel(x_label, fontsize=NORMAL)
     panel.set_ylabel(y_label, fontsize=NORMAL)
     panel.grid(color="#EBEBEB", linewidth=0.8)
     panel.set_xlim(left=0)
-    figure.legend(
-        loc="outside upper left", ncols=min(2, len(families)), frameon=False, fontsize=SMALL,
-        labelcolor=BLACK,
-    )  # fmt: skip
-    return inline_svg(figure, prefix, tips)
+    key = zip(families, colours, _markers(len(families)), strict=True)
+    return inline_svg(figure, prefix, tips) + _legend(key)
+
+
+def _markers(count: int) -> list[str]:
+    """A marker for each family; those of one colour differ."""
+    return [MARKERS[i % len(MARKERS)] for i in range(count)]
+
+
+def _legend(entries: Iterable[tuple[str, str, str]]) -> str:
+    """Name, colour and marker of each family, in lines as long as the page is wide."""
+    items = "".join(
+        f'<li><span aria-hidden="true" style="color:{_themed(colour)}">{SHAPES[marker]}</span> '
+        f"{escape(name)}</li>"
+        for name, colour, marker in entries
+    )
+    return f'<ul class="legend">{items}</ul>'
+
+
+def _themed(colour: str) -> str:
+    return THEME.get(colour.lower(), colour)
