@@ -281,12 +281,12 @@ def test_a_sample_that_never_runs_the_model(toy: Toy) -> None:
 
 
 def test_a_varying_number_of_steps(toy: Toy) -> None:
-    words = r"sample\(1\) ran 9 steps, the ones before it 8"
+    words = r"sample\(1\) ran 9 steps, but earlier samples ran 8"
     refused(toy, lambda i: sample(toy, STEPS + i), words)
 
 
 def test_two_generations_in_a_sample(toy: Toy) -> None:
-    refused(toy, lambda i: (sample(toy), sample(toy)), r"sample\(0\) began a second generation")
+    refused(toy, lambda i: (sample(toy), sample(toy)), r"sample\(0\) started a second generation")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -207,7 +207,7 @@ def _infinite_guidance(_: dict[str, Any], document: dict[str, Any]) -> None:
         (_not_finite, "NaN"),
         (_shorter, "7 latents"),
         (_other_type, "float32"),
-        (_other_steps, r"responses must be \[8, 9\]"),
+        (_other_steps, r"responses must have the shape \[8, 9\]"),
         (_more_samples, r"is missing"),
         (_no_guidance, "expected 2 weights"),
         (_infinite_guidance, "finite number"),
@@ -228,5 +228,5 @@ def test_files_that_are_cut_short_are_refused(saved: Path) -> None:
 def test_resampled_calibrations_have_none() -> None:
     calibration = calibrated(pipeline())
     assert calibration.resample(STEPS - 1).trajectories is None
-    with pytest.raises(sc.InvalidArgumentError, match="7 steps, the errors 8"):
+    with pytest.raises(sc.InvalidArgumentError, match="7 steps, but the errors have 8"):
         replace(calibration, trajectories=calibrated(pipeline(), num_steps=7).trajectories)

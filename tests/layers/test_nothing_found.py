@@ -59,7 +59,7 @@ without_blocks = pytest.mark.parametrize("kind", WITHOUT_BLOCKS)
 @pytest.mark.parametrize("granularity", ["auto", "layer", "block"])
 def test_models_without_blocks_are_refused(kind: str, granularity: Any) -> None:
     model = WITHOUT_BLOCKS[kind]()
-    words = r"Bare has no (block|attention).*(pass the denoiser itself|ask for the granularity)"
+    words = r"Bare has no (block|attention).*(pass the denoiser itself|use the granularity)"
     ran: list[int] = []
     for attempt in (
         lambda: sc.find_layers(model, granularity=granularity),

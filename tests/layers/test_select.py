@@ -98,7 +98,7 @@ def test_a_name_that_begins_like_another_is_not_inside_it() -> None:
 @pytest.mark.parametrize("nothing", [False, None, "", 0])
 def test_choosing_nothing_is_refused(nothing: Any) -> None:
     toy = build("single", depth=1)
-    words = r"select chose no module of Toy; it is called with the path and the module"
+    words = r"select returned True for no module of Toy; it is called with each path and module"
     with pytest.raises(sc.LayersNotFoundError, match=words):
         sc.find_layers(toy, select=lambda path, module: nothing)
     with pytest.raises(sc.LayersNotFoundError, match=words):
@@ -109,6 +109,6 @@ def test_choosing_nothing_is_refused(nothing: Any) -> None:
 def test_choosing_what_has_no_forward_is_refused(kind: Callable[[list[nn.Module]], Any]) -> None:
     toy = build("single", depth=1)
     toy.blocks = kind([toy.blocks[0]])
-    words = r"'blocks', a Module(List|Dict) that has no forward and so is never called"
+    words = r"'blocks', but Module(List|Dict) has no forward and is never called"
     with pytest.raises(sc.InvalidArgumentError, match=words):
         sc.find_layers(toy, select=lambda path, module: path == "blocks")

@@ -427,7 +427,7 @@ def test_calibrations_that_do_not_fit() -> None:
     )
     refused(toy, generate(toy), "expected a Calibration, got str", invalid, "dit.safetensors")
     unknown = replace(calibration, total_macs=0)
-    refused(toy, generate(toy), "give a penalty instead", invalid, unknown)
+    refused(toy, generate(toy), "pass a penalty instead", invalid, unknown)
     assert learned(toy, generate(toy), unknown, penalty=0.1).total_macs == 0
 
 
@@ -449,13 +449,13 @@ class SwitchedOff(Toy):
 def test_a_model_that_lets_no_gradient_through() -> None:
     torch.manual_seed(0)
     toy = SwitchedOff(depth=1).eval()
-    refused(toy, generate(toy), "no gradient comes from the denoiser's output.*step 1")
+    refused(toy, generate(toy), "no gradient flows from the denoiser's output.*step 1")
 
 
 def test_a_model_made_in_inference_mode() -> None:
     with torch.inference_mode():
         toy = Toy(depth=1).eval()
-    refused(toy, generate(toy), "made under torch.inference_mode", sc.InvalidArgumentError)
+    refused(toy, generate(toy), "created under torch.inference_mode", sc.InvalidArgumentError)
 
 
 def test_gradient_checkpointing_is_refused() -> None:

@@ -197,5 +197,5 @@ def test_arguments_without_sense_are_refused(arguments: dict[str, Any], words: s
 def test_without_costs_only_a_threshold_can_be_planned_for(others: dict[str, Any]) -> None:
     routers = routers_of(**others)
     assert plan_learned(routers, threshold=0.5).compute is None
-    with pytest.raises(InvalidArgumentError, match="give a threshold"):
+    with pytest.raises(InvalidArgumentError, match="pass a threshold"):
         plan_learned(routers, compute=0.8)

@@ -124,7 +124,7 @@ def test_several_devices_in_one_process_are_refused(where: str) -> None:
         lambda: sc.observe_layers(model, ran.append),
         lambda: calibrated(model, ran.append),
     ):
-        words = r"DataParallel copies.*one process for each device \(torchrun\)"
+        words = r"DataParallel copies.*one process per device \(torchrun\)"
         with refused(wrapped, sc.InvalidArgumentError, words):
             attempt()
     assert ran == []

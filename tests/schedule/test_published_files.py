@@ -79,7 +79,7 @@ def test_published_fora_is_uniform_with_the_last_step(steps: int) -> None:
 
 def test_learned_schedule_needs_its_number_of_blocks() -> None:
     learned = Schedule.load(FOLDER / "50-N-2-l2c.json")
-    with pytest.raises(ScheduleMismatchError, match="'attn-27' means block 27, the model has 27"):
+    with pytest.raises(ScheduleMismatchError, match="'attn-27' is for block 27, but there are 27"):
         learned.bind(layers_of(27))
     with pytest.raises(ScheduleMismatchError, match=r"no row for the blocks 'blocks\.28'"):
         learned.bind(layers_of(29))
@@ -166,7 +166,7 @@ def test_everything_that_does_not_map_is_listed() -> None:
     with pytest.raises(ScheduleMismatchError) as caught:
         schedule.bind(layers_of(3))
     text = str(caught.value)
-    assert "'attn-5' means block 5, the model has 3" in text
+    assert "'attn-5' is for block 5, but there are 3" in text
     assert "'wing' fits no layer" in text
     assert "'attn2-1' fits no layer" in text
     assert "'blocks.2'" in text  # has no row

@@ -101,7 +101,7 @@ def test_copies_are_equal() -> None:
     [
         ((), "hold", ["step 0"]),
         ((False, True), "hold", ["step 0"]),
-        ((1, 0), "hold", ["True or False"]),
+        ((1, 0), "hold", ["one per step"]),
         ((True, False), "magic", ["'magic'", "'hold'", "'taylor'"]),
     ],
 )
@@ -121,7 +121,7 @@ def test_bad_rows(computed: Any, predictor: str, words: list[str]) -> None:
         ({"rows": {"blocks.0.attn": (True,) * 4}}, ["'blocks.0.attn'", "Row"]),
         ({"layers": LAYERS[:3]}, ["rows without a layer: 'blocks.1.mlp'"]),
         ({"layers": layers_of(3)}, ["layers without a row: 'blocks.2.attn', 'blocks.2.mlp'"]),
-        ({"layers": (*LAYERS, LAYERS[1])}, ["'blocks.0.mlp'", "twice"]),
+        ({"layers": (*LAYERS, LAYERS[1])}, ["'blocks.0.mlp'", "repeated"]),
         ({"timesteps": (1.0,)}, ["1 timesteps", "4"]),
         ({"timesteps": (1.0, 2.0, 3.0, float("nan"))}, ["timestep", "nan"]),
         ({"compute": 0}, ["compute", "0"]),
@@ -335,7 +335,10 @@ def drop(*keys: Any) -> Callable[[dict[str, Any]], object]:
         (set_("rows", 0, "compute_steps", to=[0, 4]), ["rows[0].compute_steps[1]", "0 to 3"]),
         (set_("rows", 0, "compute_steps", to=[0, -1]), ["rows[0].compute_steps[1]", "-1"]),
         (set_("rows", 0, "compute_steps", to=[0, 2, 2]), ["rows[0].compute_steps[2]", "step 2"]),
-        (set_("rows", 0, "compute_steps", to=[0, 3, 1]), ["rows[0].compute_steps[2]", "rise"]),
+        (
+            set_("rows", 0, "compute_steps", to=[0, 3, 1]),
+            ["rows[0].compute_steps[2]", "increasing"],
+        ),
         (set_("rows", 0, "compute_steps", to=[1, 2]), ["rows[0].compute_steps[0]", "step 0"]),
         (set_("rows", 0, "compute_steps", to=[]), ["rows[0]", "step 0"]),
         (set_("rows", 0, "compute_steps", to=[0, 1.0]), ["rows[0].compute_steps[1]", "integer"]),

@@ -93,7 +93,7 @@ def test_files_give_back_the_weights(tmp_path: Path) -> None:
         ([[], [1.0], [1.0], [1.0]], "step 2 has 0 weights"),
         ([["a"], [1.0], [1.0], [1.0]], "finite number"),
         ([1.0, 1.0, 1.0, 1.0], "list"),
-        (None, "needs weights"),
+        (None, "requires weights"),
     ],
 )
 def test_files_with_wrong_weights_are_refused(tmp_path: Path, weights: Any, message: str) -> None:
@@ -115,7 +115,7 @@ def test_infinite_weights_in_a_file_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"predictor": "fitted"}, "needs weights"),
+        ({"predictor": "fitted"}, "requires weights"),
         ({"predictor": "taylor", "weights": ((), (1.0,))}, "other predictors take none"),
         (
             {"predictor": "fitted", "weights": ((), (1.0,)), "gains": (1.0, 0.5)},

@@ -36,8 +36,8 @@ from ..steps.resample import (
     largest_gap,
     positions,
     resample_errors,
+    resampled_provenance,
     steps_within,
-    told,
 )
 from . import card
 from .html import curve_figures
@@ -243,7 +243,7 @@ class Calibration:
             found = np.linspace(0, self.num_steps - 1, num_steps)
         max_gap = self._gap_within_reach(found)
         runs = self._runs_at(found)
-        provenance = told(self.provenance, self.num_steps, num_steps)
+        provenance = resampled_provenance(self.provenance, self.num_steps, num_steps)
         provenance.pop(TIMESTEPS, None)
         if given is None:
             given = tuple(np.interp(found, np.arange(self.num_steps), self.timesteps).tolist())

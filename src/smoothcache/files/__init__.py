@@ -1,1 +1,1 @@
-"""Files that are written whole or not at all, and validated when read."""
+"""File formats, with atomic writes and validation on load."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read with every value checked."""
+"""JSON documents, with atomic writes and validation on load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file so that a reader finds the old content or the new, never a part.
+    """Writes a file atomically: readers see the old content or the new, never a part.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -39,9 +39,9 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 @dataclass(frozen=True)
 class Value:
-    """A JSON value that knows its file and its place there, so that a complaint can name both.
+    """A JSON value with its file and position, which error messages name.
 
-    The methods give the value as one type and raise ``FileFormatError`` if it is of another.
+    The methods return the value as a given type and raise ``FileFormatError`` for other types.
     """
 
     raw: object
@@ -49,9 +49,9 @@ class Value:
     place: str = ""
 
     def error(
-        self, problem: str, remedy: str = "Correct the file, or make and save it anew."
+        self, problem: str, remedy: str = "Correct the file, or create and save it again."
     ) -> FileFormatError:
-        """The error to raise about this value."""
+        """Returns an error about this value."""
         where = f"{self.file}: {_shortened(self.place)}" if self.place else self.file
         return FileFormatError(f"{where}: {_shortened(problem)}. {remedy}")
 
@@ -86,7 +86,7 @@ class Value:
         return {name: self._inside(item, f".{name}") for name, item in self.raw.items()}
 
     def fields(self, *names: str, optional: Collection[str] = ()) -> dict[str, Value]:
-        """The entries of an object that must have exactly these names; null where one may lack."""
+        """Returns the entries of an object with exactly these names; optional ones may be null."""
         absent = {name: self._inside(None, f".{name}") for name in optional}
         entries = {**absent, **self.entries()}
         missing = [name for name in names if name not in entries]
@@ -95,12 +95,12 @@ class Value:
             raise self.error(f"the field {listed(missing)} is missing")
         if unknown:
             raise self.error(
-                f"the field {listed(unknown)} is unknown; there are {listed(names, 20)}"
+                f"the field {listed(unknown)} is unknown; known fields are {listed(names, 20)}"
             )
         return entries
 
     def or_none(self, read: Callable[[Value], T]) -> T | None:
-        """None if the file says null, otherwise what ``read`` makes of the value."""
+        """Returns None for null, otherwise ``read(self)``."""
         return None if self.raw is None else read(self)
 
     def list_of(self, read: Callable[[Value], T]) -> list[T]:
@@ -114,10 +114,10 @@ class Value:
 
 
 def parse_json(data: bytes | str, file: str) -> Value:
-    """JSON in which no key comes twice in one object.
+    """Parses JSON without duplicate keys in objects.
 
     Raises:
-        FileFormatError: If the data is not such JSON, with the position of the damage.
+        FileFormatError: If the data is not valid JSON or has duplicate keys; gives the position.
     """
     try:
         raw = json.loads(data, object_pairs_hook=_unique_keys)
@@ -127,10 +127,10 @@ def parse_json(data: bytes | str, file: str) -> Value:
 
 
 def check_version(document: Value, name: str, version: int) -> None:
-    """Refuse a document of another format, or of a newer version than this code reads.
+    """Refuses a document of another format, or of a newer version.
 
     Raises:
-        FileFormatError: If it is one of these.
+        FileFormatError: If the format or version does not match.
     """
     entries = document.entries()
     if "format" not in entries or entries["format"].raw != name:
@@ -146,7 +146,7 @@ def check_version(document: Value, name: str, version: int) -> None:
 
 
 def format_json(document: Mapping[str, Any]) -> bytes:
-    """JSON for people: a field a line, and in a list of objects an object a line."""
+    """Returns readable JSON: one line per field, and one line per object in a list of objects."""
     lines = [f"  {json.dumps(name)}: {_field(value)}" for name, value in document.items()]
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
@@ -167,7 +167,7 @@ def _shown(raw: object) -> str:
 
 
 def _shortened(text: str) -> str:
-    """A text that may quote a file at length, cut in the middle to what a message can hold."""
+    """Shortens a text to message length by cutting its middle."""
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-180:]}"
 
 

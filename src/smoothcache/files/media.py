@@ -1,4 +1,4 @@
-"""One sample as the bytes of a file: an image as PNG, a clip as animated GIF, a sound as WAV."""
+"""Encodes samples as files: images as PNG, clips as animated GIF, sounds as WAV."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def encoded(
     *,
     frames_per_second: float = FRAMES_PER_SECOND,
 ) -> tuple[str, bytes]:
-    """The ending of the file, and what is in it.
+    """Encodes a sample; returns the file extension and the bytes.
 
     Args:
         sample: An image [channels, height, width], a clip [frames, channels, height, width] or a
             sound [channels, samples].
-        sampling_rate: Of a sound, samples a second.
-        frames_per_second: Of a clip.
+        sampling_rate: Sampling rate of a sound in Hz.
+        frames_per_second: Frame rate of a clip.
 
     Raises:
-        InvalidArgumentError: If it is none of them, or a sound of unknown sampling rate.
+        InvalidArgumentError: If the shape is unsupported, or a sound has no sampling rate.
         MissingPackageError: If pillow is not installed.
     """
     if sample.ndim == 2 and sampling_rate is not None:
@@ -46,14 +46,14 @@ def encoded(
         return "gif", encoded_clip(rgb_pixels(sample), frames_per_second=frames_per_second)
     what = "is a sound of unknown sampling rate" if sample.ndim == 2 else "cannot be written"
     raise InvalidArgumentError(
-        f"a sample of shape {list(sample.shape)} {what}; images, [channels, height, width], clips, "
-        "[frames, channels, height, width], and sounds, [channels, samples], can. Run the pipeline "
-        "from Python instead."
+        f"a sample of shape {list(sample.shape)} {what}; supported are images [channels, height, "
+        "width], clips [frames, channels, height, width] and sounds [channels, samples]. Run the "
+        "pipeline from Python instead."
     )
 
 
 def rgb_pixels(images: Tensor) -> npt.NDArray[np.float32]:
-    """[batch, height, width, 3], grey images in three equal channels.
+    """Returns pixels [batch, height, width, 3]; grey images get three equal channels.
 
     Raises:
         InvalidArgumentError: If there are neither 1 nor 3 channels.
@@ -69,7 +69,7 @@ def encoded_clip(
     *,
     frames_per_second: float = FRAMES_PER_SECOND,
 ) -> bytes:
-    """Frames [height, width, 3], whole numbers to 255 or others in [0, 1], as an endless GIF."""
+    """Encodes frames [height, width, 3], uint8 or floats in [0, 1], as a looping GIF."""
     first, *others = (_picture(frame) for frame in frames)
     data = io.BytesIO()
     duration = round(1000 / frames_per_second)
@@ -110,14 +110,14 @@ def encoded_video(frames: npt.NDArray[np.float32], frames_per_second: float) -> 
 
 
 def encoded_sound(waveform: Tensor, sampling_rate: int) -> bytes:
-    """A waveform as a WAV file of 16 bits.
+    """Encodes a waveform as a 16-bit WAV file.
 
     Args:
-        waveform: [channels, samples]; what is beyond [-1, 1] is cut off.
-        sampling_rate: Samples a second.
+        waveform: Waveform [channels, samples]; values outside [-1, 1] are clipped.
+        sampling_rate: Sampling rate in Hz.
 
     Raises:
-        InvalidArgumentError: If the waveform is not as described.
+        InvalidArgumentError: If the waveform has another shape or is not finite.
     """
     if waveform.ndim != 2 or not waveform.numel() or not waveform.isfinite().all():
         raise InvalidArgumentError(
@@ -140,7 +140,7 @@ def _encoded_image(image: Tensor) -> bytes:
 
 
 def _picture(pixels: npt.NDArray[Any]) -> Any:
-    """A picture of pillow; what is outside [0, 1] is cut off."""
+    """Returns a pillow image; values outside [0, 1] are clipped."""
     image = optional_module("PIL.Image", extra="demo")
     if pixels.dtype != np.uint8:
         pixels = np.round(255 * pixels.clip(0, 1)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""A table of numbers and what is known about it: one safetensors file, data only."""
+"""Tables with JSON metadata in one safetensors file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def save_table(
     document: Mapping[str, Any],
     more: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> None:
-    """Writes a table under a name, and more of them, with their document as metadata.
+    """Writes a named table, and optionally more tables, with a document as metadata.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -34,7 +34,7 @@ def save_table(
 
 
 def load_table(path: Path, name: str, what: str) -> tuple[npt.NDArray[np.float64], Value]:
-    """Reads what ``save_table`` wrote without more: the table and its document; see below."""
+    """Reads a file with a single table; returns the table and its document."""
     tables, document = load_tables(path, name, what, allows_more=False)
     return tables[name], document
 
@@ -42,17 +42,17 @@ def load_table(path: Path, name: str, what: str) -> tuple[npt.NDArray[np.float64
 def load_tables(
     path: Path, name: str, what: str, *, allows_more: bool = True
 ) -> tuple[dict[str, npt.NDArray[Any]], Value]:
-    """Reads what ``save_table`` wrote: all tables and their document.
+    """Reads a file written by ``save_table``; returns all tables and their document.
 
     Args:
         path: The file.
-        name: Of the table.
-        what: What the file should be, for the message if it is something else.
-        allows_more: Whether there may be other tables.
+        name: Name of the main table.
+        what: Expected content of the file, for error messages.
+        allows_more: Whether other tables are allowed.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        FileFormatError: If it is damaged, or has no such table of float64.
+        FileFormatError: If it is damaged, or has no float64 table of this name.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file '{path}'.")
@@ -63,7 +63,7 @@ def load_tables(
             names = list(tensors.keys())
             is_one = name in names if allows_more else names == [name]
             if _DOCUMENT not in metadata or not is_one:
-                raise file.error(f"a safetensors file, but no {what}", "Check the path.")
+                raise file.error(f"a safetensors file, but not a {what} file", "Check the path.")
             tables = {key: tensors.get_tensor(key) for key in names}
     except (SafetensorError, TypeError, AttributeError) as error:
         raise file.error(f"not a safetensors file, or cut short ({error})") from error

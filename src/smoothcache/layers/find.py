@@ -171,7 +171,7 @@ def _nothing_found(target: Target, granularity: Granularity, select: Select | No
     if granularity == "layer":
         return (
             f"{name} has no attention or feed-forward modules; use the granularity "
-            '"block" or "auto"'
+            '"block" or "auto" instead'
         )
     return (
         f"{name} has no block with an attention, so no layer can be reused; pass the denoiser "

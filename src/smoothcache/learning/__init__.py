@@ -1,4 +1,4 @@
-"""Learning-to-Cache: routers that are trained to say which layers to reuse."""
+"""Learning-to-Cache: trained routers that decide which layers to reuse."""
 
 from .learn import learn_routers as learn_routers
 from .plan import plan_learned as plan_learned

@@ -1,4 +1,4 @@
-"""Learning-to-Cache: trains, through the frozen model, which layers to compute at which steps."""
+"""Learning-to-Cache: trains routers through the frozen model."""
 
 from __future__ import annotations
 
@@ -37,52 +37,51 @@ def learn_routers(
     seed: int = 0,
     progress: bool = True,
 ) -> Routers:
-    """Trains a router for each layer and step: how much of the layer is worth computing there.
+    """Trains a router beta for each layer and step, which decides whether to compute the layer.
 
-    Unlike everything else here this is **not training-free**: it takes gradients through the
-    model. The model itself is frozen and comes out bit for bit as it was; its parameters get no
-    gradient. At every ``interval``-th step all is computed. At a step between, the denoiser runs
-    twice on the same input: as it is, which is what the sampler goes on with, so that the samples
-    come out as they would without this; and with every layer's output replaced by beta * computed
-    + (1 - beta) * reused. The routers descend the squared error of the second output relative to
-    the first, plus the price of what is computed: price * sum of beta * MACs of the layer.
+    Unlike the rest of the library this is **not training-free**: it takes gradients through the
+    model. The model is frozen and unchanged afterwards, and its parameters get no gradient. At
+    every ``interval``-th step all layers are computed. At other steps the denoiser runs twice on
+    the same input. The first run is unchanged, and the sampler continues with its output, so the
+    samples are the same as without training. In the second run every layer returns beta * computed
+    + (1 - beta) * reused. Gradient descent on the routers minimises the squared error of the second
+    output relative to the first, plus a penalty: price * sum of beta * MACs of the layer.
 
     Args:
         model: A diffusers pipeline (all of its denoisers) or any module.
         sample: ``sample(i)`` runs generation number i, as for ``calibrate``. It must not run under
             ``torch.inference_mode()``; ``torch.no_grad()`` is fine.
-        calibration: What ``calibrate`` measured: gives the layers, their costs and the steps.
-        compute: The fraction of the uncached MACs to train for, in (0, 1]. After every generation
-            all routers are shifted alike to stand for just that; the price is the one at which as
-            much gains by being computed more as by being computed less.
-        penalty: Instead, as in the paper: a fixed price (lambda), in squared relative error of
-            the denoiser's output for computing all layers at a step.
-        interval: Steps from one that computes everything to the next; 2 in the paper. Budgets
-            below a half need more.
-        predictor: How reused values are made, one in ``PREDICTORS`` over the step; "hold" in the
-            paper.
-        num_samples: How many generations to train on: sample(0), sample(1), ...
-        epochs: How often to go through them.
-        learning_rate: Of Adam, on the logits of beta.
-        seed: Of the order of the samples. The same seed gives the same routers.
-        progress: Whether to show a progress bar, with the error of the denoiser's output under
-            the routers and the compute that they stand for.
+        calibration: Calibration with the layers, their costs and the steps.
+        compute: Fraction of the uncached MACs to train for, in (0, 1]. After every generation all
+            logits are shifted by the same amount to meet it, and the price is set to the weighted
+            median of the routers' gains per MAC.
+        penalty: Fixed price (lambda) instead, as in the paper: the cost of computing all layers of
+            a step, in squared relative error of the denoiser's output.
+        interval: Number of steps between steps that compute everything; 2 in the paper. Budgets
+            below a half need a larger interval.
+        predictor: Name of a predictor over the step in ``PREDICTORS``; "hold" in the paper.
+        num_samples: Number of generations to train on: sample(0), sample(1), ...
+        epochs: Number of passes over these generations.
+        learning_rate: Learning rate of Adam on the logits of beta.
+        seed: Seed of the sample order. The same seed gives the same routers.
+        progress: Whether to show a progress bar with the error of the denoiser's output and the
+            compute of the routers.
 
     Returns:
-        The routers; ``plan_learned`` makes a schedule of them.
+        The routers, from which ``plan_learned`` makes a schedule.
 
     Raises:
-        InvalidArgumentError: If an argument has no sensible value, not exactly one of compute and
-            penalty is given, no routers could be as cheap as asked, or a layer of the calibration
-            is a whole block or denoiser.
+        InvalidArgumentError: If an argument is invalid, not exactly one of compute and penalty is
+            given, the budget is too small, or a layer of the calibration is a whole block or
+            denoiser.
         ScheduleMismatchError: If the calibration is of another model.
-        CalibrationError: If ``sample`` never runs the model, or another number of steps, or where
-            no gradients can be taken.
+        CalibrationError: If ``sample`` never runs the model, runs another number of steps, or runs
+            without gradient support.
 
-    Source: Ma et al., "Learning-to-Cache", arXiv 2406.01733. Ours are: the error relative to the
-    output, so that a penalty means the same for every model; layers priced by their MACs instead
-    of alike; training on the sampler's own trajectory instead of noised data; one step of descent
-    a generation; and budgets, other intervals and other predictors.
+    Source: Ma et al., "Learning-to-Cache", arXiv 2406.01733. Changes: the error is relative to the
+    output, so that penalties are comparable between models; the penalty of a layer is proportional
+    to its MACs; training follows the sampler's own trajectory instead of noised data, with one
+    optimizer step per generation; and budgets, other intervals and other predictors.
 
     Example:
         >>> import torch
@@ -107,7 +106,7 @@ def learn_routers(
     """
     if not callable(sample):
         raise InvalidArgumentError(
-            f"sample must be a function of the sample's number, got {type(sample).__name__}"
+            f"sample must be a function of the sample index, got {type(sample).__name__}"
         )
     check_count("num_samples", num_samples, least=1)
     check_count("epochs", epochs, least=1)
@@ -115,8 +114,8 @@ def learn_routers(
     over_steps = [name for name, x in PREDICTORS.items() if not x.needs_noise_levels]
     if predictor not in over_steps:
         raise InvalidArgumentError(
-            f"routers are learned with a predictor over the step, one of {listed(over_steps, 20)}; "
-            f"got {predictor!r}"
+            f"routers need a predictor over the step, one of {listed(over_steps, 20)}; got "
+            f"{predictor!r}"
         )
     if check_number("learning_rate", learning_rate) <= 0:
         raise InvalidArgumentError(f"learning_rate must be positive, got {learning_rate}")
@@ -158,10 +157,10 @@ def learn_routers(
 
 
 def _check_model(target: Target, calibration: Calibration) -> None:
-    """Refuses what no routers can be trained for."""
+    """Refuses models and calibrations that routers cannot be trained for."""
     if calibration.model not in (None, identify(target)):
         raise ScheduleMismatchError(
-            "the calibration is of another model; calibrate this one and pass that"
+            "the calibration is of another model; calibrate this model and pass the result"
         )
     wholes = [x.path for x in calibration.layers if is_residual(x) or x.kind == "model"]
     if wholes:
@@ -172,19 +171,19 @@ def _check_model(target: Target, calibration: Calibration) -> None:
     for name, denoiser in target.denoisers.items():
         if getattr(denoiser, "is_gradient_checkpointing", False):
             raise InvalidArgumentError(
-                "gradient checkpointing runs layers again in the backward pass; call "
+                "gradient checkpointing reruns layers in the backward pass; call "
                 f"disable_gradient_checkpointing() of {name or 'the denoiser'} first"
             )
         if any(parameter.is_inference() for parameter in denoiser.parameters()):
             raise InvalidArgumentError(
-                "the model was made under torch.inference_mode(), so no gradients pass through "
-                "it; load it outside"
+                "the model was created under torch.inference_mode(), so it does not support "
+                "gradients; load it outside inference mode"
             )
 
 
 @contextmanager
 def _frozen(target: Target) -> Iterator[None]:
-    """While no parameter takes gradients; those that did, do again afterwards."""
+    """Disables gradients of all parameters inside a ``with`` block and restores them afterwards."""
     denoisers = target.denoisers.values()
     parameters = [p for denoiser in denoisers for p in denoiser.parameters() if p.requires_grad]
     for parameter in parameters:

@@ -1,4 +1,4 @@
-"""Learning-to-Cache: reuse where a training of routers found that it does least harm."""
+"""Learning-to-Cache: plans a schedule from trained routers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def plan_learned(
     compute: float | None = None,
     predictor: str | None = None,
 ) -> Schedule:
-    """The schedule of trained routers: a layer is computed where its router is above a threshold.
+    """Plans from trained routers: a layer is computed if its router is above a threshold.
 
-    This is not training-free: ``learn_routers`` trains the routers by gradients through the model.
+    This is not training-free: ``learn_routers`` trains the routers with gradients through the
+    model.
 
-    Source: Ma et al., "Learning-to-Cache", arXiv 2406.01733. ``compute``, which searches for the
-    threshold, is an addition.
+    Source: Ma et al., "Learning-to-Cache", arXiv 2406.01733. ``compute``, which determines the
+    threshold from a budget, is an addition.
 
     >>> from smoothcache.layers import CacheLayer
     >>> layer = CacheLayer("blocks.0.attn", kind="self_attn", block="blocks.0", macs=50)
@@ -38,24 +39,23 @@ def plan_learned(
 
     Args:
         routers: Trained routers, from ``learn_routers``.
-        threshold: Reuse where beta is at most this, in [0, 1).
-        compute: Instead: the smallest threshold whose schedule costs at most this fraction of the
-            uncached MACs, in (0, 1].
-        predictor: How reused values are made, a name in ``PREDICTORS``; by default the one that
-            the routers were trained with.
+        threshold: Largest beta at which a layer is reused, in [0, 1).
+        compute: Budget instead of a threshold: the smallest threshold is used whose schedule costs
+            at most this fraction of the uncached MACs, in (0, 1].
+        predictor: Name of a predictor in ``PREDICTORS``; by default the predictor used in training.
 
     Returns:
-        A schedule bound to the layers that the routers were trained for.
+        A schedule bound to the layers of the routers.
 
     Raises:
-        InvalidArgumentError: If not exactly one of threshold and compute is given, or it makes no
-            sense; if no threshold is as cheap as asked; or if what layers cost is not known.
+        InvalidArgumentError: If not exactly one of threshold and compute is given, or an argument
+            is invalid; if the budget is too small; or if the costs of layers are unknown.
     """
     if (threshold is None) == (compute is None):
-        raise InvalidArgumentError("give exactly one of threshold and compute.")
+        raise InvalidArgumentError("pass exactly one of threshold and compute.")
     if predictor is not None and predictor not in PREDICTORS:
         raise InvalidArgumentError(
-            f"the predictor {predictor!r} is unknown; there are {', '.join(PREDICTORS)}."
+            f"the predictor {predictor!r} is unknown; known predictors are {', '.join(PREDICTORS)}."
         )
     if threshold is not None:
         if not 0 <= check_number("threshold", threshold) < 1:
@@ -67,22 +67,22 @@ def plan_learned(
 
 
 def _within(routers: Routers, budget: float, predictor: str | None) -> Schedule:
-    """The schedule that spends most of a budget: compute falls as the threshold rises."""
+    """Returns the schedule with the largest compute within a budget."""
     thresholds = np.unique([0.0, *routers.values[routers.values < 1]]).tolist()
     schedules = (_at(routers, threshold, predictor) for threshold in thresholds)
     least = 1.0
     for schedule in schedules:
         if schedule.compute is None:
             raise InvalidArgumentError(
-                "these routers do not know what their layers cost, so a budget cannot be kept; "
-                "give a threshold, or learn them from a calibration that counted MACs."
+                "a budget needs the costs of layers, which are unknown for these routers; pass a "
+                "threshold, or learn routers from a calibration with MACs."
             )
         if schedule.compute <= budget:
             return schedule
         least = schedule.compute
     raise InvalidArgumentError(
-        f"no threshold is as cheap as {budget:.3f} of the uncached MACs; reusing wherever that may "
-        f"be, it is {least:.3f}. Learn routers with an interval above {routers.interval}."
+        f"no threshold is as cheap as {budget:.3f} of the uncached MACs; the smallest possible "
+        f"fraction is {least:.3f}. Learn routers with an interval above {routers.interval}."
     )
 
 

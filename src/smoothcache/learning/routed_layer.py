@@ -1,4 +1,4 @@
-"""One layer under a router: mixes what it computes with what reuse would give."""
+"""One layer under a router: mixes computed and reused outputs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..tracking.branches import Place
 
 
 class RoutedLayer:
-    """Handler of one layer that keeps outputs, and mixes with them where it has a share.
+    """Handler of one layer that keeps outputs and mixes them with computed outputs.
 
-    Between ``begin`` and ``end`` it keeps what it computes. If a share is given, it puts out
-    share * computed + (1 - share) * reused, and keeps what it computed if the share is above one
-    half: what a schedule would have kept. At any other time the layer runs as it is.
+    Between ``begin`` and ``end`` it keeps computed outputs. If a share is given, it returns
+    share * computed + (1 - share) * reused, and keeps the computed output only if the share is
+    above one half, as a schedule would. At any other time the layer runs unchanged.
 
     Args:
         predictor: Name of the predictor.
 
     Attributes:
-        mixed: Whether the layer has mixed since ``begin``.
+        mixed: Whether the layer has mixed outputs since ``begin``.
     """
 
     def __init__(self, predictor: str) -> None:
@@ -41,15 +41,15 @@ class RoutedLayer:
         self._active, self.mixed = True, False
 
     def end(self) -> None:
-        """Lets the layer run as it is."""
+        """Ends a call; the layer runs unchanged until the next one."""
         self._active, self._share = False, None
 
     def forget(self) -> None:
-        """Drops what is kept."""
+        """Drops all kept outputs."""
         self._kept.clear()
 
     def has_kept(self, branch: int) -> bool:
-        """Whether something could be reused in this call of a step."""
+        """Whether an output is kept for this branch."""
         return any(place[0] == branch for place in self._kept)
 
     def __call__(
@@ -63,7 +63,7 @@ class RoutedLayer:
         leaves, rebuild = taken_apart(output)
         computed = _floats(leaves)
         history = self._kept.get(place, [])
-        if self._share is None or not history or not _alike(computed, history[-1][1]):
+        if self._share is None or not history or not _same_form(computed, history[-1][1]):
             self._keep(place, computed)
             return output
         mixed = iter(self._mixed(computed, history, self._share))
@@ -88,9 +88,9 @@ class RoutedLayer:
 
     def _keep(self, place: Place, values: list[Tensor]) -> None:
         history = self._kept.setdefault(place, [])
-        if history and not _alike(values, history[-1][1]):
+        if history and not _same_form(values, history[-1][1]):
             history.clear()
-        # Copies, because the model may write into its own outputs.
+        # Copies, because the model may modify its outputs in place.
         history.append((self._step, [value.detach().clone() for value in values]))
         del history[: -self._order - 1]
 
@@ -103,5 +103,5 @@ def _floats(leaves: list[Any]) -> list[Tensor]:
     return [leaf for leaf in leaves if _is_float(leaf)]
 
 
-def _alike(a: list[Tensor], b: list[Tensor]) -> bool:
+def _same_form(a: list[Tensor], b: list[Tensor]) -> bool:
     return [(x.shape, x.dtype) for x in a] == [(x.shape, x.dtype) for x in b]

@@ -1,4 +1,4 @@
-"""Routers: how much of each layer a training decided to compute, at every step."""
+"""Routers: trained weights that decide whether each layer is computed at each step."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Routers:
-    """Trained routers of every layer and step: enough to plan for any threshold or budget.
+    """Trained routers of every layer and step, from which any threshold or budget is planned.
 
-    Source: Ma et al., "Learning-to-Cache", arXiv 2406.01733: beta, a number for each layer and
-    step that mixes what was computed with what reuse would give.
+    Source: Ma et al., "Learning-to-Cache", arXiv 2406.01733. A router beta is the weight of the
+    computed output when it is mixed with the reused output of a layer at a step.
 
     >>> layer = CacheLayer("blocks.0.attn", kind="self_attn", block="blocks.0", macs=50)
     >>> routers = Routers((layer,), np.array([[1.0, 0.2, 1.0]]), 2, timesteps=(9.0, 5.0, 1.0))
@@ -42,20 +42,20 @@ class Routers:
 
     Attributes:
         layers: The layers, with their MACs where known.
-        values: values[l, t] is beta, the share of layer l that is computed at step t, in [0, 1];
-            1 where it is computed in any case: at every ``interval``-th step from step 0 on, and
-            where nothing could be reused. [layers, steps], read-only.
-        interval: Steps from one that computes everything to the next.
-        timesteps: The model's own t at every step, in running order; [steps].
-        predictor: How the reused values were made, a name in ``PREDICTORS``.
+        values: values[l, t] is beta of layer l at step t, in [0, 1]; 1 where the layer is always
+            computed: at every ``interval``-th step from step 0 on, and where nothing could be
+            reused. [layers, steps], read-only.
+        interval: Number of steps between steps that compute everything.
+        timesteps: The model's own timestep at every step, in running order; [steps].
+        predictor: Name of the predictor used in training, from ``PREDICTORS``.
         total_macs: MACs of one uncached step, all denoiser calls and layers included; 0 if
             unknown.
-        model: What was trained for; None if unknown.
+        model: The model that the routers were trained for; None if unknown.
         solver: Class name of the noise scheduler; None if there was none.
         provenance: How, when, with which settings and at what cost they were trained.
 
     Raises:
-        InvalidArgumentError: If any of these contradicts another.
+        InvalidArgumentError: If fields are invalid or contradict each other.
     """
 
     layers: tuple[CacheLayer, ...]
@@ -82,22 +82,23 @@ class Routers:
         }
         if self.predictor not in PREDICTORS:
             raise InvalidArgumentError(
-                f"the predictor {self.predictor!r} is unknown; there are {listed(PREDICTORS, 20)}."
+                f"the predictor {self.predictor!r} is unknown; known predictors are "
+                f"{listed(PREDICTORS, 20)}."
             )
         paths = [layer.path for layer in layers]
         if len(set(paths)) < len(paths):
             twice = {path for path in paths if paths.count(path) > 1}
-            raise InvalidArgumentError(f"the layers {listed(sorted(twice))} come twice.")
+            raise InvalidArgumentError(f"layers are repeated: {listed(sorted(twice))}.")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
     @property
     def num_steps(self) -> int:
-        """Solver steps of each generation."""
+        """Number of solver steps of each generation."""
         return int(self.values.shape[1])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file that ``load`` reads back exactly.
+        """Writes a safetensors file, from which ``load`` restores the routers exactly.
 
         Args:
             path: The file; an existing one is replaced.
@@ -121,17 +122,17 @@ class Routers:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Routers:
-        """Read a file that ``save`` wrote.
+        """Reads a file written by ``save``.
 
         Args:
             path: The file to read.
 
         Returns:
-            The routers, with all their fields as they were saved.
+            The routers, equal in all fields to the saved ones.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            FileFormatError: If it is damaged or made by a newer version; says where and why.
+            FileFormatError: If the file is damaged or was written by a newer version.
         """
         values, document = load_table(Path(path), "values", "routers")
         check_version(document, FORMAT, VERSION)
@@ -151,7 +152,7 @@ class Routers:
                 solver=fields["solver"].or_none(Value.text),
                 provenance=fields["provenance"].dict_of(Value.text),
             )
-        except InvalidArgumentError as error:  # what only the whole can tell, as a wrong shape
+        except InvalidArgumentError as error:  # inconsistent fields, such as a wrong shape
             raise document.error(str(error).rstrip(".")) from error
 
     def __str__(self) -> str:
@@ -172,7 +173,7 @@ class Routers:
 
 
 def _check_values(values: FloatArray, shape: tuple[int, int], interval: int) -> FloatArray:
-    """A read-only copy in float64."""
+    """Returns the validated values as a read-only copy in float64."""
     try:
         checked = np.array(values, dtype=np.float64, order="C")
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""One run of training: rolls out two steps and updates the routers."""
+"""One training run: runs denoiser calls with mixed layers and updates the routers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .training import RouterTraining
 
 
 class TrainingSession(CallListener):
-    """The handlers of one training, and what it has seen of the generations."""
+    """The handlers of one training run and its state in the current generation."""
 
     def __init__(
         self, target: Target, calibration: Calibration, training: RouterTraining, predictor: str
@@ -45,7 +45,7 @@ class TrainingSession(CallListener):
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """While the handlers stand in the model."""
+        """Attaches the handlers to the model inside a ``with`` block."""
         handlers: dict[str, Handler] = dict(self._layers)
         for name in self._target.denoisers:
             handlers[name] = _Denoiser(self, name)
@@ -59,24 +59,24 @@ class TrainingSession(CallListener):
     # --------------------------------------------------------------------------- calls
 
     def before(self, call: DenoiserCall) -> CallMode:
-        """Notes where in the generation a call is."""
+        """Records the step and branch of a call."""
         tick = call.tick
         self._generations += tick.starts
         if self._generations > 1:
             raise CalibrationError(
-                f"sample({self._sample}) began a second generation; it must run exactly one from "
+                f"sample({self._sample}) started a second generation; it must run exactly one from "
                 "start to end"
             )
         if tick.step >= self._calibration.num_steps:
             raise CalibrationError(
-                f"sample({self._sample}) has come to step {tick.step + 1}, but the calibration "
-                f"has {self._calibration.num_steps}; calibrate the sampler that is trained on"
+                f"sample({self._sample}) has reached step {tick.step + 1}, but the calibration has "
+                f"{self._calibration.num_steps} steps; calibrate the sampler used for training"
             )
         self.tick, self.branch = tick, call.branch
         return CallMode.UNCOMPILED
 
     def outside(self) -> None:
-        """Lets a call that is no part of a generation pass."""
+        """Ignores a call outside any generation."""
         self.tick = None
 
     def failed(self) -> None:
@@ -92,11 +92,11 @@ class TrainingSession(CallListener):
     def run(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str
     ) -> Any:
-        """Runs a call of a denoiser, and trains the routers of its step."""
+        """Runs a call of a denoiser and trains the routers of its step."""
         if torch.is_inference_mode_enabled():
             raise CalibrationError(
-                f"sample({self._sample}) runs under torch.inference_mode(), where no gradients "
-                "can be taken; use torch.no_grad() instead"
+                f"sample({self._sample}) runs under torch.inference_mode(), which does not support "
+                "gradients; use torch.no_grad() instead"
             )
         tick, branch = self.tick, self.branch
         if tick is None or branch is None:
@@ -104,7 +104,7 @@ class TrainingSession(CallListener):
         layers = self._layers_of(name)
         is_free = tick.step % self._training.interval > 0
         if not is_free or not any(layer.has_kept(branch) for layer in layers.values()):
-            return self._kept(layers, tick.step, branch, forward, args, kwargs)
+            return self._run_full(layers, tick.step, branch, forward, args, kwargs)
         given = pytree.tree_map(_copied, (args, kwargs))
         output = forward(*args, **kwargs)
         self._train(layers, tick.step, branch, forward, given, output)
@@ -117,7 +117,7 @@ class TrainingSession(CallListener):
             if path.startswith(name and f"{name}.")
         }
 
-    def _kept(
+    def _run_full(
         self,
         layers: dict[str, RoutedLayer],
         step: int,
@@ -126,7 +126,7 @@ class TrainingSession(CallListener):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """A call that computes everything."""
+        """Runs a call that computes everything and keeps the outputs."""
         self._training.count(passes=1)
         for layer in layers.values():
             layer.begin(step, branch)
@@ -143,7 +143,7 @@ class TrainingSession(CallListener):
         given: tuple[tuple[Any, ...], dict[str, Any]],
         output: Any,
     ) -> None:
-        """Runs the denoiser again with mixed layers, and moves the routers of the step."""
+        """Runs the denoiser again with mixed layers and records the gradients of the routers."""
         with torch.enable_grad():
             shares = self._training.shares(step)
             for path, layer in layers.items():
@@ -152,13 +152,13 @@ class TrainingSession(CallListener):
             self._end_layers()
             error = _squared_error(student, output)
         mixed = [path for path, layer in layers.items() if layer.mixed]
-        self._training.count(passes=3)  # as it is, mixed, and back
+        self._training.count(passes=3)  # unchanged, mixed, backward
         if not mixed:
             return
         if error is None or not error[0].requires_grad:
             raise CalibrationError(
-                f"no gradient comes from the denoiser's output to its layers at step {step}; its "
-                "forward may run under torch.no_grad(), or compiled for inference"
+                f"no gradient flows from the denoiser's output to its layers at step {step}; check "
+                "that its forward does not disable gradients and is not compiled for inference"
             )
         squares, norm = error
         (slope,) = torch.autograd.grad(squares, [shares])
@@ -174,7 +174,7 @@ class TrainingSession(CallListener):
             layer.forget()
 
     def complete(self) -> None:
-        """Makes sure that a sample was what it should be."""
+        """Validates a finished sample and updates the routers."""
         if not self._generations:
             raise CalibrationError(
                 f"sample({self._sample}) never ran the model; it must run the pipeline or module "
@@ -184,7 +184,7 @@ class TrainingSession(CallListener):
         if len(self._timesteps) != self._calibration.num_steps:
             raise CalibrationError(
                 f"sample({self._sample}) ran {len(self._timesteps)} steps, but the calibration has "
-                f"{self._calibration.num_steps}; calibrate the sampler that is trained on"
+                f"{self._calibration.num_steps}; calibrate the sampler used for training"
             )
         for layer in self._layers.values():
             layer.forget()
@@ -193,14 +193,14 @@ class TrainingSession(CallListener):
     # ---------------------------------------------------------------------------------- result
 
     def result(self, settings: dict[str, object]) -> Routers:
-        """What was learned."""
+        """Returns the trained routers."""
         values = self._training.values()
         if (values == 1).all():
             raise CalibrationError(
-                "the model ran, but none of its layers could be reused at any step; it may be "
-                "compiled, or its calls be told apart no more"
+                "the model ran, but none of its layers could be reused at any step; train the "
+                "uncompiled model, and check that the calls of a step can be entries apart"
             )
-        told = {name: str(value) for name, value in settings.items() if value is not None}
+        entries = {name: str(value) for name, value in settings.items() if value is not None}
         return Routers(
             layers=self._calibration.layers,
             values=values,
@@ -211,7 +211,7 @@ class TrainingSession(CallListener):
             model=identify(self._target),
             solver=self._target.solver,
             provenance={
-                **told,
+                **entries,
                 "smoothcache": __version__,
                 "torch": str(torch.__version__),
                 "created": datetime.date.today().isoformat(),
@@ -235,12 +235,12 @@ class _Denoiser:
 
 
 def _copied(leaf: Any) -> Any:
-    """A leaf that shares nothing with the sampler's own; it takes no part in its gradients."""
+    """Returns a detached copy of a tensor; other values are returned unchanged."""
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _squared_error(student: Any, teacher: Any) -> tuple[Tensor, float] | None:
-    """The squared distance of two outputs, and the squared norm of the second."""
+    """Returns the squared distance of two outputs and the squared norm of the second."""
     pairs = [
         (a.float(), b.detach().float())
         for a, b in zip(taken_apart(student)[0], taken_apart(teacher)[0], strict=True)

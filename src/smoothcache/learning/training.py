@@ -1,4 +1,4 @@
-"""The routers while they are trained: their logits, what they spend, and the price of that."""
+"""State of the routers during training: logits, gradients and price."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from ..calibration.curves import Calibration
 from ..checks import check_number
 from ..errors import CalibrationError, InvalidArgumentError
 
-_LARGEST_LOGIT = 8.0  # a sigmoid hardly moves beyond
+_LARGEST_LOGIT = 8.0  # the sigmoid saturates beyond
 _TINY = 1e-30
-_MEMORY = (0.9, 0.95)  # of Adam; short, because there are few generations
+_BETAS = (0.9, 0.95)  # of Adam; short averages, because there are few generations
 
 
 class RouterTraining:
     """Adam on the logits of every layer and step.
 
     Args:
-        calibration: Gives layers, costs and steps.
-        interval: Steps from one that computes everything to the next.
-        compute: The fraction of the MACs that the price aims at; or None.
-        penalty: The price; or None.
-        learning_rate: Of Adam.
+        calibration: Calibration with the layers, their costs and the steps.
+        interval: Number of steps between steps that compute everything.
+        compute: Budget as a fraction of the MACs; None with a penalty.
+        penalty: Fixed price; None with a budget.
+        learning_rate: Learning rate of Adam.
 
     Attributes:
-        interval: As given.
-        price: What computing all layers at a step costs, in squared relative error.
+        interval: Number of steps between steps that compute everything.
+        price: Penalty of computing all layers of a step, in squared relative error.
 
     Raises:
-        InvalidArgumentError: If compute and penalty are not one number that makes sense.
+        InvalidArgumentError: If not exactly one valid compute or penalty is given.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class RouterTraining:
         learning_rate: float,
     ) -> None:
         if (compute is None) == (penalty is None):
-            raise InvalidArgumentError("give exactly one of compute and penalty")
+            raise InvalidArgumentError("pass exactly one of compute and penalty")
         if penalty is not None and check_number("penalty", penalty) < 0:
             raise InvalidArgumentError(f"penalty must not be negative, got {penalty}")
         self.interval = interval
@@ -61,13 +61,13 @@ class RouterTraining:
         self._slopes = torch.zeros(shape, dtype=torch.float64)
         self._mixed = torch.zeros(shape, dtype=torch.bool)
         self._logits = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
-        self._optimizer = torch.optim.Adam([self._logits], lr=learning_rate, betas=_MEMORY)
+        self._optimizer = torch.optim.Adam([self._logits], lr=learning_rate, betas=_BETAS)
         self._errors: list[float] = []
         self._calls = self._passes = self._generations = 0
         self._last_error = math.nan
 
     def _least_compute(self, calibration: Calibration) -> float | None:
-        """The compute of reusing wherever that may be; None if costs are not known."""
+        """Returns the smallest possible compute; None if costs are unknown."""
         if self._cell_costs is None:
             return None
         free = [sum(t % self.interval > 0 for t in run[1:]) for run in calibration.steps_run]
@@ -78,41 +78,41 @@ class RouterTraining:
             raise InvalidArgumentError(f"compute must be in (0, 1], got {compute}")
         if self._least is None:
             raise InvalidArgumentError(
-                "the calibration does not know what the layers cost, so no budget can be kept; "
-                "give a penalty instead"
+                "a budget needs the costs of layers, which the calibration does not have; pass a "
+                "penalty instead"
             )
         if compute < self._least:
             raise InvalidArgumentError(
                 f"no routers are as cheap as {compute:.3f} of the uncached MACs: with an interval "
-                f"of {self.interval} the least is {self._least:.3f}; give a larger interval"
+                f"of {self.interval} the minimum is {self._least:.3f}; use a larger interval"
             )
 
     # -------------------------------------------------------------------------------- training
 
     def shares(self, step: int) -> Tensor:
-        """What each layer computes of itself at a step, for gradients to be taken of; [layers]."""
+        """Returns beta of each layer at a step, as a leaf tensor for gradients; [layers]."""
         return self._logits[:, step].detach().float().sigmoid().requires_grad_()
 
     def index(self, path: str) -> int:
-        """The position of a layer among the shares."""
+        """Returns the index of a layer."""
         return self._paths[path]
 
     def count(self, passes: int) -> None:
-        """Notes a call of the denoiser that took so many passes instead of one."""
+        """Counts a call of the denoiser and its number of forward and backward passes."""
         self._calls += 1
         self._passes += passes
 
     def note(
         self, step: int, mixed: Sequence[str], slope: Tensor, squares: float, norm: float
     ) -> None:
-        """Takes in what came of a call.
+        """Records the error and gradients of a call.
 
         Args:
-            step: Of the generation.
-            mixed: The layers that took part.
-            slope: Of the squared error, by the shares; [layers].
-            squares: The squared error of the denoiser's output.
-            norm: What it is relative to.
+            step: Step of the call.
+            mixed: Paths of the layers that were mixed.
+            slope: Gradient of the squared error with respect to beta; [layers].
+            squares: Squared error of the denoiser's output.
+            norm: Squared norm of the output, which the error is relative to.
         """
         if not (math.isfinite(squares) and bool(slope.isfinite().all())):
             raise CalibrationError(
@@ -124,7 +124,7 @@ class RouterTraining:
         self._errors.append(squares / max(norm, _TINY))
 
     def end_generation(self) -> None:
-        """One step of descent, from all calls of a generation."""
+        """Takes one optimizer step from all calls of a generation."""
         self._generations += 1
         self._last_error = math.sqrt(sum(self._errors) / max(len(self._errors), 1))
         logits = self._logits.detach()
@@ -141,7 +141,10 @@ class RouterTraining:
                 self._logits.add_(self._shift(self._target))
 
     def _balance(self, moves: Tensor) -> float:
-        """The price at which as much is to be computed more as is to be computed less."""
+        """Returns the weighted median of the gains per MAC.
+
+        At this price, as many MACs gain from more computation as from less.
+        """
         gains = (-self._slopes / self._weights).flatten()
         order = gains.argsort()
         weight = (self._weights * moves).flatten()[order].cumsum(0)
@@ -149,7 +152,7 @@ class RouterTraining:
         return max(float(gains[order[min(middle, len(order) - 1)]]), 0.0)
 
     def _shift(self, compute: float) -> float:
-        """What to add to all logits, so that they stand for a compute; found by bisection."""
+        """Returns the shift of all logits that meets a compute, found by bisection."""
         low, high = -2 * _LARGEST_LOGIT, 2 * _LARGEST_LOGIT
         for _ in range(50):
             middle = (low + high) / 2
@@ -160,13 +163,13 @@ class RouterTraining:
     # --------------------------------------------------------------------------------- results
 
     def values(self) -> npt.NDArray[np.float64]:
-        """The shares, 1 where a layer was never free; [layers, steps]."""
+        """Returns beta, 1 where a layer was never mixed; [layers, steps]."""
         shares = self._logits.detach().sigmoid()
         return torch.where(self._mixed, shares, 1.0).numpy()
 
     @property
     def compute(self) -> float | None:
-        """The fraction of the MACs that the shares stand for; None if costs are not known."""
+        """Expected fraction of the MACs under the routers; None if costs are unknown."""
         return self._compute_of(self._logits.detach())
 
     def _compute_of(self, logits: Tensor) -> float | None:
@@ -177,19 +180,19 @@ class RouterTraining:
 
     @property
     def cost(self) -> float:
-        """What was run, in uncached generations; a backward pass counts like a forward."""
+        """Cost so far in uncached generations; a backward pass counts as a forward."""
         return self._generations * self._passes / max(self._calls, 1)
 
     def progress(self) -> str:
-        """How it goes: error of the denoiser's output in the last generation, and compute."""
+        """Returns the error of the last generation and the compute, for the progress bar."""
         spent = "" if self.compute is None else f", compute {self.compute:.3f}"
         return f"error {self._last_error:.4g}{spent}"
 
 
 def _costs(calibration: Calibration) -> tuple[Tensor, Tensor | None]:
-    """Each layer's part in the MACs of all layers, and in those of a run, for one step of it.
+    """Returns each layer's fraction of the MACs of all layers, and of a run, per step.
 
-    Layers of unknown cost count alike, and what they are in a run is not known.
+    If costs are unknown, layers have equal weights, and the fraction of a run is None.
     """
     macs = [layer.macs for layer in calibration.layers]
     if None in macs or not sum(x or 0 for x in macs) or not calibration.total_macs:

@@ -1,4 +1,4 @@
-"""What the user handed over: denoisers, their arguments and outputs, and what they cost."""
+"""The user's model: denoisers, their arguments and outputs, and their costs."""
 
 from .arguments import Signature as Signature
 from .denoisers import find_denoisers as find_denoisers

@@ -13,20 +13,20 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-# What follows the steps by its nature, so that its first change is no new branch.
+# Arguments that depend on the step, so that their first change does not indicate a new branch.
 MOVING_NAME = re.compile(
     r"control|residual|res_samples|adapter|hint|sigma|step|noise_level|progress|iteration"
     r"|(^|[._])(i|k|idx|index)$",
     re.IGNORECASE,
 )
-# A denoiser's latents, and those of a second modality; all else but the timestep conditions it.
+# Latents, and latents of a second modality. All other arguments but the timestep are conditioning.
 _LATENTS_NAME = re.compile(r"hidden_states|sample|x|x_t|z|img|latents?|latent_model_input")
 _MORE_LATENTS_NAME = re.compile(
     r"(audio|video|noisy|local)_(hidden_states|sample|latents?)|(vision|sound|action)_tokens"
 )
 _COMPARABLE = (Tensor, str, int, float)
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "sigmas", "noise_level", "time", "ts")
-# Of one modality among several, or where a step is to lead.
+# Also timesteps of one of several modalities, and target timesteps.
 _TIMESTEP_NAME = re.compile(r"(\w+_)?(timesteps?|sigmas?|time)(_\w+)?")
 
 
@@ -35,10 +35,10 @@ class Call:
     """The arguments of one call of a denoiser, sorted by what they are.
 
     Attributes:
-        timestep: The model's own t, a number or a tensor; None if the call has none.
-        latents: The first tensor of what is to be denoised; None if no tensor looks like it.
-        conditioning: All other tensors, numbers and strings, flattened, by the argument's name.
-            What has the shape of the latents is taken for latents, too.
+        timestep: The model's own timestep, a number or a tensor; None if the call has none.
+        latents: First tensor of the latents being denoised; None if there is none.
+        conditioning: All other tensors, numbers and strings, flattened, by argument name. Tensors
+            in the shape of the latents count as latents.
     """
 
     timestep: Any
@@ -50,12 +50,12 @@ class Signature:
     """Sorts the arguments of a denoiser's calls into timestep, latents and conditioning.
 
     Attributes:
-        timestep: The parameter that holds the timestep; None if no parameter has one of the usual
-            names. Then it is the first argument that is a number or has at most one dimension.
+        timestep: Name of the timestep parameter; None if no parameter has a common name. The first
+            argument that is a number or has at most one dimension is then used.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
-        # Bound to the module, so the parameter that takes it is left out whatever its name is.
+        # Bound to the module, so that the parameter for the module is omitted whatever its name.
         forward = denoiser.__dict__.get("forward", MethodType(type(denoiser).forward, denoiser))
         self._names = [name for name in inspect.signature(forward).parameters if name != "self"]
         usual = [name for name in TIMESTEP_NAMES if name in self._names]
@@ -73,16 +73,16 @@ class Signature:
         Returns:
             Timestep, latents and conditioning.
         """
-        extra = len(args) - len(self._names)  # of a parameter like ``*args``
+        extra = len(args) - len(self._names)  # arguments of a parameter like ``*args``
         names = [*self._names, *(f"*{i}" for i in range(extra))]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         name = self.timestep
-        if name not in given:  # as where everything is passed through ``**kwargs``
+        if name not in given:  # for example, if everything is passed through ``**kwargs``
             name = next((n for n in TIMESTEP_NAMES if n in given), None)
         if name is None:
             name = next((n for n, value in given.items() if _could_be_a_timestep(value)), None)
         named = [n for n in given if n != name and _tensors(given[n])]
-        # Unless their name says so, integers are no latents but ids and positions.
+        # Integer tensors are ids and positions, unless their name is that of latents.
         floating = [n for n in named if _tensors(given[n])[0].is_floating_point()]
         latents = [n for n in named if _LATENTS_NAME.fullmatch(n)][:1] or (floating or named)[:1]
         latents += [n for n in named if n not in latents and _MORE_LATENTS_NAME.fullmatch(n)]
@@ -105,7 +105,7 @@ class Signature:
 
 
 def _split(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments; of a mapping among them, what follows the steps has a name of its own."""
+    """Returns the arguments, with step-dependent entries of mappings as separate arguments."""
     found: dict[str, Any] = {}
     for name, value in given.items():
         if not isinstance(value, Mapping):

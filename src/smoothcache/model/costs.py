@@ -1,9 +1,8 @@
-"""What a forward costs: multiply-accumulates (MACs) counted from what really runs, and bytes held.
+"""Costs of a forward: multiply-accumulates (MACs) of the operators that run, and bytes.
 
-The count is taken under the Python level of PyTorch, where every model looks alike: below
-`nn.Module`, below `autograd`, one operator at a time, with the formulas of
-`torch.utils.flop_counter`. Nothing needs to be known about the model, and a forward on the meta
-device, which computes nothing, costs the same as one on a CPU or a GPU.
+MACs are counted at the dispatcher level of PyTorch, below `nn.Module` and `autograd`, one operator
+at a time, with the formulas of `torch.utils.flop_counter`. This works for any model. A forward on
+the meta device, which computes nothing, has the same count as one on a CPU or a GPU.
 """
 
 from __future__ import annotations
@@ -24,39 +23,38 @@ _UNITS = ("MACs", "KMACs", "MMACs", "GMACs", "TMACs", "PMACs")
 class MacCounter:
     """Counts the multiply-accumulates of everything that runs inside its ``with`` block.
 
-    The counts can be read at any moment, inside the block as well as after it, so an observer
-    finds the cost of a layer as the difference of two readings. Results inside the block are bit
-    for bit what they are outside, with and without gradients and in inference mode.
+    The counts can be read at any time, inside the block and after it, so the cost of a layer is the
+    difference of two readings. Results inside the block are bit-identical to results outside, with
+    and without gradients and in inference mode.
 
-    How a product with weights is told from an attention product:
+    Products with weights and attention products are distinguished as follows:
 
     - ``aten.linear``, ``mm``, ``addmm``, convolutions and quantised products are products with
-      weights. `torch.nn.Linear` ends there whatever the shape of its input.
-    - Attention kernels, and ``bmm`` and ``baddbmm``, where hand-written attention ends (``matmul``
-      of batches, ``einsum``), are attention products, except that a ``bmm`` with a
-      `torch.nn.Parameter` or a view of one is a product with weights (``einsum`` turns
-      ``"bnd,ed->bne"`` into ``bmm``).
+      weights. `torch.nn.Linear` dispatches to these for any input shape.
+    - Attention kernels, ``bmm`` and ``baddbmm`` (to which batched ``matmul`` and ``einsum``
+      dispatch) are attention products. A ``bmm`` with a `torch.nn.Parameter` or a view of one is a
+      product with weights (``einsum`` turns ``"bnd,ed->bne"`` into ``bmm``).
 
-    So hand-written attention without any batch or head dimension counts as weights, and
-    ``einsum`` with weights that autocast has copied to another type counts as attention. The
-    total is right in both cases. Causal and masked attention counts in full. A kernel that pads
-    its heads counts what it was given (on CUDA, heads whose size is no multiple of 8).
+    Hand-written attention without a batch or head dimension therefore counts as weights, and
+    ``einsum`` with weights cast by autocast counts as attention. The total is right in both cases.
+    Causal and masked attention counts in full. A kernel that pads its heads counts the padded size
+    (on CUDA, heads whose size is not a multiple of 8).
 
     Operators without a formula count nothing: element-wise arithmetic, norms, softmax, and custom
-    kernels until `torch.utils.flop_counter.register_flop_formula` has given them one.
+    kernels without a formula registered by `torch.utils.flop_counter.register_flop_formula`.
 
-    What cannot be counted: a model under ``torch.compile(fullgraph=True)``, which PyTorch refuses
-    to run while anything watches its operators (count before compiling), uncompiled flex
-    attention, for the same reason, and nested tensors of the jagged layout.
+    Unsupported are models under ``torch.compile(fullgraph=True)`` (count before compiling) and
+    uncompiled flex attention, which PyTorch refuses to run under a dispatch mode, and nested
+    tensors with the jagged layout.
 
-    Counting is per thread. Counters can be nested, each counts what runs inside it; entering one
-    that is already active changes nothing, and entering one again later starts from zero.
+    Counting is per thread. Counters can be nested, and each counts what runs inside it. Entering an
+    active counter again has no effect; entering a closed counter again starts from zero.
 
     Attributes:
-        weights: MACs of linear and convolution layers, biases not included.
+        weights: MACs of linear and convolution layers, without biases.
         attention: MACs of the two attention products, queries with keys and weights with values.
-        biases: Additions of biases in linear and convolution layers, one for each element of the
-            output. Not part of ``total``.
+        biases: Bias additions in linear and convolution layers, one per output element. Not part
+            of ``total``.
 
     Example:
         >>> import torch
@@ -77,7 +75,7 @@ class MacCounter:
 
     @property
     def total(self) -> int:
-        """MACs so far, 1 MAC being 2 floating-point operations: ``weights + attention``."""
+        """MACs so far, ``weights + attention``; 1 MAC is 2 floating-point operations."""
         return self.weights + self.attention
 
     def __enter__(self) -> MacCounter:
@@ -102,7 +100,7 @@ class MacCounter:
 
 
 def human_macs(macs: float) -> str:
-    """Gives a number of MACs with a unit that fits, to two decimals.
+    """Formats a number of MACs with a suitable unit, to two decimals.
 
     Args:
         macs: Multiply-accumulates, not negative.
@@ -121,11 +119,11 @@ def human_macs(macs: float) -> str:
 
 
 def nbytes(tree: Any) -> int:
-    """Gives the bytes of all tensors in what a layer returned.
+    """Returns the bytes of all tensors in a layer's output.
 
     Args:
-        tree: A tensor, or tuples, lists and mappings of tensors in any nesting. Anything else in
-            it, `None` included, has no bytes. A tensor that occurs twice counts once.
+        tree: A tensor, or nested tuples, lists and mappings of tensors. Other values, including
+            `None`, have no bytes. A tensor that occurs twice counts once.
 
     Example:
         >>> import torch
@@ -148,7 +146,7 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 
 class _CountingMode(OperatorMode):  # type: ignore[no-untyped-call]
-    """Adds up what every operator costs."""
+    """Adds up the costs of all operators."""
 
     def __init__(self, counter: MacCounter) -> None:
         super().__init__()

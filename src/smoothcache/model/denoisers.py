@@ -1,4 +1,4 @@
-"""Finds which parts of a pipeline denoise."""
+"""Finds the denoisers of a pipeline."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def find_denoisers(model: Any) -> dict[str, nn.Module]:
         model: A diffusers pipeline (anything with a ``components`` mapping) or a module.
 
     Returns:
-        Prefix of a layer's path to denoiser. The only denoiser has the prefix ``""``, so a
-        schedule made for a pipeline with one transformer also fits that transformer alone.
+        Denoisers by the prefix of their layers' paths. A single denoiser has the prefix ``""``, so
+        a schedule for a pipeline with one transformer also fits that transformer alone.
 
     Raises:
         InvalidArgumentError: If ``model`` is neither a module nor a pipeline.
         LayersNotFoundError: If no component of the pipeline takes a timestep.
 
-    What wraps a module (``torch.compile``, PEFT, data parallelism) is looked through.
+    Wrappers of ``torch.compile``, PEFT and data parallelism are removed.
 
     Example:
         >>> from diffusers import DiTTransformer2DModel
@@ -52,18 +52,18 @@ def find_denoisers(model: Any) -> dict[str, nn.Module]:
 
 
 def warn_of_randomness(denoisers: Mapping[str, nn.Module], stacklevel: int = 3) -> None:
-    """Warns if a denoiser is left in training mode and drops values at random.
+    """Warns if a denoiser is in training mode with active dropout.
 
     Args:
-        denoisers: Of the model that is about to be used.
-        stacklevel: Whose line it is, as for ``warnings.warn``; the caller of our caller by default.
+        denoisers: Denoisers of the model.
+        stacklevel: Stack level for ``warnings.warn``; by default the caller's caller.
     """
     for denoiser in denoisers.values():
         for path, module in denoiser.named_modules():
             if module.training and _drops(module):
                 warnings.warn(
-                    f"{type(denoiser).__name__} is in training mode, and {path!r} drops values at "
-                    "random, so every call differs; call its eval() first",
+                    f"{type(denoiser).__name__} is in training mode with active dropout at "
+                    f"{path!r}, so every call differs; call eval() on it first",
                     SmoothCacheWarning,
                     stacklevel=stacklevel,
                 )
@@ -71,22 +71,22 @@ def warn_of_randomness(denoisers: Mapping[str, nn.Module], stacklevel: int = 3) 
 
 
 def _drops(module: nn.Module) -> bool:
-    share = getattr(module, "p", 0) if "Dropout" in type(module).__name__ else 0
+    rate = getattr(module, "p", 0) if "Dropout" in type(module).__name__ else 0
     if isinstance(module, nn.MultiheadAttention):
-        share = module.dropout
-    return isinstance(share, int | float) and share > 0
+        rate = module.dropout
+    return isinstance(rate, int | float) and rate > 0
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module that was compiled, given adapters or made parallel; or the module itself.
+    """Returns the module inside ``torch.compile``, PEFT or data-parallel wrappers.
 
     Raises:
-        InvalidArgumentError: If it is copied to several devices for every call.
+        InvalidArgumentError: If ``nn.DataParallel`` copies it to several devices at every call.
     """
     if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
         raise InvalidArgumentError(
-            "nn.DataParallel copies the model to its devices anew for every call, so nothing can "
-            "be kept between steps; run one process for each device (torchrun) instead"
+            "nn.DataParallel copies the model to its devices at every call, so values cannot be "
+            "kept between steps; run one process per device (torchrun) instead"
         )
     inner = getattr(module, "_orig_mod", None)  # torch.compile
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):

@@ -1,4 +1,4 @@
-"""Formulas: the multiply-accumulates of one operator, from the tensors it was given."""
+"""Formulas for the multiply-accumulates of operators."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 
 class Macs(NamedTuple):
-    """What one operator costs, in multiply-accumulates.
+    """Cost of one operator, in multiply-accumulates.
 
     Attributes:
-        weights: Products with weights.
-        attention: Products of activations with activations.
-        biases: Additions of a bias, one for each element of the output.
+        weights: MACs of products with weights.
+        attention: MACs of products of activations with activations.
+        biases: Bias additions, one per output element.
     """
 
     weights: int = 0
@@ -25,13 +25,13 @@ class Macs(NamedTuple):
 
 
 def macs_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Macs:
-    """Gives what an operator cost; nothing where neither PyTorch nor we have a formula.
+    """Returns the cost of an operator; zero without a formula here or in PyTorch.
 
     Args:
-        func: The operator, as `__torch_dispatch__` gets it.
+        func: The operator, as passed to `__torch_dispatch__`.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        out: What it returned.
+        out: Its output.
     """
     name = _name(func)
     if name.startswith("aten::_scaled_dot_product_") and not name.endswith("_backward"):
@@ -42,13 +42,13 @@ def macs_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
 
 
 class LateBiases:
-    """Finds the bias that a linear layer adds after its ``mm``, as for inputs not contiguous."""
+    """Detects a bias added after the ``mm`` of a linear layer, as for non-contiguous inputs."""
 
     def __init__(self) -> None:
-        self._product: tuple[int, int] | None = None  # elements and columns of a `mm` just run
+        self._product: tuple[int, int] | None = None  # elements and columns of the last `mm`
 
     def of(self, func: Any, args: tuple[Any, ...], out: Any) -> Macs:
-        """Takes every operator in the order they run; gives what is a bias among them."""
+        """Returns the bias additions of an operator; must be called for all in running order."""
         name = _name(func)
         product = self._product
         if name == "aten::mm":
@@ -65,12 +65,12 @@ _MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 
 def _registered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Macs:
-    """Counts with the formula that PyTorch, or the user, has registered."""
+    """Returns the cost by a formula registered with PyTorch, also by the user."""
     name = _name(func)
     formula = flop_registry.get(getattr(func, "_overloadpacket", func))
     if formula is None:
         return Macs()
-    if name in _MATMULS:  # some overloads end in a type, which the formulas do not expect
+    if name in _MATMULS:  # some overloads have a dtype argument that the formulas do not expect
         args = tuple(value for value in args if isinstance(value, torch.Tensor))
     macs = int(formula(*args, **kwargs, out_val=out)) // 2
     if name in ("aten::bmm", "aten::baddbmm"):
@@ -89,7 +89,7 @@ def _adds_bias(name: str, args: tuple[Any, ...], out: Any) -> bool:
 
 
 def _name(func: Any) -> str:
-    """The qualified name without the overload, ``aten::mm``; also of operators of higher order."""
+    """Returns an operator's qualified name without the overload, such as ``aten::mm``."""
     return func._schema.name if isinstance(func, torch._ops.OpOverload) else str(func)
 
 
@@ -98,7 +98,7 @@ def _columns(tensor: torch.Tensor) -> int:
 
 
 def _is_row(value: Any, out: torch.Tensor) -> bool:
-    """Tells whether ``value`` can be a bias: one number for each column of ``out``."""
+    """Whether ``value`` may be a bias: one number per column of ``out``."""
     return isinstance(value, torch.Tensor) and value.dim() == 1 and len(value) == _columns(out)
 
 
@@ -106,9 +106,9 @@ def _is_weight(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, Parameter) or isinstance(tensor._base, Parameter)
 
 
-# Below: operators for which PyTorch registers no formula, or one that not every version has right.
+# Operators without a formula in PyTorch, or with a formula that is wrong in some versions.
 def _rows_times_weights(args: tuple[Any, ...], out: Any) -> Macs:
-    """``[..., rows, k]`` times weights ``k x n`` in whatever packing, to ``[..., rows, n]``."""
+    """``[..., rows, k]`` times weights ``k x n`` in any packing, to ``[..., rows, n]``."""
     return Macs(weights=args[0].numel() * _columns(out))
 
 

@@ -1,4 +1,4 @@
-"""Sees every operator that PyTorch runs, and lets each run as it would have run."""
+"""Observes every operator that PyTorch runs, without changing results."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Shows every operator that runs inside its ``with`` block to ``saw``."""
+    """Passes every operator that runs inside its ``with`` block to ``saw``."""
 
     supports_higher_order_operators = True  # flex attention is one
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Lets flex attention trace itself, which it does even where nothing is compiled."""
+        """Allows flex attention to trace itself, which it does even in eager mode."""
         return True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
     def saw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Is told of an operator that has run."""
+        """Called after an operator has run."""
         raise NotImplementedError
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _runs_as_parts(func):
+        if _is_composite(func):
             with _as_outside(func), self:
                 return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         with _as_outside(func):
@@ -39,12 +39,12 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-def _runs_as_parts(func: Any) -> bool:
-    """Tells whether an operator is made of others, which are to be seen in its place.
+def _is_composite(func: Any) -> bool:
+    """Whether an operator consists of others, which are observed in its place.
 
-    Autograd takes such operators apart before they come here, except in inference mode. Their
-    C++ code then has to run: `OpOverload.decompose` prefers code in Python that chooses other
-    kernels. A linear layer is seen whole: some devices have a kernel of their own for it.
+    Autograd decomposes such operators before they arrive here, except in inference mode. Their C++
+    code must run then, because `OpOverload.decompose` prefers Python code that selects other
+    kernels. A linear layer is observed as a whole, because some devices have a kernel for it.
     """
     if not isinstance(func, torch._ops.OpOverload) or func._schema.name == "aten::linear":
         return False
@@ -52,10 +52,10 @@ def _runs_as_parts(func: Any) -> bool:
 
 
 def _as_outside(func: Any) -> AbstractContextManager[Any]:
-    """Lets an operator track views inside itself if it would without us.
+    """Makes an operator track views internally if it would do so outside the mode.
 
-    Under a dispatch mode it would not, in inference mode: a view of a weight would come without
-    `requires_grad`, `matmul` would choose another kernel, and the last bits would change.
+    In inference mode, a dispatch mode disables that: a view of a weight would lose
+    `requires_grad`, `matmul` would select another kernel, and the last bits would change.
     """
     tracks = isinstance(func, torch._ops.OpOverload) and (
         _has_kernel(func, "CompositeImplicitAutograd")
@@ -68,7 +68,7 @@ def _as_outside(func: Any) -> AbstractContextManager[Any]:
 
 
 def _has_kernel(func: torch._ops.OpOverload, key: str) -> bool:
-    if func.namespace == "prim":  # known to Python alone
+    if func.namespace == "prim":  # operators without a C++ registration
         return False
     name = func.name()  # type: ignore[no-untyped-call]
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, key))

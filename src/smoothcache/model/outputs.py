@@ -1,4 +1,4 @@
-"""What layers are given and return, taken apart and put together; residuals of whole blocks."""
+"""Flattens and rebuilds the inputs and outputs of layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NO_TENSORS = frozenset({type(None), bool, int, float, str})
 
 
 def tensors_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that a layer is given, told at once in most cases."""
+    """Returns the input tensors of a layer, with a fast path for flat arguments."""
     tensors: list[Tensor] = []
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
@@ -31,12 +31,12 @@ def tensors_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]
 
 
 def form_of(given: list[Tensor]) -> list[Any]:
-    """Shapes and types of tensors."""
+    """Returns the shapes and dtypes of tensors."""
     return [(x.shape, x.dtype) for x in given]
 
 
 def has_form(form: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether ``form_of`` the given tensors is this one, told at once in most cases."""
+    """Whether the input tensors have this form, with a fast path for flat arguments."""
     count = 0
     for value in (*args, *kwargs.values()) if kwargs else args:
         if value is None:
@@ -54,55 +54,55 @@ def has_form(form: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def is_plain(output: Any) -> bool:
-    """Whether an output is one tensor of floats."""
+    """Whether an output is a single floating-point tensor."""
     return isinstance(output, Tensor) and output.is_floating_point()
 
 
 class Writes:
-    """Notices which of the tensors that it is given a layer writes into.
+    """Detects in-place writes of a layer into its input tensors.
 
-    In inference mode nothing counts writes. There the contents are compared instead, in the first
-    call; a layer does not change its habits.
+    Inference mode has no version counters. The contents are compared instead, in the first call
+    only; later calls are assumed to write into the same inputs.
     """
 
     def __init__(self) -> None:
-        self._habits: set[int] | None = None
+        self._known: set[int] | None = None
 
     def before(self, given: list[Tensor]) -> list[Any]:
-        """What ``after`` compares with."""
-        is_known = self._habits is not None
+        """Returns versions or digests for ``after`` to compare with."""
+        is_known = self._known is not None
         return [version(x) if is_known or not x.is_inference() else digest(x) for x in given]
 
     def after(self, given: list[Tensor], marks: list[Any]) -> dict[int, Tensor]:
-        """The tensors that were written into, by their number."""
-        habits = self._habits
+        """Returns the tensors that were written into, by their index."""
+        known = self._known
         written: dict[int, Tensor] = {}
         for i, (x, mark) in enumerate(zip(given, marks, strict=True)):
             if not x.is_inference():
                 is_written = x._version != mark
-            elif habits is None:
+            elif known is None:
                 is_written = mark is not None and not are_equal(mark, digest(x))
             else:
-                is_written = i in habits
+                is_written = i in known
             if is_written:
                 written[i] = x
-        if habits is None and any(x.is_inference() for x in given):
-            self._habits = {i for i, x in written.items() if x.is_inference()}
+        if known is None and any(x.is_inference() for x in given):
+            self._known = {i for i, x in written.items() if x.is_inference()}
         return written
 
 
 def taken_apart(output: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The leaves of an output, and how to put others in their place.
+    """Returns the leaves of an output, and a function that rebuilds it from other leaves.
 
-    Dataclasses and mappings in it are taken apart too; a tensor in two places is one leaf.
+    Nested dataclasses and mappings are flattened too. A tensor that occurs twice is one leaf.
     """
     if isinstance(output, Tensor):
         return [output], _only
     leaves, whole = _parts(output)
     places = [next(i for i, x in enumerate(leaves) if x is leaf) for leaf in leaves]
-    own = sorted(set(places))
-    sources = [own.index(place) for place in places]
-    return [leaves[i] for i in own], lambda values: whole(iter([values[i] for i in sources]))
+    unique = sorted(set(places))
+    sources = [unique.index(place) for place in places]
+    return [leaves[i] for i in unique], lambda values: whole(iter([values[i] for i in sources]))
 
 
 def _only(values: list[Any]) -> Any:
@@ -110,19 +110,19 @@ def _only(values: list[Any]) -> Any:
 
 
 def _parts(output: Any) -> tuple[list[Any], Callable[[Iterator[Any]], Any]]:
-    """All that is in an output, in order, and how to refill it from such a sequence."""
+    """Returns all leaves of an output in order, and a function that refills it from a sequence."""
     leaves, spec = pytree.tree_flatten(output)
     parts = [_inside(leaf) for leaf in leaves]
-    wholes = [whole for _, whole in parts]  # without the tensors, which are not to be kept alive
+    wholes = [whole for _, whole in parts]  # without the tensors, which must not be kept alive
 
     def refill(values: Iterator[Any]) -> Any:
         return pytree.tree_unflatten([whole(values) for whole in wholes], spec)
 
-    return [leaf for own, _ in parts for leaf in own], refill
+    return [leaf for inner, _ in parts for leaf in inner], refill
 
 
 def _inside(leaf: Any) -> tuple[list[Any], Callable[[Iterator[Any]], Any]]:
-    """What is in a leaf of a pytree: itself, or all that a dataclass or a mapping holds."""
+    """Returns the contents of a pytree leaf: itself, or the fields of a dataclass or mapping."""
     is_record = dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
     if not is_record and not isinstance(leaf, MutableMapping):
         return [leaf], next
@@ -139,7 +139,7 @@ def _vars(value: Any) -> dict[str, Any]:
 
 
 def hides_tensors(leaf: Any) -> bool:
-    """Whether a leaf has tensors in it, or is a function of some, that nobody can exchange."""
+    """Whether a leaf contains tensors that cannot be replaced, or is a closure over tensors."""
     if isinstance(leaf, Tensor | type):
         return False
     if tensors_in(dict(_vars(leaf))):
@@ -148,7 +148,7 @@ def hides_tensors(leaf: Any) -> bool:
 
 
 def _is_function_of_tensors(function: Any) -> bool:
-    """Whether a function, or one that it calls, was made with tensors in it."""
+    """Whether a function, or a function bound in it, holds tensors."""
     if isinstance(function, partial):
         held: list[Any] = [function.func, function.args, function.keywords]
     elif isinstance(function, MethodType):
@@ -161,7 +161,7 @@ def _is_function_of_tensors(function: Any) -> bool:
     return any(
         isinstance(x, Tensor) or (callable(x) and x is not function and hides_tensors(x))
         for x in leaves
-        if not isinstance(x, Parameter | Module)  # a model's own weights stay what they are
+        if not isinstance(x, Parameter | Module)  # weights do not change between steps
     )
 
 
@@ -181,7 +181,7 @@ def _refilled(whole: Any, attributes: dict[str, Any], items: dict[Any, Any]) -> 
 
 
 def bytes_of(output: Any) -> int:
-    """Bytes of all tensors in an output; a tensor in two places counts once."""
+    """Returns the bytes of all tensors in an output; a tensor that occurs twice counts once."""
     return sum(leaf.nbytes for leaf in taken_apart(output)[0] if isinstance(leaf, Tensor))
 
 
@@ -202,7 +202,7 @@ def float_tensors(arguments: Any) -> list[Tensor]:
 def written_into(
     into: list[int | None], values: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Any]:
-    """Leaves in the place of a layer's own, where it returns an input that it writes into."""
+    """Returns the leaves, copied into inputs that the layer writes in place and returns."""
     if all(i is None for i in into):
         return values
     given = tensors_in((args, kwargs))

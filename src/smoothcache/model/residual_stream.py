@@ -1,10 +1,10 @@
-"""Which of its inputs a layer carries on past its weights, found by following one forward.
+"""Detects which inputs bypass a layer's weights, by tracing the operators of one forward.
 
-Most layers return a branch: all that they return has gone through their weights, and the model
-adds it to the residual stream. Some add the stream themselves. Reusing their output would bring
-back the old stream, and discard what the layers before them have computed. So the operators of one
-forward are watched, and every tensor is marked with the inputs that reach it without a product
-with weights. Values are not read, and the layer does not run twice.
+Most layers return a branch: their whole output has passed through their weights, and the model adds
+it to the residual stream. Some layers add the stream themselves. Reusing their output would restore
+the old stream and discard what earlier layers have computed. Therefore the operators of one forward
+are observed, and every tensor is marked with the inputs that reach it without a product with
+weights. No values are read, and the layer does not run twice.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _KEPT = {  # operators that leave the elements of their operands as they are, or
     *("index_put", "index_add", "index_copy", "masked_scatter", "dropout", "native_dropout"),
     *("view_copy", "permute_copy", "transpose_copy", "expand_copy", "slice_copy", "select_copy"),
 }
-# A matrix with no more rows than this mixes a few streams, not the channels of one.
+# A matrix with at most this many rows mixes streams rather than the channels of one stream.
 _FEW = 4
 _NONE: frozenset[int] = frozenset()
 
 
 class Carried(NamedTuple):
-    """What a layer does with its inputs besides putting them through its weights.
+    """The inputs that bypass a layer's weights.
 
     Attributes:
-        sources: For each leaf of the output the floating-point input that it is a sum with, by its
-            number; None where all of it has gone through the weights. Empty if no leaf is.
-        is_mixed: Whether a leaf carries an input in another way than as a term of a sum (behind a
-            norm, mixed with other streams, inside a function), so that no difference keeps it.
+        sources: For each leaf of the output, the index of the floating-point input that is added to
+            it; None if the whole leaf has passed through the weights. Empty if that holds for all.
+        is_mixed: Whether a leaf contains an input other than as a term of a sum (behind a norm,
+            mixed with other streams, inside a closure), so that a difference cannot capture it.
     """
 
     sources: tuple[int | None, ...] = ()
@@ -55,7 +55,7 @@ class _Mark(NamedTuple):
     """The inputs that reach a tensor without a product with weights."""
 
     added: frozenset[int] = _NONE  # as terms of a sum
-    mixed: frozenset[int] = _NONE  # in another way
+    mixed: frozenset[int] = _NONE  # in other ways
 
     @property
     def all(self) -> frozenset[int]:
@@ -65,10 +65,10 @@ class _Mark(NamedTuple):
 def followed(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Carried]:
-    """Runs a layer, and says what it carries on.
+    """Runs a layer; returns its output and the inputs that bypass its weights.
 
-    Where its operators cannot be watched (flex attention, code that insists on being compiled),
-    the layer runs again without that, and is taken for one that carries nothing.
+    If its operators cannot be observed (flex attention, code that is always compiled), the layer
+    runs again unobserved, and no input is assumed to bypass its weights.
     """
     given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     inputs = [x for x in given if x.is_floating_point()]
@@ -87,23 +87,23 @@ def followed(
 
 
 def sentence(path: str) -> str:
-    """Says why the output of a layer cannot be reused."""
+    """Returns the message why a layer's output cannot be reused."""
     return (
-        f"{path!r} carries its input on past its weights, and not as a term of a sum (it norms "
-        "after adding, mixes several streams, or returns a function that holds them), so reusing "
-        "its output would discard what the layers before it compute; reuse its whole block: "
+        f"the input of {path!r} bypasses its weights, but not as a term of a sum (the layer norms "
+        "after adding, mixes several streams, or returns a closure over them), so reusing its "
+        "output would discard what earlier layers compute; reuse its whole block: "
         'granularity="block"'
     )
 
 
 class _Following(OperatorMode):
-    """Marks tensors with the inputs that reach them, operator by operator."""
+    """Propagates marks of inputs from tensor to tensor, operator by operator."""
 
     def __init__(self, given: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self._inputs = inputs
-        self._weighted: set[int] = set()  # inputs that have met weights
-        # By storage, so that views need no rule. The reference keeps an address from coming again.
+        self._weighted: set[int] = set()  # inputs of a product with weights
+        # By storage, so that views need no rule. The reference prevents reuse of an address.
         self._marks: dict[int, tuple[StorageWeakRef, _Mark]] = {}
         for x in given:
             number = next((i for i, known in enumerate(inputs) if known is x), None)
@@ -112,14 +112,14 @@ class _Following(OperatorMode):
             self._put(x, _Mark(added))
 
     def saw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Marks what an operator returned."""
+        """Marks the outputs of an operator."""
         operands = _tensors((args, kwargs))
         marks = [self._mark(x) for x in operands]
         if any(mark is not None for mark in marks):
             self._note(func, args, operands, marks, _tensors(out))
 
     def carried(self, leaves: Sequence[Any]) -> Carried:
-        """What the leaves of the layer's output carry on."""
+        """Returns the inputs that bypass the weights, for the leaves of the layer's output."""
         sources: list[int | None] = []
         is_mixed = False
         for leaf in leaves:
@@ -144,7 +144,7 @@ class _Following(OperatorMode):
     # ---------------------------------------------------------------------------------- marks
 
     def _mark(self, x: Tensor) -> _Mark | None:
-        """The mark of a tensor; None if it depends on no input."""
+        """Returns the mark of a tensor; None if it depends on no input."""
         storage = _storage(x)
         if storage is None:
             return None
@@ -165,7 +165,7 @@ class _Following(OperatorMode):
         marks: list[_Mark | None],
         outputs: list[Tensor],
     ) -> None:
-        """Marks what an operator returned."""
+        """Marks the outputs of an operator that has marked operands."""
         schema = getattr(func, "_schema", None)
         name = str(getattr(func, "_opname", func)).rstrip("_")
         writes = schema is not None and schema.is_mutable
@@ -175,14 +175,14 @@ class _Following(OperatorMode):
         mark = result or _combined(name, operands, marks)
         before = {_key(x) for x in operands}
         for x in outputs:
-            own = mark if x.is_floating_point() else _Mark()
+            new = mark if x.is_floating_point() else _Mark()
             if _key(x) in before:
                 if not writes:
                     continue  # a view
                 old = self._mark(x)
-                if old is not None and not _whole(x):  # the rest of the storage is as it was
-                    own = _Mark(own.added | old.added, own.mixed | old.mixed)
-            self._put(x, own)
+                if old is not None and not _whole(x):  # the rest of the storage is unchanged
+                    new = _Mark(new.added | old.added, new.mixed | old.mixed)
+            self._put(x, new)
 
     def _product(
         self,
@@ -191,7 +191,7 @@ class _Following(OperatorMode):
         operands: list[Tensor],
         marks: list[_Mark | None],
     ) -> _Mark:
-        """What is left of the marks of factors, and the mark of what the product is added to."""
+        """Returns the mark of a product with weights, including the mark of an addend."""
         added = _Mark()
         if name in _ADD_A_PRODUCT:
             added, operands, marks = marks[0] or _Mark(), operands[1:], marks[1:]
@@ -204,7 +204,7 @@ class _Following(OperatorMode):
 
 
 def _combined(name: str, operands: list[Tensor], marks: list[_Mark | None]) -> _Mark:
-    """The mark of what an operator that is no product with weights makes of its operands."""
+    """Returns the mark of the output of an operator other than a product with weights."""
     known = [mark for mark in marks if mark is not None]
     every = frozenset().union(*[mark.all for mark in known])
     added = frozenset().union(*[mark.added for mark in known])
@@ -223,7 +223,7 @@ def _combined(name: str, operands: list[Tensor], marks: list[_Mark | None]) -> _
 
 
 def _scaled(operands: list[Tensor], marks: list[_Mark | None]) -> _Mark | None:
-    """The mark of the one factor that others scale: constants, gates and masks broadcast to it."""
+    """Returns the mark of the single full-size factor that constants, gates or masks scale."""
     factors = [(x.numel(), mark) for x, mark in zip(operands, marks, strict=True) if mark]
     most = max(size for size, _ in factors)
     full = [mark for size, mark in factors if size == most]
@@ -231,14 +231,14 @@ def _scaled(operands: list[Tensor], marks: list[_Mark | None]) -> _Mark | None:
 
 
 def _is_product(func: Any, name: str) -> bool:
-    """Whether an operator contracts its operands; of foreign ones nothing else is known."""
+    """Whether an operator contracts its operands; assumed for operators outside ``aten``."""
     if getattr(func, "namespace", "") != "aten":
         return True
     return any(part in name for part in _PRODUCTS) and "upsample" not in name
 
 
 def _summed(name: str, args: tuple[Any, ...], factors: list[Tensor]) -> int:
-    """Over how many channels, or streams, a product sums."""
+    """Returns the number of channels or streams over which a product sums."""
     if "attention" in name or "attn" in name or "lstm" in name or not factors:
         return _FEW + 1
     if "conv" in name:
@@ -254,7 +254,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 def _storage(x: Tensor) -> torch.UntypedStorage | None:
     try:
         return x.untyped_storage()
-    except (NotImplementedError, RuntimeError):  # sparse, say
+    except (NotImplementedError, RuntimeError):  # for example, sparse tensors
         return None
 
 
@@ -264,6 +264,6 @@ def _key(x: Tensor) -> int:
 
 
 def _whole(x: Tensor) -> bool:
-    """Whether a tensor is all that there is in its storage."""
+    """Whether a tensor covers its whole storage."""
     storage = _storage(x)
     return storage is not None and x.numel() * x.element_size() >= storage.nbytes()

@@ -1,4 +1,4 @@
-"""What a layer adds to its input: taken apart when kept, put together at reuse."""
+"""Residuals of layers: subtracts the input when a value is kept, adds it at reuse."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def are_swapped(outputs: list[Any], inputs: list[Tensor]) -> Tensor | None:
-    """Whether two streams of one shape come out in the other order than they went in.
+    """Whether a block returns two streams of equal shape in swapped order, as a tensor.
 
-    Decided on the device by which order leaves the smaller residuals; None where shapes tell.
+    The order with the smaller residuals is chosen, without a host sync. None if shapes differ.
     """
     outs = [x for x in outputs if isinstance(x, Tensor)]
     if len(outs) != 2 or outs[0].shape != outs[1].shape:
@@ -28,12 +28,12 @@ def are_swapped(outputs: list[Any], inputs: list[Tensor]) -> Tensor | None:
 def bases_of(
     outputs: list[Any], inputs: list[Tensor], swapped: Tensor | None
 ) -> list[Tensor | None]:
-    """The input that each output leaf continues: the first unused one of its shape."""
+    """Returns the base of each output leaf: the first unused input of its shape."""
     free = list(inputs)
     bases: list[Tensor | None] = []
     for output in outputs:
         fits = [i for i, x in enumerate(free) if isinstance(output, Tensor) and is_like(x, output)]
-        fits.sort(key=lambda i: free[i].dtype != output.dtype)  # autocast may change it in a block
+        fits.sort(key=lambda i: free[i].dtype != output.dtype)  # autocast may change the dtype
         index = next(iter(fits), None)
         bases.append(None if index is None else free.pop(index))
     if swapped is not None:
@@ -45,28 +45,28 @@ def bases_of(
 
 
 def is_like(a: Tensor, b: Tensor) -> bool:
-    """Whether the second, of floats, has the shape and the device of the first."""
+    """Whether b is floating-point and has the shape and device of a."""
     return a.shape == b.shape and a.device == b.device and b.is_floating_point()
 
 
 def copies_of(inputs: list[Tensor], sources: Sequence[int | None]) -> list[Tensor]:
-    """Inputs before a forward that may write into them: copies of those that outputs continue."""
+    """Returns inputs, with copies of those that outputs add to, which may be modified in place."""
     return [x.detach().clone() if i in sources else x for i, x in enumerate(inputs)]
 
 
 def bases_at(
     sources: Sequence[int | None], inputs: list[Tensor], leaves: Sequence[Any]
 ) -> list[Tensor | None]:
-    """The input that each leaf continues, as it is known; none if no leaf continues one."""
+    """Returns the base of each leaf from known sources; None for leaves without a base."""
     if not sources:
         return [None] * len(leaves)
     return [None if i is None else inputs[i] for i in sources]
 
 
 def kept_of(leaf: Any, base: Tensor | None) -> Any:
-    """A value to keep, that no later in-place operation can alter: a copy of the leaf.
+    """Returns the value to keep, independent of later in-place operations.
 
-    What a leaf adds to its base, which is a copy already, is made in the place of that.
+    A difference to a base is written into the base, which is already a copy.
     """
     if not isinstance(leaf, Tensor):
         return leaf
@@ -77,7 +77,7 @@ def kept_of(leaf: Any, base: Tensor | None) -> Any:
 
 
 def minus(leaf: Tensor, base: Tensor) -> Tensor:
-    """What was added to a base, in the dtype of the sum (autocast may have changed it)."""
+    """Returns the difference to a base in the dtype of the leaf (autocast may have changed it)."""
     return (leaf.detach() - base).to(leaf.dtype)
 
 

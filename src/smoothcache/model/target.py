@@ -1,4 +1,4 @@
-"""What the user handed over, resolved once for each public call."""
+"""The user's model, resolved once per public call."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .denoisers import find_denoisers
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A pipeline or module, with the denoisers that were found in it.
+    """A pipeline or module with its denoisers.
 
     Public functions call ``Target.of(model)`` first and pass the target on. Every function that
-    takes a model also takes its target, so the denoisers are looked for once.
+    takes a model also takes a target, so denoisers are searched once.
 
     Attributes:
-        model: What the user handed over.
-        denoisers: Prefix of a layer's path -> denoiser, as ``find_denoisers`` gives them.
+        model: The user's pipeline or module.
+        denoisers: Denoisers by the prefix of their layers' paths, as in ``find_denoisers``.
 
     Example:
         >>> from torch import nn
@@ -34,7 +34,7 @@ class Target:
 
     @classmethod
     def of(cls, model: Any) -> Target:
-        """The target of a model; a target is returned as it is.
+        """Returns the target of a model; a target is returned unchanged.
 
         Args:
             model: A diffusers pipeline, a module, or a target.
@@ -50,17 +50,17 @@ class Target:
 
     @property
     def name(self) -> str:
-        """Class of the pipeline or module, for messages."""
+        """Class name of the pipeline or module, for messages."""
         return type(self.model).__name__
 
     @property
     def noise_scheduler(self) -> Any | None:
-        """The pipeline's noise scheduler at this moment, because users exchange it; else None."""
+        """The pipeline's current noise scheduler, which users may replace; None for a module."""
         return None if isinstance(self.model, nn.Module) else getattr(self.model, "scheduler", None)
 
     @property
     def solver(self) -> str | None:
-        """Class of the noise scheduler; None for a bare module."""
+        """Class name of the noise scheduler; None for a bare module."""
         scheduler = self.noise_scheduler
         return None if scheduler is None else type(scheduler).__name__
 

@@ -171,7 +171,7 @@ def steps_to_compute(
         count = int(steps / factor + 1e-9)
     if not least <= count <= steps:
         raise InvalidArgumentError(
-            f"the budget allows {count} of {steps} computed steps, expected {least} to {steps}."
+            f"the budget allows computing {count} of {steps} steps, expected {least} to {steps}."
         )
     return count
 

@@ -43,16 +43,16 @@ def plot_error_curves(
     gaps: Iterable[int] | None = None,
     alphas: Sequence[float] = (),
 ) -> Figure:
-    """Relative L1 error of reuse at every step: one panel per kind, one line per gap.
+    """Draws the relative L1 error of reuse at every step: one panel per kind, one line per gap.
 
     Bands are 95 % confidence intervals over the samples.
 
     Source: Figure 2 of Liu et al., "SmoothCache", arXiv 2411.10510.
 
     Args:
-        calibration: What was measured.
-        path: Where to save the picture; its ending tells the format.
-        gaps: Which gaps to draw, in steps; by default all that were measured.
+        calibration: Calibration to draw.
+        path: File to save; its extension determines the format. None does not save.
+        gaps: Gaps to draw, in steps; by default all measured gaps.
         alphas: Thresholds to draw as horizontal lines.
 
     Returns:
@@ -117,13 +117,13 @@ def plot_error_curves(
 
 
 def composition(calibration: Calibration) -> dict[str, float]:
-    """Share of each kind of layer in the MACs of a step, and of everything else as "other".
+    """Returns the fraction of a step's MACs in each kind of layer, and in the rest as "other".
 
     Args:
-        calibration: One whose costs are known.
+        calibration: Calibration with known costs.
 
     Returns:
-        Kind of layer -> share in [0, 1]; the shares sum to 1.
+        Fractions in [0, 1] by kind of layer, which sum to 1.
 
     Raises:
         InvalidArgumentError: If the calibration has no costs.
@@ -135,7 +135,7 @@ def composition(calibration: Calibration) -> dict[str, float]:
         {'ffn': 0.75, 'other': 0.25}
     """
     if not calibration.total_macs or any(layer.macs is None for layer in calibration.layers):
-        raise InvalidArgumentError("the calibration has no MACs, so no composition either.")
+        raise InvalidArgumentError("the calibration has no MACs, so the composition is unknown.")
     shares = {
         kind: sum(layer.macs or 0 for layer in calibration.layers if layer.kind == kind)
         / calibration.total_macs
@@ -147,13 +147,13 @@ def composition(calibration: Calibration) -> dict[str, float]:
 def plot_composition(
     what: Calibration | Sequence[tuple[str, Mapping[str, float]]], path: Path | None = None
 ) -> Figure:
-    """Share of each kind of layer in the MACs of a step: one bar per model.
+    """Draws the fraction of a step's MACs in each kind of layer: one bar per model.
 
     Source: Figure 4 of Liu et al., "SmoothCache", arXiv 2411.10510.
 
     Args:
-        what: A calibration; or names of models with the shares of each kind, in [0, 1].
-        path: Where to save the picture.
+        what: A calibration, or pairs of a model's name and the fraction of each kind, in [0, 1].
+        path: File to save; its extension determines the format. None does not save.
 
     Returns:
         The figure, whether it is saved or not.
@@ -172,7 +172,7 @@ def plot_composition(
     else:
         bars = [(what.model.class_name if what.model else "model", composition(what))]
     if not bars:
-        raise InvalidArgumentError("give at least one model to draw the composition of.")
+        raise InvalidArgumentError("pass the composition of at least one model.")
     kinds = in_display_order({kind for _, shares in bars for kind in shares})
     figure = new_figure(width=7.2, height=1.35 + 0.5 * len(bars))
     panel = figure.subplots()

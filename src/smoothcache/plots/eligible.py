@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..layers.find import find_layers
 from ..layers.layer import CacheLayer
-from ..model.denoisers import find_denoisers
+from ..model.target import Target
 from ..optional import optional_module
 from .style import (
     BLACK,
@@ -115,7 +115,7 @@ def plot_eligible_layers(
     handles = [patches.Patch(facecolor=kind_colour(kind)) for kind in kinds]
     handles.append(patches.Patch(facecolor=ALWAYS, edgecolor="#BBBBBB"))
     names = [*map(kind_name, kinds), "always computed"]
-    shown = title or ", ".join(type(x).__name__ for x in find_denoisers(model).values())
+    shown = title or ", ".join(type(x).__name__ for x in Target.of(model).denoisers.values())
     legend_above(figure, handles, names, title=shown)
     return save_figure(figure, path)
 
@@ -123,7 +123,7 @@ def plot_eligible_layers(
 def columns_of(model: Any, layers: Sequence[CacheLayer]) -> list[Column]:
     """The denoisers and their kinds of blocks, each once."""
     columns: list[Column] = []
-    for name, denoiser in find_denoisers(model).items():
+    for name, denoiser in Target.of(model).denoisers.items():
         start = f"{name}." if name else ""
         own = [x for x in layers if x.path == name or x.path.startswith(start)]
         kinds = {x.path.removeprefix(start): x.kind for x in own}

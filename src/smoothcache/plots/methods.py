@@ -39,22 +39,22 @@ def plot_methods(
     emphasised: Sequence[str] = (),
     title: str = "",
 ) -> Figure:
-    """Cost and quality: a line for each family of methods, a point for each of its settings.
+    """Draws quality over cost: a line per family of methods, a point per setting.
 
     Args:
-        rows: Rows with a family and a compute; those without a finite value are left out.
-        path: Where to save the picture.
-        column: Field of the rows that is drawn.
-        label: What that is.
-        panels: Title of a panel -> the families that it shows; one panel with all if None.
-        emphasised: Families that are drawn in every panel, in bold.
-        title: Above the picture.
+        rows: Rows with a family and a compute; rows without a finite value are omitted.
+        path: File to save; its extension determines the format. None does not save.
+        column: Field of the rows to draw.
+        label: Axis label of that field.
+        panels: Families of each panel, by panel title; None draws all in one panel.
+        emphasised: Families drawn in bold in every panel.
+        title: Title of the figure.
 
     Returns:
         The figure, whether it is saved or not.
 
     Raises:
-        InvalidArgumentError: If no row has something to draw.
+        InvalidArgumentError: If no row has a family, a compute and a finite value.
         MissingPackageError: If matplotlib is not installed.
 
     Example:
@@ -100,7 +100,7 @@ def plot_methods(
 def _lines_by_family(
     rows: Sequence[ReportRow], column: str
 ) -> dict[str, list[tuple[float, float]]]:
-    """Family -> (compute, value) of its rows, the cheapest first."""
+    """Returns (compute, value) of the rows by family, the cheapest first."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         value = getattr(row, column)

@@ -1,7 +1,6 @@
-"""Pictures of what was measured and planned: error curves, costs, schedules, samples.
+"""Grids of samples: images, clips and spectrograms beside their differences.
 
-Every function returns a matplotlib figure of its own, outside pyplot, and saves it if given a
-path. Colours are those of Okabe and Ito, which also the colour-blind tell apart.
+Functions return a matplotlib figure independent of pyplot, and save it if a path is given.
 """
 
 from __future__ import annotations
@@ -33,23 +32,23 @@ def plot_image_grid(
 ) -> Figure:
     """Draws uncached images, and below them cached images with their differences.
 
-    Each row is named with its mean PSNR. Differences are absolute, averaged over channels and
-    multiplied by one factor for the whole picture, which the labels name.
+    Each row is labelled with its mean PSNR. Differences are absolute, averaged over channels and
+    multiplied by one factor for the whole figure, which the labels show.
 
     Source: Figure 5 of Liu et al., "SmoothCache", arXiv 2411.10510.
 
     Args:
         rows: A title and images for each row, [batch, channels, height, width] in [0, 1], of the
             same seeds as the reference.
-        reference: The uncached images; the same shape. Each becomes a column.
-        path: Where to save the picture.
-        reference_title: Names the first row.
+        reference: The uncached images, of the same shape. Each becomes a column.
+        path: File to save; its extension determines the format. None does not save.
+        reference_title: Label of the first row.
 
     Returns:
         The figure, whether it is saved or not.
 
     Raises:
-        InvalidArgumentError: If there is no row, or images are not as described.
+        InvalidArgumentError: If there is no row, or images have the wrong shape.
         MissingPackageError: If matplotlib is not installed.
 
     Example:
@@ -60,7 +59,7 @@ def plot_image_grid(
     from ..metrics.fidelity import psnr  # brings torch with it
 
     if not rows:
-        raise InvalidArgumentError("give at least one row of images beside the reference.")
+        raise InvalidArgumentError("pass at least one row of images beside the reference.")
     quality = [float(psnr(images, reference).mean()) for _, images in rows]
     titles = [_with_decibels(title, x) for (title, _), x in zip(rows, quality, strict=True)]
     pictures = [rgb_pixels(images) for _, images in rows]
@@ -79,19 +78,19 @@ def animate_clip_grid(
 ) -> None:
     """Animates uncached clips, and below them cached clips with their differences.
 
-    Each row is named with its mean PSNR. Differences are absolute, averaged over channels and
-    multiplied by one factor for the whole picture, which the labels name.
+    Each row is labelled with its mean PSNR. Differences are absolute, averaged over channels and
+    multiplied by one factor for the whole figure, which the labels show.
 
     Args:
         rows: A title and clips for each row, [batch, frames, channels, height, width] in [0, 1],
             of the same seeds as the reference.
-        reference: The uncached clips; the same shape. Each becomes a column.
-        path: Where to save the GIF.
-        reference_title: Names the first row.
-        frames_per_second: How fast it runs.
+        reference: The uncached clips, of the same shape. Each becomes a column.
+        path: GIF file to write.
+        reference_title: Label of the first row.
+        frames_per_second: Frame rate.
 
     Raises:
-        InvalidArgumentError: If there is no row, or clips are not as described.
+        InvalidArgumentError: If there is no row, or clips have the wrong shape.
         MissingPackageError: If matplotlib or pillow is not installed.
 
     Example:
@@ -103,7 +102,7 @@ def animate_clip_grid(
     from ..metrics.video import psnr_per_frame  # brings torch with it
 
     if not rows:
-        raise InvalidArgumentError("give at least one row of clips beside the reference.")
+        raise InvalidArgumentError("pass at least one row of clips beside the reference.")
     quality = [float(psnr_per_frame(clips, reference).mean()) for _, clips in rows]
     titles = [_with_decibels(title, x) for (title, _), x in zip(rows, quality, strict=True)]
     pictures = [rgb_pixels(clips.flatten(0, 1)) for _, clips in rows]
@@ -129,9 +128,9 @@ def _beside_their_differences(
     pictures: Sequence[npt.NDArray[np.float32]],
     reference: tuple[str, npt.NDArray[np.float32]],
 ) -> list[tuple[str, npt.NDArray[np.float32]]]:
-    """The reference, then each row of pictures and its difference from it, made visible.
+    """Returns the reference, then each row and its difference, amplified by a common factor.
 
-    All of one factor: pictures [batch, height, width, 3], differences [batch, height, width].
+    Pictures are [batch, height, width, 3], differences [batch, height, width].
     """
     differences = [np.abs(picture - reference[1]).mean(axis=-1) for picture in pictures]
     factor = _amplification(differences)
@@ -142,12 +141,12 @@ def _beside_their_differences(
 
 
 def _width_of(columns: int) -> float:
-    """Width of a grid in inches."""
+    """Returns the width of a grid in inches."""
     return min(9.0, max(3.2, float(columns)))
 
 
 def _rendered(figure: Figure) -> npt.NDArray[np.uint8]:
-    """The pixels of a figure, [height, width, 3]."""
+    """Returns the pixels of a figure, [height, width, 3]."""
     backend = optional_module("matplotlib.backends.backend_agg", extra="plots")
     canvas = backend.FigureCanvasAgg(figure)
     canvas.draw()
@@ -163,10 +162,10 @@ def plot_spectrograms(
     *,
     reference_title: str = "uncached",
 ) -> Figure:
-    """Draws log-mel spectrograms of uncached sounds, below them of cached ones, and differences.
+    """Draws log-mel spectrograms of uncached and cached sounds, and their differences.
 
-    Time runs to the right and pitch upwards; the darkest is -90 dB of full scale, and of the
-    absolute differences the brightest is 30 dB. Each row is named with its mean log-spectral
+    Time runs to the right and frequency upwards. The darkest colour is -90 dB of full scale; the
+    brightest absolute difference is 30 dB. Each row is labelled with its mean log-spectral
     distance.
 
     Source: Figure 6 of Liu et al., "SmoothCache", arXiv 2411.10510.
@@ -174,16 +173,16 @@ def plot_spectrograms(
     Args:
         rows: A title and sounds for each row, [batch, channels, samples], of the same seeds as
             the reference.
-        reference: The uncached sounds; the same shape. Each becomes a column.
-        sampling_rate: Samples a second.
-        path: Where to save the picture.
-        reference_title: Names the first row.
+        reference: The uncached sounds, of the same shape. Each becomes a column.
+        sampling_rate: Sampling rate in Hz.
+        path: File to save; its extension determines the format. None does not save.
+        reference_title: Label of the first row.
 
     Returns:
         The figure, whether it is saved or not.
 
     Raises:
-        InvalidArgumentError: If there is no row, or sounds are not as described.
+        InvalidArgumentError: If there is no row, or sounds have the wrong shape.
         MissingPackageError: If matplotlib is not installed.
 
     Example:
@@ -197,7 +196,7 @@ def plot_spectrograms(
     )
 
     if not rows:
-        raise InvalidArgumentError("give at least one row of sounds beside the reference.")
+        raise InvalidArgumentError("pass at least one row of sounds beside the reference.")
 
     def decibels(sounds: Tensor) -> npt.NDArray[np.float32]:
         return np.asarray(log_mel(sounds.detach().cpu(), sampling_rate).flip(1), dtype=np.float32)
@@ -217,7 +216,7 @@ def plot_spectrograms(
 
 
 def _stacked(strips: Sequence[tuple[str, npt.NDArray[np.float32]]], *, width: float) -> Figure:
-    """Named strips of equal size, one below the other, with square pixels; `width` in inches."""
+    """Draws labelled strips of equal size below each other, with square pixels; width in inches."""
     height = width * strips[0][1].shape[0] / strips[0][1].shape[1]
     longest = max(len(line) for name, _ in strips for line in name.split("\n"))
     left, gap, margin = 0.25 + 0.065 * longest, 0.06, 0.05
@@ -236,7 +235,7 @@ def _stacked(strips: Sequence[tuple[str, npt.NDArray[np.float32]]], *, width: fl
 
 
 def _strip(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Images [batch, height, width] or with colours, side by side with a narrow gap between."""
+    """Concatenates images [batch, height, width, ...] horizontally with a narrow gap."""
     filling = 1.0 if images.ndim == 4 else math.nan
     gap = max(1, images.shape[2] // 16)
     padding = [(0, 0), (0, 0), (0, gap)] + [(0, 0)] * (images.ndim - 3)
@@ -245,7 +244,7 @@ def _strip(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def _amplification(differences: Sequence[npt.NDArray[np.float32]]) -> int:
-    """Largest round factor under which hardly any difference is cut off."""
+    """Returns the largest round factor that clips hardly any difference."""
     largest = float(np.quantile(np.stack(differences), 0.995))
     factors = (1, 2, 5, 10, 20, 50, 100)
     return max(factor for factor in factors if factor == 1 or factor * largest <= 1)

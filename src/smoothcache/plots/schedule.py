@@ -1,4 +1,4 @@
-"""The map of a schedule: which step computes which kind of layer."""
+"""Map of a schedule: the steps that compute each layer."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ COMPUTED, REUSED = "#1B4965", ("#DCE9F2", "#FBE0C3", "#DDEBD3", "#F1DDEA")
 
 
 def plot_schedule(schedule: Schedule, path: Path | None = None, *, title: str = "") -> Figure:
-    """Map of layers over steps: dark where a layer is computed, light where it is reused.
+    """Draws layers over steps: dark where a layer is computed, light where it is reused.
 
-    Layers are grouped by kind, in the order of the model from top to bottom; the shade of a
-    reused step tells the predictor.
+    Layers are grouped by kind, in model order from top to bottom. The shade of a reused step
+    indicates the predictor.
 
     Args:
-        schedule: Bound to a model or not.
-        path: Where to save the picture.
-        title: Comes before what the title says by itself: steps and cost.
+        schedule: A bound or unbound schedule.
+        path: File to save; its extension determines the format. None does not save.
+        title: Prefix of the title, which shows steps and cost.
 
     Returns:
         The figure, whether it is saved or not.
@@ -95,7 +95,7 @@ def plot_schedule(schedule: Schedule, path: Path | None = None, *, title: str = 
 def _draw_rows(
     panel: Any, rows: Sequence[Row], shades: Mapping[str, str], top: float, *, lines: bool
 ) -> None:
-    """Rows as an image, a cell a step, downwards from `top`, with fine lines between them."""
+    """Draws rows as an image, one cell per step, downwards from `top`, with fine separators."""
     colours = optional_module("matplotlib.colors", extra="plots")
     cells = [
         COMPUTED if computed else shades[row.predictor] for row in rows for computed in row.computed
@@ -108,7 +108,7 @@ def _draw_rows(
 
 
 def _rows_by_kind(schedule: Schedule) -> dict[str, list[Row]]:
-    """Name of a group to its rows: layers of a kind, or each name of an unbound schedule."""
+    """Returns rows by group: layers of a kind, or each name of an unbound schedule."""
     kinds = {layer.path: kind_name(layer.kind) for layer in schedule.layers or ()}
     groups: dict[str, list[Row]] = {}
     for name, row in schedule.rows.items():

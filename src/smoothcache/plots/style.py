@@ -1,4 +1,4 @@
-"""Colours, sizes and small helpers that all figures share."""
+"""Colours, sizes and helpers shared by all figures; the palette is Okabe and Ito's."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ KIND_COLOURS = {
     "model": ORANGE,
     "other": PALE,
 }
-"""Kind of layer -> its colour in all figures; also the order in which kinds are drawn."""
+"""Colour of each kind of layer in all figures, in drawing order."""
 KIND_NAMES = {
     "self_attn": "self-attention",
     "joint_attn": "joint attention",
     "cross_attn": "cross-attention",
     "ffn": "feed-forward",
 }
-"""Kind of layer -> its name in all figures."""
+"""Name of each kind of layer in all figures."""
 _PREFIXES = ("refiner_", "spatial_", "temporal_")
 SMALL, NORMAL, LARGE = 8.0, 9.0, 10.5
 DPI = 160
@@ -49,7 +49,7 @@ def kind_name(kind: str) -> str:
 
 
 def in_display_order(kinds: Iterable[str]) -> list[str]:
-    """Kinds in the order of their colours, unknown ones after them, the rest of the model last."""
+    """Sorts kinds in the order of their colours, then unknown kinds, then "other"."""
     known = list(KIND_COLOURS)
     order = {kind: place for place, kind in enumerate(known)}
 
@@ -60,7 +60,7 @@ def in_display_order(kinds: Iterable[str]) -> list[str]:
 
 
 def kind_colour(kind: str) -> str:
-    """The colour of a kind; temporal layers have a tint of it, those of refiners a shade."""
+    """Returns the colour of a kind, tinted for temporal layers and shaded for refiners."""
     colour = KIND_COLOURS.get(_base_kind(kind), PINK)
     if "temporal_" in kind:
         colour = _halfway(colour, 255)
@@ -68,7 +68,7 @@ def kind_colour(kind: str) -> str:
 
 
 def _halfway(colour: str, to: int) -> str:
-    """A colour mixed with as much white (255) or black (0)."""
+    """Mixes a colour with the same amount of white (255) or black (0)."""
     channels = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return "#" + "".join(f"{(value + to) // 2:02X}" for value in channels)
 
@@ -95,7 +95,7 @@ def cycle_of_colours(count: int) -> list[str]:
 
 
 def new_figure(*, width: float, height: float, layout: str = "constrained") -> Figure:
-    """An empty figure, in inches, that no backend or global state knows of."""
+    """Returns an empty figure, sized in inches, independent of pyplot and backends."""
     module = optional_module("matplotlib.figure", extra="plots")
     figure: Figure = module.Figure(figsize=(width, height), layout=layout, dpi=DPI)
     return figure

@@ -35,7 +35,7 @@ from ..steps.resample import (
     nearest,
     positions,
     resample_row,
-    told,
+    resampled_provenance,
 )
 from . import card, file
 from .binding import check_same_layers, describe_other_model, map_names, with_costs_of
@@ -393,7 +393,7 @@ class Schedule:
             noise_levels=levels and between(levels, found, num_steps),
             compute=self._compute_with(rows),
             quality={},
-            provenance=told(self.provenance, self.num_steps, num_steps),
+            provenance=resampled_provenance(self.provenance, self.num_steps, num_steps),
         )
 
     def _compute_with(self, rows: Mapping[str, Row]) -> float | None:

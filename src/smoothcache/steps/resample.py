@@ -25,7 +25,7 @@ _DIGITS = 12
 _OTHER_UNIT = 100.0  # ratio from which timesteps must be of another unit
 
 
-def told(provenance: Mapping[str, str], old: int, new: int) -> dict[str, str]:
+def resampled_provenance(provenance: Mapping[str, str], old: int, new: int) -> dict[str, str]:
     """Returns the provenance with a note on resampling; earlier notes are kept."""
     text = f"from {old} to {new} steps by position in the noise level; not measured"
     before = provenance.get(CARRIED_OVER)
