@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from ..checks import check_count
-from ..errors import InvalidArgumentError
+from ..errors import CalibrationError, InvalidArgumentError
 from ..layers.find import find_layers
 from ..layers.layer import CacheLayer, Granularity
 from ..model.denoisers import warn_of_randomness
@@ -23,6 +23,7 @@ from ..processes import (
     on_all_ranks,
     rank_and_size,
 )
+from .converged import check_takes_steps, converged_offsets
 from .curves import Calibration
 from .recording import Keep, TrajectoryObserver
 from .session import CalibrationSession, run
@@ -38,6 +39,7 @@ def calibrate(
     layers: Sequence[CacheLayer] | None = None,
     tokens: int | None = None,
     trajectory: Keep | None = None,
+    converged_steps: int | None = None,
     over_ranks: bool = False,
     progress: bool = True,
 ) -> Calibration:
@@ -68,6 +70,10 @@ def calibrate(
             None, the default, records trajectories for a pipeline, whose extra runs end at the last
             step. For a bare module pass True; its extra runs of ``sample(0)`` run to the end, with
             artificial outputs.
+        converged_steps: Number of steps of a converged trajectory, to which
+            ``plan_trajectory(target="converged")`` and ``fit(target="converged")`` then plan: each
+            sample also runs with so many steps, as ``sample(i, num_inference_steps=...)``. None
+            runs none.
         over_ranks: Whether the ranks of ``torchrun`` or ``accelerate launch`` share out the
             samples, each with a whole model of its own; sample i runs in rank i modulo their
             number. All of them return what one process would measure, to the last bit. Not for a
@@ -119,6 +125,11 @@ def calibrate(
         trajectory = target.noise_scheduler is not None
     if trajectory not in (True, False, "gram"):
         raise InvalidArgumentError(f"trajectory must be True, False or 'gram', got {trajectory!r}")
+    if converged_steps is not None:
+        check_count("converged_steps", converged_steps, least=2)
+        check_takes_steps(sample)
+        if trajectory is not True:
+            raise InvalidArgumentError("converged_steps needs trajectory=True, with latents")
     warn_of_randomness(target.denoisers)
     found = find_layers(target, granularity=granularity) if layers is None else list(layers)
     _check_layers(found)
@@ -127,7 +138,8 @@ def calibrate(
         join_processes()
         if rank_and_size()[1] > 1:
             work = _Shared(target, sample, max_gap, tokens, trajectory, progress)
-            return work.calibrate(found, num_samples, may_take_blocks)
+            calibration = work.calibrate(found, num_samples, may_take_blocks)
+            return _with_converged(calibration, target, sample, converged_steps, over_ranks=True)
     with tqdm(total=num_samples, desc="calibrating", unit="sample", disable=not progress) as bar:
         observer = TrajectoryObserver(target, trajectory)
         session = CalibrationSession(target, found, max_gap, tokens, observer)
@@ -139,7 +151,39 @@ def calibrate(
         observer.measure(partial(sample, 0))
         bar.update()
         run(session, sample, range(1, num_samples), bar.update)
-    return session.result()
+    return _with_converged(session.result(), target, sample, converged_steps, over_ranks=False)
+
+
+def _with_converged(
+    calibration: Calibration,
+    target: Target,
+    sample: Callable[[int], Any],
+    num_steps: int | None,
+    *,
+    over_ranks: bool,
+) -> Calibration:
+    """Returns the calibration with the offsets of converged trajectories, if they are wanted."""
+    if num_steps is None:
+        return calibration
+    known = calibration.trajectories
+    if known is None or not known.has_latents:
+        reason = calibration.provenance.get("no_trajectories", "") or "they are too large"
+        raise CalibrationError(
+            f"converged_steps needs the trajectories of the samples, which are missing: {reason}"
+        )
+    if num_steps <= calibration.num_steps:
+        raise InvalidArgumentError(
+            f"converged_steps must exceed the {calibration.num_steps} steps of the samples, got "
+            f"{num_steps}"
+        )
+    rank, size = rank_and_size() if over_ranks else (0, 1)
+    own = range(known.num_samples)[rank::size]
+    offsets = converged_offsets(target, sample, known, calibration.timesteps, num_steps, own)
+    for part in gather_from_all(offsets) if size > 1 else ():
+        offsets |= part
+    found = tuple(offsets[i] for i in range(known.num_samples))
+    provenance = {**calibration.provenance, "converged_steps": str(num_steps)}
+    return replace(calibration, trajectories=replace(known, offsets=found), provenance=provenance)
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,8 @@ class Trajectories:
         output_bytes: Bytes of the outputs of a step, over all branches.
         latents: Latents before each step, [steps, *latents] per sample; empty if not kept.
         outputs: Combined outputs of each step, [steps, *latents] per sample; empty if not kept.
+        offsets: Converged latents less the recorded ones, before each step and after the last one,
+            [steps + 1, *latents] per sample; empty if not measured.
 
     Raises:
         InvalidArgumentError: If shapes contradict each other or a number is not finite.
@@ -112,6 +114,7 @@ class Trajectories:
     output_bytes: int = 0
     latents: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
+    offsets: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         steps = self.num_steps
@@ -143,6 +146,14 @@ class Trajectories:
                 )
             if not bool(torch.isfinite(latents).all() and torch.isfinite(outputs).all()):
                 raise InvalidArgumentError("the latents or outputs of a trajectory are not finite.")
+        wanted = [(steps + 1, *x.shape[1:]) for x in self.latents]
+        if self.offsets and [tuple(x.shape) for x in self.offsets] != wanted:
+            raise InvalidArgumentError(
+                "the offsets of converged trajectories must have the shapes of the latents, and "
+                f"{steps + 1} steps."
+            )
+        if not all(bool(torch.isfinite(x).all()) for x in self.offsets):
+            raise InvalidArgumentError("the offsets of a converged trajectory are not finite.")
         grams.flags.writeable = False
         object.__setattr__(self, "grams", grams)
 
@@ -162,12 +173,12 @@ class Trajectories:
     @property
     def nbytes(self) -> int:
         """Size of all arrays in bytes, also in a file."""
-        numbers = sum(x.nbytes for x in (*self.latents, *self.outputs))
+        numbers = sum(x.nbytes for x in (*self.latents, *self.outputs, *self.offsets))
         return numbers + self.grams.nbytes + self.responses.table.nbytes
 
     def without_latents(self) -> Trajectories:
         """Returns the trajectories with only the data that planning needs."""
-        return replace(self, latents=(), outputs=())
+        return replace(self, latents=(), outputs=(), offsets=())
 
     def of_samples(self, numbers: Sequence[int]) -> Trajectories:
         """The trajectories of some samples, in the order in which their numbers are given."""

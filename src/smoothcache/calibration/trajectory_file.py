@@ -14,6 +14,7 @@ from .trajectory import Guidance, SolverResponses, Trajectories
 
 _GRAMS, _RESPONSES = "trajectory.grams", "trajectory.responses"
 _LATENTS, _OUTPUTS = "trajectory.latents", "trajectory.outputs"  # with the sample's number
+_OFFSETS = "trajectory.offsets"  # likewise
 _HALF = (np.dtype(np.float16), np.dtype(np.float32))
 
 
@@ -30,6 +31,8 @@ def to_file(trajectories: Trajectories) -> tuple[dict[str, Any], dict[str, npt.N
         "parts": guidance.parts,
         "channels": guidance.channels,
     }
+    if trajectories.offsets:
+        document["has_offsets"] = True
     tables: dict[str, npt.NDArray[Any]] = {
         _GRAMS: np.ascontiguousarray(trajectories.grams),
         _RESPONSES: np.ascontiguousarray(trajectories.responses.table),
@@ -39,6 +42,8 @@ def to_file(trajectories: Trajectories) -> tuple[dict[str, Any], dict[str, npt.N
     ):
         tables[f"{_LATENTS}.{i}"] = latents.contiguous().numpy()
         tables[f"{_OUTPUTS}.{i}"] = outputs.contiguous().numpy()
+    for i, offsets in enumerate(trajectories.offsets):
+        tables[f"{_OFFSETS}.{i}"] = offsets.contiguous().numpy()
     return document, tables
 
 
@@ -53,6 +58,7 @@ def from_file(document: Value, tables: Mapping[str, npt.NDArray[Any]]) -> Trajec
         lambda value: value.fields(
             *("samples", "denoisers", "output_bytes", "has_latents", "knows_end", "guidance"),
             *("parts", "channels"),
+            optional=("has_offsets",),
         )
     )
     if fields is None:
@@ -63,8 +69,10 @@ def from_file(document: Value, tables: Mapping[str, npt.NDArray[Any]]) -> Trajec
         return None
     count = fields["samples"].integer(least=1)
     numbers = range(count) if _flag(fields["has_latents"]) else range(0)
+    has_offsets = fields["has_offsets"].or_none(_flag) or False
     doubles = {_GRAMS, _RESPONSES}
     halves = {f"{name}.{i}" for name in (_LATENTS, _OUTPUTS) for i in numbers}
+    halves |= {f"{_OFFSETS}.{i}" for i in numbers if has_offsets}
     _refuse_unknown(document, set(tables), doubles | halves)
     for name in doubles | halves:
         allowed = _HALF if name in halves else (np.dtype(np.float64),)
@@ -90,6 +98,7 @@ def from_file(document: Value, tables: Mapping[str, npt.NDArray[Any]]) -> Trajec
         fields["output_bytes"].integer(),
         tuple(torch.from_numpy(tables[f"{_LATENTS}.{i}"]) for i in numbers),
         tuple(torch.from_numpy(tables[f"{_OUTPUTS}.{i}"]) for i in numbers),
+        tuple(torch.from_numpy(tables[f"{_OFFSETS}.{i}"]) for i in numbers if has_offsets),
     )
 
 

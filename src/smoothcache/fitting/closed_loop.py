@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,7 @@ from ..errors import CalibrationError, InvalidArgumentError, ScheduleMismatchErr
 from ..planners.trajectory import (
     LARGEST_NORM,
     MAX_LAG,
+    Aim,
     Segments,
     open_loop_weights,
     trajectories_of,
@@ -62,6 +63,7 @@ def fit(
     max_lag: int = MAX_LAG,
     ridge: float = RIDGE,
     per_branch: bool = False,
+    target: Aim = "uncached",
     progress: bool = True,
 ) -> Schedule:
     """Fits the weights of a schedule's reused outputs in closed loop.
@@ -85,11 +87,13 @@ def fit(
         per_branch: Whether each branch of guidance gets weights of its own. They hold for the
             guidance that they were fitted to alone then; on the demo's images, runs ended no
             nearer for it.
+        target: States that the weights are fitted to: those of the "uncached" run, or of the
+            "converged" one, which ``calibrate(converged_steps=...)`` records.
         progress: Whether to show a progress bar.
 
     Returns:
         The schedule with weights. Its quality has "state_error" and "held_out_state_error": the
-        distance of the final latents from the uncached ones, relative L2, over the samples that
+        distance of the final latents from those of the target, relative L2, over the samples that
         were fitted to and the others.
 
     Raises:
@@ -139,6 +143,13 @@ def fit(
     max_lag = check_count("max_lag", max_lag, least=1)
     if all(computed):
         return schedule
+    if target not in get_args(Aim):
+        raise InvalidArgumentError(f"target must be 'uncached' or 'converged', got {target!r}.")
+    if target == "converged" and not trajectories.offsets:
+        raise InvalidArgumentError(
+            "the calibration has no converged trajectories; calibrate with converged_steps=..., "
+            'or fit with target="uncached".'
+        )
     if not trajectories.has_latents:
         trajectories = recorded_again(model, sample, count, trajectories)
     run = ClosedLoopFit(
@@ -150,16 +161,17 @@ def fit(
         max_lag=max_lag,
         ridge=ridge,
         per_branch=per_branch,
+        targets=None if target == "uncached" else [x.float() for x in trajectories.offsets],
     )
     run.refuse_few_numbers(count - aside)
     tables, errors = run.fitted(count, aside, progress)
     provenance = {
         **{"planner": schedule.provenance.get("planner", "unknown"), "weights": "closed loop"},
         **{"fit_samples": count - aside, "fit_held_out": aside, "max_lag": max_lag},
-        **{"fit_fallbacks": run.fallbacks},
+        **{"fit_fallbacks": run.fallbacks, "target": target},
     }
     told = {x: y for x, y in schedule.provenance.items() if x not in provenance}
-    settings = {**told, **provenance}
+    settings: dict[str, object] = {**told, **provenance}
     fitted = whole_model_schedule(calibration, computed, tables[0], settings, tables[1:])
     quality = {"state_error": float(np.exp(np.mean(np.log(errors[: count - aside]))))}
     if aside:
@@ -501,8 +513,10 @@ class ClosedLoopFit:
         return total
 
     def _error(self, i: int, stray: Tensor) -> float:
-        """How far the final latents are from the uncached ones, relative to the last latents."""
+        """Distance of the final latents from those to be met, relative to the last latents."""
         last = self._known.latents[i][-1].float()
         moved = self._moved(stray, len(stray), len(stray))
+        if self._targets is not None:
+            moved = moved - self._targets[i][-1]
         parts = moved.flatten(1).norm(dim=1) / last.flatten(1).norm(dim=1)
         return float(parts.log().mean().exp())

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,8 @@ from ..schedule.schedule import Schedule
 from ._assemble import assemble
 
 FloatArray = npt.NDArray[np.float64]
+Aim = Literal["uncached", "converged"]
+"""Which run a plan comes close to."""
 MAX_LAG = 3
 NOISE, EARLY_WEIGHT = 5e-5, 3.0
 RIDGE = 1e-6  # ridge of the weight fit, relative to the mean square of the outputs
@@ -49,6 +52,7 @@ def plan_trajectory(
     memory: int = 2,
     noise: float = NOISE,
     early_weight: float = EARLY_WEIGHT,
+    target: Aim = "uncached",
 ) -> Schedule:
     """Plans from recorded trajectories which steps run the denoiser and how the others reuse it.
 
@@ -68,6 +72,10 @@ def plan_trajectory(
             relative to their mean square. Larger values favour choices with small weights.
         early_weight: Weight of an error in the first state relative to the last. Early errors
             propagate through later steps, by an amount that differs between models.
+
+        target: States that the plan comes close to: those of the "uncached" run, or of the
+            "converged" one, which ``calibrate(converged_steps=...)`` records. Fit with the same
+            target.
 
     Returns:
         A schedule of granularity "model" with fitted weights.
@@ -104,7 +112,9 @@ def plan_trajectory(
     if check_number("noise", noise) < 0:
         raise InvalidArgumentError(f"noise must not be negative, got {noise:g}.")
     count = steps_to_compute(trajectories, speedup, compute, steps_computed)
-    segments = Segments.of(trajectories, early_weight)
+    if target not in get_args(Aim):
+        raise InvalidArgumentError(f"target must be 'uncached' or 'converged', got {target!r}.")
+    segments = Segments.of(trajectories, early_weight, target)
     chosen, cost = choose_steps(segments, count, memory=memory, noise=noise)
     steps = trajectories.num_steps
     computed = tuple(step in chosen for step in range(steps))
@@ -116,6 +126,7 @@ def plan_trajectory(
         "memory": memory,
         "noise": f"{noise:g}",
         "early_weight": f"{early_weight:g}",
+        "target": target,
         "weights": "open loop",
         "expected_state_error": f"{relative_error(segments, cost):.3g}",
     }
@@ -242,6 +253,12 @@ class Segments:
         ends: For each step, the next step of another denoiser, or the number of steps; [steps].
         sensitivities: Weight of an error in the latents at each step and at the end, [steps + 1];
             None for equal weights.
+        offsets: Inner products of the outputs, then the offsets of the converged latents, with
+            themselves, [2 * steps + 1, 2 * steps + 1]; None to stay close to the uncached states.
+
+    Attributes:
+        corrections: Inner products with the outputs of what a segment has to add to come from one
+            converged state to the next, [begin, end, steps]; None without offsets.
     """
 
     def __init__(
@@ -250,6 +267,7 @@ class Segments:
         table: FloatArray,
         ends: Sequence[int],
         sensitivities: FloatArray | None = None,
+        offsets: FloatArray | None = None,
     ) -> None:
         self.gram, self.table = gram, table
         self.ends = np.array(ends)
@@ -262,21 +280,70 @@ class Segments:
         self.effects: FloatArray = effects  # [j, l, t]
         self.products: FloatArray = effects @ gram  # <r(j, l), e_t>
         self.squares: FloatArray = np.einsum("jlt,jlt->jl", self.products, effects)
+        self.corrections: FloatArray | None = None
+        if offsets is not None:
+            wanted = _wanted_offsets(table)  # [j, l, t]
+            self.corrections = wanted @ offsets[steps:, :steps]
+            if sensitivities is not None:
+                wanted = wanted * sensitivities[:, None]
+            both = np.concatenate([effects, wanted], axis=-1)
+            products = both @ offsets
+            self.squares = np.einsum("jlt,jlt->jl", products, both)
+            self.products = products[..., :steps].copy()
+            self.products[t, t + 1] = 0.0  # without a reused step there are no weights
 
     @classmethod
-    def of(cls, trajectories: Trajectories, early_weight: float = 1.0) -> Segments:
+    def of(
+        cls, trajectories: Trajectories, early_weight: float = 1.0, target: Aim = "uncached"
+    ) -> Segments:
         """Returns the segments of all samples, with errors weighted as in ``plan_trajectory``."""
         steps = trajectories.num_steps
         firsts = [*trajectories.first_steps(), steps]
         ends = [next(x for x in firsts if x > t) for t in range(steps)]
         sensitivities = early_weight ** np.linspace(1, 0, steps + 1)
         gram = trajectories.grams.sum(axis=0)
-        return cls(gram, trajectories.responses.table, ends, sensitivities)
+        offsets = None if target == "uncached" else _offset_products(trajectories, gram)
+        return cls(gram, trajectories.responses.table, ends, sensitivities, offsets)
 
     def regressors(self, computed: Sequence[int], max_lag: int) -> list[int]:
         """Returns the last computed steps of the same denoiser, the newest first."""
         newest = computed[-1]
         return [t for t in reversed(computed[-max_lag:]) if self.ends[t] == self.ends[newest]]
+
+
+def _wanted_offsets(table: FloatArray) -> FloatArray:
+    """Returns how much of each offset a segment has to add, [begin, end, steps + 1].
+
+    The offset at its end, less the offset at its beginning as the solver carries it on. A
+    first-order solver carries a change of the latents on in proportion to the response of an
+    earlier output; for others this is an approximation.
+    """
+    steps = len(table)
+    wanted = np.zeros((steps, steps + 1, steps + 1))
+    for begin in range(steps):
+        later = np.arange(begin + 1, steps + 1)
+        wanted[begin, later, later] += 1.0
+        if begin:
+            own = table[begin - 1, begin]
+            carried = table[begin - 1, later] / own if own else np.ones(len(later))
+            wanted[begin, later, begin] -= carried
+    return wanted
+
+
+def _offset_products(trajectories: Trajectories, gram: FloatArray) -> FloatArray:
+    """Returns the inner products of outputs and offsets, [2 * steps + 1, 2 * steps + 1]."""
+    if not trajectories.offsets:
+        raise InvalidArgumentError(
+            "the calibration has no converged trajectories; calibrate with converged_steps=..., "
+            'or plan with target="uncached".'
+        )
+    steps = trajectories.num_steps
+    products = np.zeros((2 * steps + 1, 2 * steps + 1))
+    for pair in zip(trajectories.outputs, trajectories.offsets, strict=True):
+        flat = np.concatenate([x.flatten(1).double().numpy() for x in pair])
+        products += flat @ flat.T
+    products[:steps, :steps] = gram
+    return products
 
 
 def relative_error(segments: Segments, cost: float) -> float:
@@ -407,8 +474,27 @@ def open_loop_weights(
         if end > j + 1:
             known = segments.regressors(computed[: number + 1], max_lag)
             found = guarded_weights(segments, known, range(j + 1, end))
+            found = _corrected(segments, known, j, end, found)
             weights[j + 1 : end] = [tuple(x) for x in found.tolist()]
     return tuple(weights)
+
+
+def _corrected(
+    segments: Segments, known: Sequence[int], begin: int, end: int, weights: FloatArray
+) -> FloatArray:
+    """Returns weights that also bring a segment from one converged state to the next."""
+    if segments.corrections is None:
+        return weights
+    used = list(known[: weights.shape[1]])
+    responses = segments.table[begin + 1 : end, end]
+    size = float(responses @ responses)
+    if size == 0:
+        return weights
+    matrix = segments.gram[np.ix_(used, used)]
+    ridge = RIDGE * np.trace(matrix) / len(used) * np.eye(len(used))
+    added = np.linalg.lstsq(matrix + ridge, segments.corrections[begin, end, used], rcond=None)[0]
+    corrected: FloatArray = weights + (responses / size)[:, None] * added
+    return corrected if np.abs(corrected).sum(axis=1).max() <= LARGEST_NORM else weights
 
 
 def guarded_weights(segments: Segments, known: Sequence[int], reused: range) -> FloatArray:

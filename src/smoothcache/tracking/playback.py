@@ -117,6 +117,7 @@ class _Session(CallListener):
         self._end: Tensor | None = None
         self._patched: Any = None
         self._generations = 0
+        self._num_steps: Callable[[], int | None] = lambda: None
         self._dtype = torch.float32
 
     def run(self, generate: Callable[[], Any]) -> Generation:
@@ -125,6 +126,7 @@ class _Session(CallListener):
         handlers = dict.fromkeys(playback._signatures, self._call)
         count = None if known is None else len(known)
         attachment = Attachment(playback._target, {}, handlers, self, known, count)
+        self._num_steps = lambda: attachment.clock.num_steps if count is None else count
         try:
             output = generate()
             if self._wants_end and self._end is None:
@@ -136,6 +138,10 @@ class _Session(CallListener):
             timesteps = attachment.clock.timesteps
             attachment.remove()
         return Generation(self._latents, timesteps, self._end, self._dtype)
+
+    def _is_last(self, step: int) -> bool:
+        """Returns whether this is known to be the last step."""
+        return step + 1 == self._num_steps()
 
     def _call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         return self._answer(self._place, lambda: forward(*args, **kwargs))
@@ -167,8 +173,7 @@ class _Session(CallListener):
             self._dtype = latents.dtype
             if self._seen is not None:
                 self._seen(tick.step, kept)
-            known = self._playback._timesteps
-            if self._wants_end and known is not None and tick.step == len(known) - 1:
+            if self._wants_end and self._is_last(tick.step):
                 self._catch_end()
         return CallMode.UNCOMPILED
 
