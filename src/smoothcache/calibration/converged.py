@@ -93,7 +93,9 @@ def converged_offsets(
         offsets[0] = torch.zeros_like(recorded[0])
         offsets.append(offsets[-1])
         if fine.end is not None and own.end is not None:
-            end = guidance.latents(fine.end).cpu() - guidance.latents(own.end).cpu()
+            end = (fine.end - own.end).cpu()
+            if end.shape != recorded[0].shape:  # still holds a copy for each guidance branch
+                end = guidance.latents(end)
             offsets[-1] = end if end.shape == recorded[0].shape else offsets[-1]
         found[i] = in_half(torch.stack(offsets))
     return found
