@@ -90,9 +90,9 @@ def test_it_plans_from_trajectories_that_it_records_itself(pipe: PromptPipeline)
     assert [row.predictor for row in found.rows.values()] == ["fitted"]
 
 
-@pytest.mark.parametrize("is_calibrated", [False, True])
-def test_everything_that_is_run_is_counted(pipe: PromptPipeline, is_calibrated: bool) -> None:
-    calibration = calibrated() if is_calibrated else None
+@pytest.mark.parametrize("num_samples", [0, 3, 4])
+def test_everything_that_is_run_is_counted(pipe: PromptPipeline, num_samples: int) -> None:
+    calibration = calibrated(num_samples) if num_samples else None
     whole = macs_of(lambda: pipe.sample(0))
     found: list[sc.SearchedSchedule] = []
     spent = macs_of(lambda: found.append(search(pipe, pipe.alone, calibration, compute=0.34)))
@@ -129,6 +129,10 @@ def test_it_goes_on_from_its_journal(pipe: PromptPipeline, tmp_path: Any) -> Non
 def test_a_budget_below_one_step_is_refused(pipe: PromptPipeline, compute: float) -> None:
     with pytest.raises(sc.InvalidArgumentError, match=r"no schedule is as cheap as 0\.0"):
         search(pipe, pipe.alone, calibrated(), compute=compute)
+
+
+def test_a_budget_of_all_steps(pipe: PromptPipeline) -> None:
+    assert search(pipe, pipe.alone, calibrated(), compute=1, max_cost=8).is_all_compute
 
 
 def test_a_calibration_of_another_number_of_steps_is_refused(pipe: PromptPipeline) -> None:

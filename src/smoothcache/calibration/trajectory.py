@@ -190,6 +190,16 @@ class Trajectories:
             outputs=tuple(self.outputs[i] for i in chosen) if self.outputs else (),
         )
 
+    def followed_by(self, others: Trajectories) -> Trajectories:
+        """These trajectories and others of the same sampler, with latents if both have them."""
+        has_latents = self.has_latents and others.has_latents
+        return replace(
+            self,
+            grams=np.concatenate([self.grams, others.grams]),
+            latents=(*self.latents, *others.latents) if has_latents else (),
+            outputs=(*self.outputs, *others.outputs) if has_latents else (),
+        )
+
     def first_steps(self) -> tuple[int, ...]:
         """Returns the steps at which a denoiser takes over."""
         return tuple(

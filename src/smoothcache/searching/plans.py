@@ -139,11 +139,14 @@ class TrajectoryPlans:
 
     def _trajectories(self, numbers: tuple[int, ...]) -> Trajectories:
         """The trajectories of generations, recorded where the calibration has none of them."""
-        if self._known is not None and all(map(self._is_known, numbers)):
-            return self._known.of_samples(numbers)
+        known = [i for i in numbers if self._is_known(i)]
+        missing = [i for i in numbers if i not in known]
+        kept = self._known.of_samples(known) if self._known is not None and known else None
+        if kept is not None and not missing:
+            return kept
         responses = None if self._known is None else self._known.responses
         recorder = TrajectoryRecorder(self._model, responses=responses)
-        for i in numbers:
+        for i in missing:
             recorder.record(partial(self._sample, i))
         recorded = recorder.result()
         if recorded.num_steps != self._num_steps:
@@ -151,7 +154,7 @@ class TrajectoryPlans:
                 f"sample(i) runs {recorded.num_steps} steps, where the calibration has "
                 f"{self._num_steps}; calibrate with the same number of steps"
             )
-        return recorded
+        return recorded if kept is None else kept.followed_by(recorded)
 
     def _is_known(self, i: int) -> bool:
         return self._known is not None and i < self._known.num_samples
