@@ -98,7 +98,6 @@ def draw_figures(
     for file, calibration in measured.items():
         name = _numbered("figure-2", f"{file.parent.name}-{file.stem}", len(measured))
         drawn[name] = plot_error_curves(calibration)
-        )
     if model is not None:
         drawn["figure-3"] = plot_eligible_layers(model)
     bars = [(file.stem, x) for file, x in measured.items() if x.total_macs]
@@ -139,7 +138,7 @@ def groups_in(run: Path) -> list[Group]:
         known = (manifest.layout, manifest.seed, manifest.inputs, settings.get("steps"))
         key = (*known, settings.get("weights"), manifest.num_samples)
         groups.setdefault(key, []).append(one)
-    found = []
+    found: list[Group] = []
     for members in groups.values():
         plain = [x for x in members if (x.manifest.settings or {}).get("schedule") is None]
         others = [x for x in members if x not in plain]
