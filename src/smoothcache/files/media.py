@@ -194,5 +194,9 @@ def decoded_clip(data: bytes) -> Tensor:
             frames = [np.array(frame.convert("RGB")) for frame in sequence.Iterator(clip)]
     else:
         module = optional_module("imageio.v2", extra="mp4")
-        frames = list(module.get_reader(io.BytesIO(data), format="FFMPEG"))
+        with TemporaryDirectory() as folder:
+            file = Path(folder, "clip.mp4")
+            file.write_bytes(data)
+            with module.get_reader(file, format="FFMPEG") as reader:
+                frames = list(reader)
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
