@@ -25,9 +25,6 @@ def test_odd_sizes_are_refused() -> None:
         encoded_video(rgb_pixels(torch.zeros(2, 3, 3, 4)), 8.0)
 
 
-@pytest.mark.filterwarnings(  # imageio leaves closing a pipe to the collector
-    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
 def test_frames_come_back(tmp_path: Path) -> None:
     pytest.importorskip("imageio_ffmpeg")
     data = encoded_video(rgb_pixels(clip()), 8.0)
