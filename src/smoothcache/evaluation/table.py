@@ -192,6 +192,8 @@ def value_text(result: MetricResult | None) -> str:
     if not result.spread:
         return f"{result.value:.4g}"
     decimals = max(0, 1 - math.floor(math.log10(result.spread)))
+    if result.value:  # no more than four digits of the value
+        decimals = max(0, min(decimals, 3 - math.floor(math.log10(abs(result.value)))))
     return f"{result.value:.{decimals}f} ± {result.spread:.{decimals}f}"
 
 

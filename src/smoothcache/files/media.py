@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import wave
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,29 +85,36 @@ def encoded_video(frames: npt.NDArray[np.float32], frames_per_second: float) -> 
 
     Raises:
         InvalidArgumentError: If height or width is odd, which H.264 does not take.
-        MissingPackageError: If imageio is not installed with its ffmpeg.
+        MissingPackageError: If imageio-ffmpeg is not installed, which brings the program.
     """
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise InvalidArgumentError(
             f"an MP4 file needs an even height and width, got {height} x {width}; write GIF files."
         )
-    module = optional_module("imageio.v2", extra="mp4")
     pixels = np.round(255 * frames.clip(0, 1)).astype(np.uint8)
+    given = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+    made = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "10"]
+    bitexact = ["-fflags", "+bitexact", "-flags:v", "+bitexact"]
     with TemporaryDirectory() as folder:
         file = Path(folder, "clip.mp4")
-        bitexact = ["-fflags", "+bitexact", "-flags:v", "+bitexact", "-crf", "10"]
-        with module.get_writer(
-            file,
-            format="FFMPEG",
-            fps=frames_per_second,
-            codec="libx264",
-            macro_block_size=1,
-            output_params=bitexact,
-        ) as writer:
-            for frame in pixels:
-                writer.append_data(frame)
+        rate = ["-r", f"{frames_per_second:g}"]
+        _ffmpeg(*given, *rate, "-i", "-", *made, *bitexact, str(file), data=pixels.tobytes())
         return file.read_bytes()
+
+
+def _ffmpeg(*options: str, data: bytes = b"") -> bytes:
+    """What ffmpeg writes to its standard output.
+
+    Raises:
+        FileFormatError: If it fails.
+    """
+    program = optional_module("imageio_ffmpeg", extra="mp4").get_ffmpeg_exe()
+    command = [program, "-v", "error", "-y", *options]
+    done = subprocess.run(command, input=data, capture_output=True, check=False)
+    if done.returncode:
+        raise FileFormatError(f"ffmpeg failed: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout
 
 
 def encoded_sound(waveform: Tensor, sampling_rate: int) -> bytes:
@@ -193,6 +201,21 @@ def decoded_clip(data: bytes) -> Tensor:
         with image.open(io.BytesIO(data)) as clip:
             frames = [np.array(frame.convert("RGB")) for frame in sequence.Iterator(clip)]
     else:
-        module = optional_module("imageio.v2", extra="mp4")
-        frames = list(module.get_reader(io.BytesIO(data), format="FFMPEG"))
+        with TemporaryDirectory() as folder:
+            file = Path(folder, "clip.mp4")
+            file.write_bytes(data)
+            frames = _pictures_in(_ffmpeg("-i", str(file), "-f", "image2pipe", "-c:v", "ppm", "-"))
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
+def _pictures_in(stream: bytes) -> list[npt.NDArray[np.uint8]]:
+    """Pictures [height, width, 3] that follow each other in the PPM format."""
+    pictures, start = [], 0
+    while start < len(stream):
+        _, size, _, rest = stream[start : start + 40].split(b"\n", 3)
+        width, height = map(int, size.split())
+        begin = start + min(40, len(stream) - start) - len(rest)
+        start = begin + 3 * width * height
+        pixels = np.frombuffer(stream[begin:start], dtype=np.uint8)
+        pictures.append(pixels.reshape(height, width, 3))
+    return pictures
