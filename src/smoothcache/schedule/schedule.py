@@ -40,6 +40,7 @@ from ..steps.resample import (
 from . import card, file
 from .binding import check_same_layers, describe_other_model, map_names, with_costs_of
 from .expected_cost import buffer_bytes, macs_saved_per_step, peak_bytes
+from .export import FORMATS, StepPlan, step_plan
 from .html import schedule_map
 from .row import Row
 
@@ -202,6 +203,34 @@ class Schedule:
             FileNotFoundError: If the folder does not exist.
         """
         file.write(path, {one.name: getattr(self, one.name) for one in fields(self)})
+
+    def export(self, runtime: str) -> StepPlan:
+        """The plan for another runtime, if that can express it.
+
+        Both cache-dit and SGLang Diffusion, which is built on it, take whole steps alone: one row
+        for the denoiser's output, with the predictor "hold", "taylor" or "taylor2".
+
+        >>> output = CacheLayer("", kind="model", block="")
+        >>> schedule = Schedule(4, {"": Row((True, True, False, True))}, (output,))
+        >>> schedule.export("cache-dit").steps_computation_mask
+        [1, 1, 0, 1]
+
+        Args:
+            runtime: "cache-dit", for SGLang Diffusion as well.
+
+        Returns:
+            The mask over the steps, and the same as bins of computed and reused steps.
+
+        Raises:
+            InvalidArgumentError: If the runtime is unknown, or the schedule reuses layers or
+                blocks, has different rows for several denoisers, fitted weights or gains, or a
+                predictor over the noise level.
+        """
+        if runtime not in FORMATS:
+            raise InvalidArgumentError(
+                f"runtime must be one of {listed(FORMATS)}, got {runtime!r}."
+            )
+        return step_plan(self.rows, self.layers)
 
     def push_to_hub(
         self,
