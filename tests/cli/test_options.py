@@ -99,6 +99,27 @@ def test_images_are_used_in_turn(folder: Path, tmp_path: Path) -> None:
     assert made_up._arguments(0, 2)["image"].size == (32, 32)
 
 
+@pytest.mark.parametrize("strength", [0.35, 0.7, 1.0, None])
+def test_a_schedule_fits_a_pipeline_that_starts_from_images(
+    strength: float | None, tmp_path: Path
+) -> None:
+    from diffusers import FluxImg2ImgPipeline
+
+    FluxImg2ImgPipeline.from_pipe(tiny.flux()).save_pretrained(tmp_path / "model")
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "in" / "a.png")
+    common = ("--height", 32, "--width", 32, "--images", tmp_path / "in", "--prompt", "a cat")
+    common += ("--call", f"strength={strength}") if strength else ()
+    curves, plan = tmp_path / "c.safetensors", tmp_path / "s.json"
+    run_here = ("--samples", 1, "--steps", 13, "--max-gap", 1)
+    succeed("calibrate", tmp_path / "model", "-o", curves, *run_here, *common)
+    succeed("plan", curves, "--alpha", 10, "-o", plan)
+    assert Schedule.load(plan).num_steps < 13 or strength == 1.0
+    options = ("--schedule", plan, "-o", tmp_path / "out", "--json")
+    told = json.loads(succeed("generate", tmp_path / "model", *options, *common).stdout)
+    assert told["finished"] == 1 and told["reused"] > 0 and told["recomputed"] == {}
+
+
 def test_images_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     from diffusers import FluxImg2ImgPipeline
 

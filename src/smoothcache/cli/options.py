@@ -19,7 +19,7 @@ import typer.core
 
 from ..checks import listed
 from ..diffusers_io.call_arguments import call_arguments, check_name
-from ..diffusers_io.sampler import PipelineSampler
+from ..diffusers_io.sampler import PipelineSampler, steps_to_ask_for
 from ..errors import InvalidArgumentError
 from ..files.document import write_atomically
 from ..optional import optional_module
@@ -195,16 +195,23 @@ class Setup:
             loras=tuple(self.lora or ()),
         )
 
-    def sampler(self, pipeline: Any, steps: int | None) -> PipelineSampler:
+    def sampler(
+        self, pipeline: Any, steps: int | None, *, runs: int | None = None
+    ) -> PipelineSampler:
         """Runs the pipeline with the inputs that were given.
 
         Args:
             pipeline: What ``load`` gave.
-            steps: Solver steps; None for the pipeline's own.
+            steps: Solver steps to ask for; None for the pipeline's own, or for as many as make
+                ``runs``.
+            runs: Steps that a schedule was made for.
 
         Raises:
             InvalidArgumentError: If the pipeline does not take what is given, or needs more.
         """
+        options = self._call_options(pipeline)
+        if steps is None and runs is not None:
+            steps = steps_to_ask_for(pipeline, runs, options)
         return PipelineSampler(
             pipeline,
             (*(self.prompt or ()), *(read_prompts(self.prompts) if self.prompts else ())),
@@ -212,7 +219,7 @@ class Setup:
             steps,
             self.guidance_scale,
             self.seed,
-            self._call_options(pipeline),
+            options,
             images_of(pipeline, self.images or ()),
         )
 

@@ -6,6 +6,7 @@ from .loading import load_pipeline as load_pipeline
 from .loading import silence_libraries as silence_libraries
 from .sampler import PipelineSampler as PipelineSampler
 from .sampler import sampling_rate as sampling_rate
+from .sampler import steps_to_ask_for as steps_to_ask_for
 from .solvers import multistep_solvers as multistep_solvers
 from .solvers import suitable_solvers as suitable_solvers
 from .solvers import third_order_sde as third_order_sde

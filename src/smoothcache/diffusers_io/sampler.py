@@ -45,6 +45,36 @@ def sampling_rate(pipeline: Any) -> int | None:
     return None
 
 
+def steps_to_ask_for(pipeline: Any, runs: int, options: Mapping[str, Any]) -> int:
+    """The ``num_inference_steps`` for which a pipeline runs so many steps.
+
+    A pipeline that starts from an image begins in the middle, at a place that ``strength`` says,
+    and so runs fewer steps than it is asked for.
+
+    Args:
+        pipeline: A pipeline of diffusers.
+        runs: Steps that are to run.
+        options: Arguments of the call; ``strength`` is read, or else its default.
+
+    Returns:
+        The number to ask for; ``runs`` itself where all steps run.
+
+    Example:
+        >>> from smoothcache.demo.image import FOLDER
+        >>> from smoothcache.diffusers_io import load_pipeline
+        >>> steps_to_ask_for(load_pipeline(FOLDER), 7, {})
+        7
+    """
+    takes = parameters_of(pipeline)
+    if "strength" not in takes or not hasattr(pipeline, "get_timesteps"):
+        return runs
+    strength = options.get("strength", takes["strength"].default)
+    if not isinstance(strength, int | float) or not 0 < strength < 1:
+        return runs
+    asked = range(runs, int(runs / strength) + 3)
+    return next((n for n in asked if n - int(max(n - n * strength, 0)) == runs), runs)
+
+
 @dataclass(frozen=True)
 class PipelineSampler:
     """Runs one generation of a pipeline after the other: number i has its own input and seed.

@@ -85,9 +85,8 @@ def compare(
         raise InvalidArgumentError(
             f"the picture '{picture}' must end in .png, .svg or .pdf: that of sounds does not move"
         )
-    sampler = setup.sampler(
-        pipeline, steps or max(x.schedule.num_steps for x in variants if x.schedule)
-    )
+    longest = max(x.schedule.num_steps for x in variants if x.schedule)
+    sampler = setup.sampler(pipeline, steps, runs=longest)
     comparison = run_comparison(
         pipeline,
         sampler,

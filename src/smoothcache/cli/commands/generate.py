@@ -47,7 +47,7 @@ def generate(
     planned = Schedule.load(schedule)
     check_output_folder(output)
     pipeline = setup.load(model)
-    sampler = setup.sampler(pipeline, planned.num_steps if steps is None else steps)
+    sampler = setup.sampler(pipeline, steps, runs=planned.num_steps)
     files: list[Path] = []
     started = time.perf_counter()
     with cached(pipeline, planned) as run:
