@@ -334,11 +334,14 @@ def test_slots_stay_where_they_are_and_go_when_disabled() -> None:
     def addresses() -> list[int]:
         return [x.data_ptr() for uses in layer._slots.values() for s in uses for x in s._buffers()]
 
+    def numbers() -> list[int]:
+        return [id(x) for uses in layer._slots.values() for s in uses for x in s._tensors.values()]
+
     denoised(toy)
-    first, held = addresses(), handle.summary().held_bytes
+    first, held, known = addresses(), handle.summary().held_bytes, numbers()
     assert held == 2 * 2 * TOKENS * WIDTH * 4  # two layers, two values each
     denoised(toy, 1)
-    assert addresses() == first
+    assert addresses() == first and numbers() == known
     handle.disable()
     assert not addresses()
     assert handle.summary().held_bytes == 0
