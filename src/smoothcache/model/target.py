@@ -59,10 +59,21 @@ class Target:
         return None if scheduler is None else type(scheduler).__name__
 
     def only(self, name: str) -> Target:
-        """Returns a target with only one of the denoisers."""
+        """Returns a target with only one of the denoisers.
+
+        Args:
+            name: Prefix of the denoiser.
+
+        Returns:
+            A target whose single denoiser has the prefix ``""``.
+        """
         return Target(self.model, {"": self.denoisers[name]})
 
     def replaced(self) -> list[str]:
-        """Returns the prefixes of denoisers that are no longer in the pipeline."""
+        """Finds the denoisers that have been replaced in the pipeline.
+
+        Returns:
+            Prefixes of denoisers that are no longer part of it.
+        """
         now = list(find_denoisers(self.model).values())
         return [name for name, denoiser in self.denoisers.items() if denoiser not in now]
