@@ -406,9 +406,11 @@ def test_samples_that_cannot_be_trained_on() -> None:
 
     refused(toy, inference, r"sample\(\d\) runs under torch.inference_mode.*no_grad")
     refused(toy, lambda i: None, r"sample\(\d\) never ran the model")
-    refused(toy, lambda i: [sample(i), sample(i)], r"sample\(\d\) began a second generation")
+    refused(toy, lambda i: [sample(i), sample(i)], r"sample\(\d\) started a second generation")
     refused(toy, lambda i: toy.generate(STEPS - 1), r"ran 7 steps, but the calibration has 8")
-    refused(toy, lambda i: toy.generate(STEPS + 1), r"come to step 9, but the calibration has 8")
+    refused(
+        toy, lambda i: toy.generate(STEPS + 1), r"reached step 9, but the calibration has 8 steps"
+    )
     refused(toy, "sample", "sample must be a function", sc.InvalidArgumentError)
 
 

@@ -68,7 +68,7 @@ def test_values_are_a_read_only_copy() -> None:
         ({"total_macs": -1}, "total_macs"),
         ({"timesteps": (1.0,)}, r"shape \(4, 8\).*4 layers and 1 steps"),
         ({"timesteps": (float("nan"),) * 8}, "a timestep must be a finite number"),
-        ({"layers": (*layers_of(1), *layers_of(1))}, "come twice"),
+        ({"layers": (*layers_of(1), *layers_of(1))}, "layers are repeated"),
         ({"provenance": {"a": 1}}, "provenance maps strings"),
     ],
 )
@@ -130,7 +130,7 @@ def test_damaged_files_are_refused(tmp_path: Path, old: str, new: str, words: st
 
 def test_a_calibration_is_no_file_of_routers(tmp_path: Path) -> None:
     calibration_of().save(tmp_path / "c.safetensors")
-    with pytest.raises(FileFormatError, match="no routers"):
+    with pytest.raises(FileFormatError, match="not a routers file"):
         Routers.load(tmp_path / "c.safetensors")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Routers.load(tmp_path / "nowhere")
@@ -185,7 +185,7 @@ def test_another_predictor_may_be_asked_for() -> None:
         ({"compute": 0}, r"compute must be in \(0, 1\], got 0"),
         ({"compute": 1.5}, "compute must be in"),
         ({"compute": True}, "compute must be a finite number"),
-        ({"compute": 0.5, "predictor": "spline"}, "predictor 'spline' is unknown; there are hold"),
+        ({"compute": 0.5, "predictor": "spline"}, "predictor 'spline' is unknown; known pre"),
     ],
 )
 def test_arguments_without_sense_are_refused(arguments: dict[str, Any], words: str) -> None:

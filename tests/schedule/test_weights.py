@@ -88,7 +88,7 @@ def test_files_give_back_the_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([[1.0]], "weights of 1 for 4 reused steps"),
+        ([[1.0]], "weights for 1 steps, but 4 steps are reused"),
         ([[1.0, 1.0, 1.0], [1.0], [1.0], [1.0]], "step 2 has 3 weights"),
         ([[], [1.0], [1.0], [1.0]], "step 2 has 0 weights"),
         ([["a"], [1.0], [1.0], [1.0]], "finite number"),
@@ -124,8 +124,8 @@ def test_infinite_weights_in_a_file_are_refused(tmp_path: Path) -> None:
         ({"predictor": "fitted", "weights": ((), (1.0, 1.0))}, "needs 1 to 1"),
         ({"predictor": "fitted", "weights": ((1.0,), (1.0,))}, "computed and takes none"),
         ({"predictor": "fitted", "weights": ((), (math.inf,))}, "finite"),
-        ({"predictor": "fitted", "weights": ((),)}, "1 of 2 steps"),
-        ({"predictor": "fitted", "weights": ((), 1.0)}, "no list"),
+        ({"predictor": "fitted", "weights": ((),)}, "1 steps, expected 2"),
+        ({"predictor": "fitted", "weights": ((), 1.0)}, "must be a list"),
     ],
 )
 def test_rows_with_wrong_weights_are_refused(options: Any, message: str) -> None:
@@ -235,7 +235,7 @@ def test_a_batch_without_those_branches_is_refused(compiled: bool) -> None:
 def test_another_branch_than_was_fitted_is_refused() -> None:
     model = Guided()
     run = sc.enable(model, by_branch(model, 1))
-    with torch.no_grad(), pytest.raises(sc.ScheduleMismatchError, match="another one"):
+    with torch.no_grad(), pytest.raises(sc.ScheduleMismatchError, match="another branch"):
         for t in torch.linspace(1, 0.125, STEPS):
             for sign in (1.0, -1.0, 0.5):
                 model(torch.ones(3, 5), t[None], torch.tensor([[sign]]))
@@ -245,7 +245,7 @@ def test_another_branch_than_was_fitted_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_parts": 2}, "1 branches, which cannot be 2"),
+        ({"batch_parts": 2}, "1 branches, which is not a multiple"),
         ({"batch_parts": 0}, "batch_parts"),
         ({"branch_weights": (((), (1.0, 1.0)),)}, "needs 1 to 1"),
         ({"branch_weights": (((), (math.nan,)),)}, "finite"),

@@ -360,7 +360,9 @@ def test_wrong_input_is_refused(num_steps: Any, timesteps: Any, words: list[str]
 def test_timesteps_that_turn_back_tell_no_place() -> None:
     for known in ((3.0, 1.0, 2.0), (3.0, 3.0, 3.0)):
         schedule = of_row(drawn("#.#"), known)
-        with pytest.raises(InvalidArgumentError, match="known timesteps neither fall nor rise"):
+        with pytest.raises(
+            InvalidArgumentError, match="known timesteps neither only fall nor only rise"
+        ):
             schedule.resample(2, timesteps=(3.0, 1.0))
         assert mask_of(schedule.resample(6)) == drawn("#.#.##")
     with pytest.raises(InvalidArgumentError, match="given timesteps fall and the known rise"):
@@ -471,7 +473,7 @@ def test_steps_too_far_apart_are_refused_with_what_to_do() -> None:
     calibration = analytic(np.linspace(1000, 20, 50).tolist(), max_gap=4)
     with pytest.raises(InvalidArgumentError) as caught:
         calibration.resample(10)
-    for word in ("4 of 50 steps", "5.4", "calibrate at about 10 steps", "at least 6"):
+    for word in ("4 of 50 steps", "5.4", "calibrate with about 10 steps", "at least 6"):
         assert word in str(caught.value)
     with pytest.raises(InvalidArgumentError, match="error curves cover gaps"):
         calibration.resample(3, timesteps=(1000, 960, 100))
@@ -548,7 +550,7 @@ def test_cost_of_a_step_follows_the_layers_that_run() -> None:
 def test_a_part_with_too_few_steps_is_refused() -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         shared(switch=2).resample(7)
-    for word in ("'blocks.0.attn'", "1 of the 7", "calibrate at 7 steps"):
+    for word in ("'blocks.0.attn'", "1 of the 7", "calibrate with 7 steps"):
         assert word in str(caught.value)
 
 

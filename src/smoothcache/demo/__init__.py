@@ -1,4 +1,4 @@
-"""Small trained models and the data they were trained on, for trying caching out.
+"""Small trained models and their training data, for trying out caching.
 
-One module a modality, each with a ``run_demo``; what they have in common is in `course`.
+Each modality has a module with a ``run_demo``; shared code is in `course`.
 """

@@ -1,4 +1,4 @@
-"""The whole method on a small trained Stable Audio: calibrate, plan, sample, compare, draw."""
+"""The whole method on a small trained Stable Audio pipeline."""
 
 from __future__ import annotations
 
@@ -53,28 +53,28 @@ def run_demo(
     progress: bool = True,
     tell: Callable[[str], None] | None = None,
 ) -> DemoResult:
-    """Runs the method from end to end on the demo's pipeline of described sounds.
+    """Runs the method from end to end on the demo's text-to-audio pipeline.
 
-    The solver is DPM-Solver++(3M) SDE. Its noise is drawn inside, from the seed of each sound, so
-    that cached and uncached runs draw the same. Calibrates on ten sounds. Compares computing every
-    2nd and every 3rd step, and the last (FORA), the same with Taylor extrapolation, the paper's
-    thresholds that cost the same, and plain fewer steps of the same cost.
+    The solver is DPM-Solver++(3M) SDE. It draws its noise from the seed of each sound, so cached
+    and uncached runs use the same noise. The calibration set has ten sounds. The comparison covers
+    FORA (every 2nd and 3rd step, and the last), FORA with Taylor extrapolation, the paper's
+    thresholds at the same cost, and fewer steps at the same cost.
 
     Args:
-        output_dir: Where to write sounds, spectrograms, the table, the calibration and the
-            schedules; made if it does not exist.
-        folder: Another pipeline of the same kind, with its ``classifier``; None for the demo's.
-        num_samples: How many sounds to compare, a multiple of the twenty pairs of timbre and pitch.
-        num_steps: Solver steps of the uncached run.
-        seed: Other seeds give other sounds.
+        output_dir: Folder for sounds, spectrograms, the table, the calibration and the schedules;
+            created if missing.
+        folder: Another pipeline of the same kind with its ``classifier``; None for the demo's.
+        num_samples: Number of sounds to compare, a multiple of the 20 pairs of timbre and pitch.
+        num_steps: Number of solver steps of the uncached run.
+        seed: Seed of the first sound.
         progress: Whether to show progress bars.
-        tell: Is called with a line at the start of every stage.
+        tell: Called with a line of text at the start of every stage.
 
     Returns:
-        What was measured; the comparison's ``images`` are waveforms [samples, 1, audio samples].
+        The results; the comparison's ``images`` are waveforms [samples, 1, audio samples].
 
     Raises:
-        InvalidArgumentError: If an argument has no sensible value.
+        InvalidArgumentError: If an argument is invalid.
         PipelineLoadError: If there is no pipeline in the folder.
         MissingPackageError: If a package of the ``demo`` or ``audio`` extra is not installed.
     """
@@ -98,7 +98,7 @@ def run_demo(
         return sample_tones(pipe, batch_attributes(i), seed + BATCH * i, steps)
 
     def calibration_sample(i: int) -> Tensor:
-        place = 7 * i % BATCH  # walks through timbres and pitches
+        place = 7 * i % BATCH  # varies timbre and pitch
         chosen = batch_attributes(i)[place : place + 1]
         return sample_tones(pipe, chosen, seed + CALIBRATION_SEEDS + i, num_steps)
 
@@ -114,7 +114,7 @@ def run_demo(
         scores=judge.scores(),
         describe=lambda comparison: _report(comparison, judge, num_samples),
         show=_show,
-        last=True,  # it takes away all noise that is left, 0.3 of the sound's amplitude at once
+        last=True,  # the last step removes all remaining noise, 0.3 of the sound's amplitude
         inputs=[caption(row) for row in batch_attributes(0)],
         sampling_rate=SAMPLING_RATE,
         command=(
@@ -126,7 +126,7 @@ def run_demo(
 
 
 def load_tones(folder: str | os.PathLike[str] = FOLDER) -> Any:
-    """The demo's ``StableAudioPipeline``, with the third-order solver of Stable Audio Open."""
+    """Loads the demo's ``StableAudioPipeline`` with the third-order solver of Stable Audio Open."""
     pipe = load_pipeline(folder, dtype=torch.float32)
     pipe.scheduler = third_order_sde(pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
@@ -134,20 +134,20 @@ def load_tones(folder: str | os.PathLike[str] = FOLDER) -> Any:
 
 
 def sample_tones(pipe: Any, attributes: Tensor, seed: int, num_steps: int) -> Tensor:
-    """One generation of the pipeline, each sound with a seed of its own.
+    """Runs one generation of the pipeline, with a separate seed for each sound.
 
     Args:
-        pipe: A pipeline of the demo.
+        pipe: The demo's pipeline.
         attributes: Timbre, pitch and rhythm of each sound; [n, 3].
-        seed: Of the first sound; the next one has the next number.
-        num_steps: Solver steps.
+        seed: Seed of the first sound; later sounds have consecutive seeds.
+        num_steps: Number of solver steps.
 
     Returns:
         Waveforms [n, 1, 16384].
     """
     generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(attributes))]
     with warnings.catch_warnings():
-        # The first and last noise level are outside of the Brownian path's by a rounding error.
+        # The first and last noise levels exceed the Brownian path's range by a rounding error.
         warnings.filterwarnings("ignore", "Should have t[ab]", UserWarning)
         waveforms: Tensor = pipe(
             [caption(row) for row in attributes],
@@ -160,16 +160,16 @@ def sample_tones(pipe: Any, attributes: Tensor, seed: int, num_steps: int) -> Te
 
 
 def batch_attributes(i: int) -> Tensor:
-    """What the sounds of generation i are to be: [20, 3], of one rhythm that changes with i."""
+    """Returns the attributes [20, 3] of the sounds of generation i, which share one rhythm."""
     timbres, pitches, rhythms = (torch.arange(n) for n in NUM_CLASSES)
     return torch.cartesian_prod(timbres, pitches, rhythms[i % len(rhythms)][None])
 
 
 class Judge:
-    """Scores sets of whole batches of sounds, as ``batch_attributes`` asks for them.
+    """Scores sets of whole batches of sounds with the attributes of ``batch_attributes``.
 
     Args:
-        classifier: Was trained on real sounds.
+        classifier: A classifier trained on real sounds.
     """
 
     def __init__(self, classifier: ToneClassifier) -> None:
@@ -178,7 +178,7 @@ class Judge:
         self._uncached: Tensor | None = None
 
     def scores(self) -> dict[str, Callable[[Tensor], float]]:
-        """What ``compare`` asks of the sounds of each row, the uncached ones first."""
+        """Returns the scores for ``compare``, which must score the uncached sounds first."""
         accuracies = {
             f"{name}_accuracy": lambda sounds, i=i: self.accuracy(sounds, i)
             for i, name in enumerate(ATTRIBUTES)
@@ -190,13 +190,13 @@ class Judge:
         }
 
     def accuracy(self, sounds: Tensor, attribute: int) -> float:
-        """Share of sounds [n, 1, samples] whose attribute of this number is recognised."""
+        """Returns the fraction of sounds [n, 1, samples] whose attribute is recognised."""
         return class_accuracy(
             self._logits(sounds)[attribute], _attributes(len(sounds))[:, attribute]
         )
 
     def divergence(self, sounds: Tensor) -> float:
-        """Divergence of the labels from those of the first set that was asked about, in nats."""
+        """Returns the divergence of the labels from the labels of the first set, in nats."""
         logits = self._logits(sounds)
         if self._uncached is None:
             self._uncached = torch.cat(logits, dim=1)
@@ -204,7 +204,7 @@ class Judge:
         return sum(map(label_divergence, logits, reference))
 
     def distance(self, sounds: Tensor) -> float:
-        """Frechet distance of the classifier's features to those of real sounds."""
+        """Returns the Frechet distance of the classifier's features to those of real sounds."""
         return frechet_distance(self._features(sounds), self._real)
 
     @torch.no_grad()
@@ -217,12 +217,12 @@ class Judge:
 
 
 def real_sounds(count: int) -> Tensor:
-    """Sounds that neither training nor ``Judge`` heard, in the order of the compared ones."""
+    """Returns real sounds unseen in training and by ``Judge``, in the order of the comparison."""
     return generate(_attributes(count), seed=DATA_SEED + 1)[0]
 
 
 def _attributes(count: int) -> Tensor:
-    """What the first sounds of the comparison are: [count, 3]."""
+    """Returns the attributes of the first sounds of the comparison, [count, 3]."""
     batches = [batch_attributes(i) for i in range(-(-count // BATCH))]
     return torch.cat(batches)[:count]
 
@@ -250,7 +250,7 @@ def _report(comparison: Comparison, judge: Judge, num_samples: int) -> Report:
 
 
 def _show(folder: Path, groups: Groups, comparison: Comparison) -> list[Path]:
-    """Sounds to listen to, and their spectrograms side by side."""
+    """Writes sounds and their spectrograms; returns the files."""
     files = _sounds(folder, groups, comparison)
     uncached = _shown(comparison.images[REFERENCE])
     for interval, group in groups.items():
@@ -261,7 +261,7 @@ def _show(folder: Path, groups: Groups, comparison: Comparison) -> list[Path]:
 
 
 def _sounds(folder: Path, groups: Groups, comparison: Comparison) -> list[Path]:
-    """One sound of every timbre, uncached and under every schedule."""
+    """Writes one sound of every timbre, uncached and under every schedule."""
     names = {REFERENCE: "uncached"} | {
         name: stem(interval, schedule).removeprefix("schedule-")
         for interval, group in groups.items()
@@ -276,6 +276,6 @@ def _sounds(folder: Path, groups: Groups, comparison: Comparison) -> list[Path]:
 
 
 def _shown(sounds: Tensor) -> Tensor:
-    """One sound of every timbre, each at another pitch: [5, 1, samples]."""
+    """Returns one sound of every timbre, at different pitches: [5, 1, samples]."""
     places = [NUM_CLASSES[1] * i + i % NUM_CLASSES[1] for i in range(NUM_CLASSES[0])]
     return sounds[places]

@@ -1,7 +1,4 @@
-"""A small classifier of the demo images: judges samples and gives features to compare sets by.
-
-Also how the demo's classifiers are built and stored.
-"""
+"""A small classifier of the demo images, and storage of the demo's classifiers."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ class ShapeClassifier(nn.Module):
 
     Args:
         num_classes: Number of logits.
-        width: Channels of the first stage; each of the two later ones has twice as many.
+        width: Channels of the first stage; each later stage doubles them.
         feature_dim: Length of the penultimate features.
     """
 
@@ -37,18 +34,18 @@ class ShapeClassifier(nn.Module):
         self.head = nn.Linear(feature_dim, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class logits [n, num_classes]."""
+        """Returns class logits [n, num_classes]."""
         logits: Tensor = self.head(self.features(images).relu())
         return logits
 
     def features(self, images: Tensor) -> Tensor:
-        """Penultimate features [n, feature_dim], before the last nonlinearity."""
+        """Returns penultimate features [n, feature_dim], before the last nonlinearity."""
         features: Tensor = self.project(self.trunk(images).flatten(1))
         return features
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Feature maps after each stage, [n, channels, height, width]."""
+        """Returns feature maps after each stage, [n, channels, height, width]."""
         found = []
         for stage in self.trunk:
             images = stage(images)
@@ -57,7 +54,7 @@ class ShapeClassifier(nn.Module):
 
 
 def save_classifier(classifier: nn.Module, folder: str | Path) -> None:
-    """Write the weights in half precision and the classifier's ``config`` to `folder`."""
+    """Writes the weights in half precision and the classifier's ``config`` to `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.cpu().half() for name, value in classifier.state_dict().items()}
@@ -66,12 +63,12 @@ def save_classifier(classifier: nn.Module, folder: str | Path) -> None:
 
 
 def load_classifier(folder: str | Path) -> ShapeClassifier:
-    """The classifier of images that `save_classifier` wrote, in float32 and evaluation mode."""
+    """Loads an image classifier written by `save_classifier`, in float32 and evaluation mode."""
     return load_as(ShapeClassifier, folder)
 
 
 def load_as(kind: type[Classifier], folder: str | Path) -> Classifier:
-    """The classifier of this kind that `save_classifier` wrote, in float32, to evaluate with."""
+    """Loads a classifier written by `save_classifier`, in float32 and evaluation mode."""
     folder = Path(folder)
     classifier = kind(**json.loads((folder / CONFIG).read_text()))
     classifier.load_state_dict(load_file(folder / WEIGHTS))
@@ -79,7 +76,7 @@ def load_as(kind: type[Classifier], folder: str | Path) -> Classifier:
 
 
 def stage(inputs: int, outputs: int) -> nn.Sequential:
-    """A convolution that halves the resolution."""
+    """Returns a convolution stage that halves the resolution."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, padding=1),
         nn.GroupNorm(8, outputs),

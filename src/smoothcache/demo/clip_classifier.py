@@ -1,4 +1,4 @@
-"""A small classifier of the demo clips: says which attributes a clip has, and gives features."""
+"""A small classifier of the attributes of demo clips."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .clips import ATTRIBUTES
 class ClipClassifier(nn.Module):
     """A network from clips [n, frames, 3, 32, 32] in [-1, 1] to the logits of each attribute.
 
-    It looks at frame after frame, and then along time; a clip may have any number of frames.
+    Frames are encoded separately and then combined along time; clips may have any length.
 
     Args:
-        width: Channels of the first stage; the second has twice as many, the third too.
-        feature_dim: Length of what is known of a frame, and of the penultimate features.
+        width: Channels of the first stage; the later stages have twice as many.
+        feature_dim: Length of the frame features and of the penultimate features.
     """
 
     def __init__(self, width: int = 16, feature_dim: int = 64) -> None:
@@ -36,12 +36,12 @@ class ClipClassifier(nn.Module):
         )
 
     def forward(self, clips: Tensor) -> dict[str, Tensor]:
-        """Name of an attribute -> its logits, [n, values]."""
+        """Returns logits [n, values] by attribute."""
         features = self.features(clips).relu()
         return {name: head(features) for name, head in self.heads.items()}
 
     def features(self, clips: Tensor) -> Tensor:
-        """Penultimate features [n, feature_dim], before the last nonlinearity."""
+        """Returns penultimate features [n, feature_dim], before the last nonlinearity."""
         frames = self.project(self.trunk(clips.flatten(0, 1)).flatten(1))
         in_time = frames.unflatten(0, clips.shape[:2]).transpose(1, 2)
         features: Tensor = self.along_time(in_time).mean(dim=2)

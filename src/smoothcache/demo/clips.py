@@ -1,6 +1,6 @@
-"""The data set of the video demo: one coloured shape that moves, and a caption that says so.
+"""The data set of the video demo: clips of one moving coloured shape, with captions.
 
-A clip is drawn like the images of `shapes`, frame by frame, and a seed alone determines the data.
+Frames are drawn like the images of `shapes`, and the data is determined by a seed.
 Lengths are in pixels, speeds in pixels per frame.
 """
 
@@ -44,14 +44,14 @@ def generate(
     frames: int = NUM_FRAMES,
     size: int = CLIP_SIZE,
 ) -> tuple[Tensor, Tensor]:
-    """Clips of moving shapes and the attributes of each.
+    """Generates clips of moving shapes and their attributes.
 
     Args:
-        num_clips: How many clips to draw, with random attributes; or the wanted attributes
-            themselves, an integer tensor of shape [n, 4].
-        seed: Determines everything else: the same seed gives the same clips.
-        frames: Frames of a clip.
-        size: Side of a frame in pixels.
+        num_clips: Number of clips with random attributes, or the attributes as an integer tensor
+            of shape [n, 4].
+        seed: Seed of everything else.
+        frames: Number of frames per clip.
+        size: Side length of a frame in pixels.
 
     Returns:
         Clips of shape [n, frames, 3, size, size] in [-1, 1], and labels of shape [n, 4]: for each
@@ -74,7 +74,7 @@ def generate(
 
 
 def caption(labels: Sequence[int] | Tensor) -> str:
-    """The sentence that describes a clip with these attributes.
+    """Returns the caption of a clip with these attributes.
 
     Example:
         >>> caption([0, 2, 1, 0])
@@ -86,12 +86,12 @@ def caption(labels: Sequence[int] | Tensor) -> str:
 
 
 def all_labels() -> Tensor:
-    """The attributes of every caption that there is, [captions, 4]."""
+    """Returns the attributes of all possible captions, [captions, 4]."""
     return torch.cartesian_prod(*(torch.arange(len(names)) for names in ATTRIBUTES.values()))
 
 
 def spread_labels(count: int) -> Tensor:
-    """Attributes of `count` clips, [count, 4], in which the values of each are equally frequent.
+    """Returns attributes of `count` clips, [count, 4], with balanced values.
 
     Example:
         >>> [caption(row) for row in spread_labels(2)]
@@ -103,7 +103,7 @@ def spread_labels(count: int) -> Tensor:
 
 
 def _draw(labels: Tensor, frames: int, size: int, rng: torch.Generator) -> Tensor:
-    """One chunk of clips of shape [n, frames, 3, size, size] in [-1, 1]."""
+    """Draws one chunk of clips of shape [n, frames, 3, size, size] in [-1, 1]."""
     n = len(labels)
     colour, shape, direction, speed = labels.unbind(1)
     pixels = pixel_centres(size)
@@ -122,7 +122,7 @@ def _draw(labels: Tensor, frames: int, size: int, rng: torch.Generator) -> Tenso
 def _paths(
     direction: Tensor, speed: Tensor, frames: int, size: int, rng: torch.Generator
 ) -> Tensor:
-    """Centre of each shape in each frame, [n, frames, 2]: about the middle when half is over."""
+    """Returns the centres of shapes in each frame, [n, frames, 2], near the middle at half time."""
     n = len(direction)
     pace = SPEEDS[speed] * uniform((n,), 0.95, 1.05, rng) * size / CLIP_SIZE
     time = torch.arange(frames) - (frames - 1) / 2
@@ -132,7 +132,7 @@ def _paths(
 
 
 def _coverage(offset: Tensor, shape: Tensor, radius: Tensor) -> Tensor:
-    """Share of each pixel that the shape covers, [n, p], for pixels [n, p, 2] from its centre."""
+    """Returns the fraction of each pixel covered by the shape, [n, p], for offsets [n, p, 2]."""
     local = rotate(offset, -UPRIGHT) / radius[:, None, None]
     distance = torch.empty(local.shape[:-1])
     for label, name in enumerate(ATTRIBUTES["shape"]):

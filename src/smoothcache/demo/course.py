@@ -1,4 +1,4 @@
-"""What all demos do: calibrate, plan, sample each way, compare, draw; whatever is sampled."""
+"""Shared code of the demos: calibrate, plan, sample, compare and draw."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..schedule.schedule import Schedule
 
 MAX_GAP = 3
 INTERVALS = (2, 3)
-CALIBRATION_SEEDS, DATA_SEED = 1_000_000, 20_000  # apart from those of the compared samples
+CALIBRATION_SEEDS, DATA_SEED = 1_000_000, 20_000  # disjoint from the compared samples
 
 PAGE = "report.html"
 """Name of the report in the folder of the demo."""
@@ -40,16 +40,16 @@ Groups = Mapping[int, Mapping[str, Schedule]]
 
 @dataclass(frozen=True, eq=False)
 class DemoResult:
-    """What the demo measured and where it wrote it.
+    """Results of a demo.
 
     Attributes:
-        report: The table, with what it was measured on and the verdict below it.
-        comparison: The rows and samples behind it.
+        report: The table, with notes on the measurement and the verdict.
+        comparison: Rows and samples of the comparison.
         calibration: The error curves.
-        schedules: Name of a row -> its schedule.
-        folder: Where everything was written.
-        files: What was written, pictures first.
-        seconds: Stage -> wall clock.
+        schedules: Schedules by name of the row.
+        folder: Output folder.
+        files: Written files, pictures first.
+        seconds: Wall-clock time of each stage.
     """
 
     report: Report
@@ -63,20 +63,20 @@ class DemoResult:
 
 @dataclass(frozen=True)
 class Material:
-    """What the demo of one modality brings along.
+    """The parts of a demo that depend on the modality.
 
     Attributes:
-        pipeline: Is calibrated and sampled from.
-        noun: What it makes, in the plural.
-        sample: Generation number -> steps -> a batch of samples.
-        count: How many samples to compare.
-        batches: In how many generations.
-        calibration_sample: Generation number -> one sample of all steps.
-        calibration_count: How many of them to calibrate on.
-        num_steps: Solver steps of the uncached run.
-        scores: Columns of the table beside those of the modality.
-        describe: Puts title and notes to what was compared.
-        show: Writes samples and pictures of them, of all rows, into a folder.
+        pipeline: The pipeline.
+        noun: Plural noun of its samples.
+        sample: Function from generation number and number of steps to a batch of samples.
+        count: Number of samples to compare.
+        batches: Number of generations for these samples.
+        calibration_sample: Function from generation number to one sample with all steps.
+        calibration_count: Size of the calibration set.
+        num_steps: Number of solver steps of the uncached run.
+        scores: Additional columns of the table.
+        describe: Adds title and notes to a comparison.
+        show: Writes samples and pictures of all rows into a folder.
         last: Whether FORA also computes the last step, as in the published schedules.
         inputs: What the samples of a row are made from, used in turn; they name them in the report.
         sampling_rate: Of sounds, samples a second.
@@ -110,19 +110,19 @@ def checked_output(
     packages: Sequence[str] = (),
     extra: str = "demo",
 ) -> Path:
-    """The folder to write to, which is made once all arguments have been found sensible.
+    """Validates the arguments of a demo and creates its output folder.
 
     Args:
         output_dir: The folder.
-        num_samples: Samples each way.
-        batch: Samples of one generation.
-        num_steps: Solver steps of the uncached run.
-        seed: Of the first sample.
-        packages: What has to be installed beside what images need.
-        extra: Which brings them.
+        num_samples: Number of samples per row.
+        batch: Number of samples per generation.
+        num_steps: Number of solver steps of the uncached run.
+        seed: Seed of the first sample.
+        packages: Additional packages that the demo requires.
+        extra: Extra that installs them.
 
     Raises:
-        InvalidArgumentError: If an argument has no sensible value.
+        InvalidArgumentError: If an argument is invalid.
         MissingPackageError: If a package is not installed.
     """
     check_count("num_samples", num_samples, least=1)
@@ -130,8 +130,7 @@ def checked_output(
     check_count("seed", seed, least=0)
     if num_samples % batch:
         raise InvalidArgumentError(
-            f"num_samples must be a multiple of {batch}, which are sampled at once, got "
-            f"{num_samples}."
+            f"num_samples must be a multiple of the batch size {batch}, got {num_samples}."
         )
     for package in packages:
         optional_module(package, extra=extra)
@@ -142,7 +141,7 @@ def checked_output(
 
 @dataclass
 class Stages:
-    """Announces each stage and takes its time."""
+    """Announces each stage and measures its time."""
 
     tell: Callable[[str], None] | None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -157,12 +156,12 @@ class Stages:
 
 
 def run_course(material: Material, output: Path, stages: Stages, *, progress: bool) -> DemoResult:
-    """Calibrates, plans, compares and draws.
+    """Calibrates, plans, compares and draws; returns the results.
 
     Args:
-        material: What to work on.
-        output: The folder to write to; it exists.
-        stages: Is told of each stage.
+        material: The parts that depend on the modality.
+        output: Existing output folder.
+        stages: Announces each stage.
         progress: Whether to show progress bars.
     """
     count, steps = material.calibration_count, material.num_steps
@@ -213,10 +212,10 @@ def run_course(material: Material, output: Path, stages: Stages, *, progress: bo
 def plan_beside_fora(
     calibration: Calibration, *, last: bool = False
 ) -> dict[int, dict[str, Schedule]]:
-    """FORA's interval -> name of a row -> schedule; those of an interval cost about the same.
+    """Plans schedules of similar cost for each of FORA's intervals; returns them by row name.
 
     Args:
-        calibration: What was measured.
+        calibration: The calibration.
         last: Whether FORA also computes the last step, as in the published schedules.
     """
     groups = {}
@@ -233,7 +232,7 @@ def plan_beside_fora(
 
 
 def rows_to_show(comparison: Comparison, group: Mapping[str, Schedule]) -> list[str]:
-    """Names of the schedules of a group and of the fewer steps that they are measured by."""
+    """Returns the names of a group's schedules and of the rows with fewer steps beside them."""
     return list(dict.fromkeys([*group, *(comparison.rivals[name] for name in group)]))
 
 
@@ -264,12 +263,12 @@ def _documents(
 
 
 def _alpha(schedule: Schedule) -> float:
-    """The threshold of a schedule; 0 if it has none."""
+    """Returns the threshold of a schedule; 0 if it has none."""
     return float(schedule.provenance.get("alpha", 0))
 
 
 def stem(interval: int, schedule: Schedule) -> str:
-    """Name of a schedule's files, the same whatever threshold was found."""
+    """Returns the file stem of a schedule, independent of its threshold."""
     extrapolates = schedule.provenance["predictor"] != "hold"
     method = "smoothcache" if _alpha(schedule) else "taylor" if extrapolates else "fora"
     return f"schedule-n{interval}-{method}"

@@ -49,22 +49,22 @@ def run_demo(
 ) -> DemoResult:
     """Runs the method from end to end on the demo's pipeline of ten shapes.
 
-    Calibrates on one sample of each class. Compares computing every 2nd and every 3rd step
-    (FORA), the same with Taylor extrapolation, the paper's thresholds that cost the same, and
-    plain fewer steps of the same cost.
+    The calibration set has one sample per class. The comparison covers FORA (every 2nd and 3rd
+    step), FORA with Taylor extrapolation, the paper's thresholds at the same cost, and fewer steps
+    at the same cost.
 
     Args:
-        output_dir: Where to write pictures, the table, the calibration and the schedules; made
-            if it does not exist.
-        folder: Another pipeline of the same kind, with its ``classifier``; None for the demo's.
-        num_samples: How many images to compare, a multiple of the ten classes.
-        num_steps: Solver steps of the uncached run.
-        seed: Other seeds give other images.
+        output_dir: Folder for pictures, the table, the calibration and the schedules; created if
+            missing.
+        folder: Another pipeline of the same kind with its ``classifier``; None for the demo's.
+        num_samples: Number of images to compare, a multiple of the ten classes.
+        num_steps: Number of solver steps of the uncached run.
+        seed: Seed of the first generation.
         progress: Whether to show progress bars.
-        tell: Is called with a line at the start of every stage.
+        tell: Called with a line of text at the start of every stage.
 
     Raises:
-        InvalidArgumentError: If an argument has no sensible value.
+        InvalidArgumentError: If an argument is invalid.
         PipelineLoadError: If there is no pipeline in the folder.
         MissingPackageError: If a package of the ``demo`` extra is not installed.
     """
@@ -110,9 +110,9 @@ def run_demo(
 def sample_shapes(
     pipe: Any, labels: list[int], seed: int, num_steps: int, scheduler: Any = None
 ) -> Tensor:
-    """One generation of the pipeline: images [labels, 3, 32, 32] in [0, 1]."""
-    own = pipe.scheduler
-    pipe.scheduler = own if scheduler is None else scheduler
+    """Runs one generation of the pipeline; returns images [labels, 3, 32, 32] in [0, 1]."""
+    original = pipe.scheduler
+    pipe.scheduler = original if scheduler is None else scheduler
     try:
         images: Tensor = pipe(
             labels,
@@ -122,14 +122,14 @@ def sample_shapes(
             output_type="pt",
         ).images
     finally:
-        pipe.scheduler = own
+        pipe.scheduler = original
     return images
 
 
 def shapes_case(num_steps: int = NUM_STEPS, *, seed: int = 0) -> Case:
-    """The demo's pipeline for a benchmark: a generation is ten images, one of each class.
+    """Returns the demo's pipeline as a benchmark case.
 
-    So is a training generation, of other seeds.
+    Each generation is ten images, one per class. Training generations use other seeds.
     """
     pipe = load_pipeline(FOLDER, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -162,10 +162,10 @@ def shapes_case(num_steps: int = NUM_STEPS, *, seed: int = 0) -> Case:
 
 
 class Judge:
-    """Scores balanced sets of images, which hold the classes in turn, by a classifier.
+    """Scores sets of images whose classes alternate.
 
     Args:
-        classifier: Was trained on real images.
+        classifier: A classifier trained on real images.
     """
 
     def __init__(self, classifier: ShapeClassifier) -> None:
@@ -174,27 +174,27 @@ class Judge:
         self._real = self._features(generate(labels, seed=DATA_SEED)[0])
 
     def accuracy(self, images: Tensor) -> float:
-        """Share of images [n, 3, 32, 32] in [0, 1] that are recognised."""
+        """Returns the fraction of images [n, 3, 32, 32] in [0, 1] that are recognised."""
         return class_accuracy(self._logits(images), _labels(len(images)))
 
     def recognised(self, images: Tensor) -> Tensor:
-        """1 for each image [n, 3, 32, 32] in [0, 1] that is recognised, else 0; [n]."""
+        """Returns 1 for each recognised image [n, 3, 32, 32] in [0, 1], else 0; [n]."""
         return (self._logits(images).argmax(dim=1) == _labels(len(images))).double()
 
     def perceptual_distance(self, images: Tensor, reference: Tensor) -> Tensor:
-        """Relative L2 distance of the classifier's feature maps, mean over its stages; [n].
+        """Returns the relative L2 distance of feature maps, averaged over stages; [n].
 
         Args:
-            images: [n, 3, 32, 32] in [0, 1].
-            reference: What they should be; the same shape.
+            images: Images [n, 3, 32, 32] in [0, 1].
+            reference: References of the same shape.
         """
         pairs = zip(self._classifier.maps(2 * images - 1),
                     self._classifier.maps(2 * reference - 1), strict=True)  # fmt: skip
-        distances = [relative_error(own, other, norm="l2") for own, other in pairs]
+        distances = [relative_error(maps, other, norm="l2") for maps, other in pairs]
         return torch.stack(distances).mean(dim=0)
 
     def distance(self, images: Tensor) -> float:
-        """Frechet distance of the classifier's features to those of real images."""
+        """Returns the Frechet distance of the classifier's features to those of real images."""
         return frechet_distance(self._features(2 * images - 1), self._real)
 
     def _logits(self, images: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ class Judge:
 
 
 def real_images(count: int) -> Tensor:
-    """Images that neither training nor ``Judge`` saw, the classes in turn; in [0, 1]."""
+    """Returns real images unseen in training and by ``Judge``, with alternating classes."""
     return generate(_labels(count), seed=DATA_SEED + 1)[0] / 2 + 0.5
 
 

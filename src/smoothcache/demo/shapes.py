@@ -1,7 +1,7 @@
-"""The data set of the image demo: ten textured, coloured shapes on soft backgrounds.
+"""The data set of the image demo: ten textured, coloured shapes on gradient backgrounds.
 
-Every image is drawn from a signed distance function, so edges are anti-aliased and a seed alone
-determines the data. Distances and lengths are in pixels unless a name says otherwise.
+Images are drawn with signed distance functions and anti-aliased edges, and the data is determined
+by a seed. Distances and lengths are in pixels unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Outline = Callable[[Tensor], Tensor]
 def generate(
     num_images: int | Tensor, seed: int, *, size: int = IMAGE_SIZE
 ) -> tuple[Tensor, Tensor]:
-    """Images of shapes and the class of each.
+    """Generates images of shapes and their classes.
 
     Args:
-        num_images: How many images to draw, with random classes; or the wanted classes
-            themselves, an integer tensor of shape [n].
-        seed: Determines everything else: the same seed gives the same images.
-        size: Side of an image in pixels.
+        num_images: Number of images with random classes, or the classes as an integer tensor of
+            shape [n].
+        seed: Seed of everything else.
+        size: Side length of an image in pixels.
 
     Returns:
         Images of shape [n, 3, size, size] in [-1, 1], and labels of shape [n].
@@ -60,7 +60,7 @@ def generate(
 
 
 def _draw(labels: Tensor, size: int, rng: torch.Generator) -> Tensor:
-    """One chunk of images of shape [n, 3, size, size] in [-1, 1]."""
+    """Draws one chunk of images of shape [n, 3, size, size] in [-1, 1]."""
     pixels = pixel_centres(size)
     radius, centre, rotation = _random_places(len(labels), size, rng)
     local = rotate(pixels - centre[:, None], -rotation)
@@ -72,20 +72,20 @@ def _draw(labels: Tensor, size: int, rng: torch.Generator) -> Tensor:
     return (2 * drawn - 1).transpose(1, 2).reshape(-1, 3, size, size)
 
 
-# --- where the shapes are ---------------------------------------------------------------------
+# --- positions of the shapes ------------------------------------------------------------------
 
 
 def pixel_centres(size: int) -> Tensor:
-    """Coordinates of shape [size * size, 2], with the image's middle at the origin."""
+    """Returns coordinates [size * size, 2], with the origin at the centre of the image."""
     axis = torch.arange(size) - (size - 1) / 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     return torch.stack([x, y], dim=-1).reshape(-1, 2)
 
 
 def _random_places(n: int, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Radii [n], centres [n, 2] that keep the shape inside the image, and rotations [n].
+    """Returns radii [n], centres [n, 2] that keep shapes inside the image, and rotations [n].
 
-    At rotation 0 shapes point to the right; they are turned to point up, give or take `TILT`.
+    Shapes point to the right at rotation 0, and are rotated to point up, plus or minus `TILT`.
     """
     radius = size * uniform((n,), 0.36, 0.44, rng)
     room = (size / 4 - radius / 2)[:, None]
@@ -94,7 +94,7 @@ def _random_places(n: int, size: int, rng: torch.Generator) -> tuple[Tensor, Ten
 
 
 def rotate(points: Tensor, angle: Tensor) -> Tensor:
-    """Points [n, p, 2] turned about the origin, each image by its own angle [n]."""
+    """Rotates points [n, p, 2] about the origin, by one angle [n] per image."""
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     x, y = points.unbind(-1)
     return torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)
@@ -108,7 +108,7 @@ def uniform(shape: tuple[int, ...], low: float, high: float, rng: torch.Generato
 
 
 def _distances(local: Tensor, labels: Tensor) -> Tensor:
-    """Signed distance of every point [n, p, 2] to the outline of its image's class: [n, p]."""
+    """Returns the signed distances of points [n, p, 2] to the outline of their class, [n, p]."""
     distance = torch.empty(local.shape[:-1])
     for label, name in enumerate(CLASS_NAMES):
         chosen = labels == label
@@ -118,7 +118,7 @@ def _distances(local: Tensor, labels: Tensor) -> Tensor:
 
 
 def _polygon(vertices: list[tuple[float, float]]) -> Outline:
-    """Signed distance to a closed polygon, convex or not."""
+    """Returns the signed distance function of a closed polygon, convex or not."""
     start = torch.tensor(vertices)
     edge = start.roll(-1, 0) - start
 
@@ -133,7 +133,7 @@ def _polygon(vertices: list[tuple[float, float]]) -> Outline:
 
 
 def _crossings(offset: Tensor, edge: Tensor) -> Tensor:
-    """How many edges a ray to the right of each point meets (odd: the point is inside)."""
+    """Returns how many edges a ray to the right of each point crosses (odd if inside)."""
     y_start, y_end = offset[..., 1], offset[..., 1] - edge[:, 1]
     straddles = (y_start > 0) != (y_end > 0)
     side = edge[:, 0] * offset[..., 1] - edge[:, 1] * offset[..., 0]
@@ -141,7 +141,7 @@ def _crossings(offset: Tensor, edge: Tensor) -> Tensor:
 
 
 def _length(vectors: Tensor) -> Tensor:
-    """Euclidean length along the last dimension."""
+    """Returns the Euclidean length along the last dimension."""
     length: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
     return length
 
@@ -205,10 +205,10 @@ OUTLINES: dict[str, Outline] = {
 
 
 def _random_colours(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """A background colour and two foreground colours far from it, each [n, 3] in [0, 1].
+    """Returns a background and two contrasting foreground colours, each [n, 3] in [0, 1].
 
-    Of eight random candidates each the one farthest from the background is taken for the first
-    foreground colour; the second lies halfway between it and another one of the farther half.
+    The first foreground colour is the most distant from the background among eight random
+    candidates. The second lies halfway between it and another of the distant candidates.
     """
     background = torch.rand((n, 3), generator=rng)
     candidates = torch.rand((n, 8, 3), generator=rng)
@@ -223,7 +223,7 @@ def _random_colours(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tenso
 def soft_gradients(
     pixels: Tensor, colour: Tensor, size: int, rng: torch.Generator, *, most: float = 0.3
 ) -> Tensor:
-    """Each colour [n, 3] varied along a random direction, by at most `most`: [n, p, 3]."""
+    """Varies each colour [n, 3] along a random direction by at most `most`; [n, p, 3]."""
     n = len(colour)
     angle = uniform((n, 1), 0, 2 * math.pi, rng)
     direction = torch.cat([angle.cos(), angle.sin()], dim=1)
@@ -233,7 +233,7 @@ def soft_gradients(
 
 
 def _textures(pixels: Tensor, colours: list[Tensor], rng: torch.Generator) -> Tensor:
-    """Plain, gradient, striped, dotted or chequered mixtures of two colours: [n, p, 3]."""
+    """Returns plain, gradient, striped, dotted or chequered mixtures of two colours, [n, p, 3]."""
     first, second = colours
     n = len(first)
     kind = torch.randint(5, (n,), generator=rng)

@@ -1,4 +1,4 @@
-"""A small classifier of the demo sounds: judges samples, gives features to compare sets by."""
+"""A small classifier of the attributes of demo sounds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..metrics.audio import log_mel
 from .classifier import stage
 from .tones import NUM_CLASSES, SAMPLING_RATE
 
-FLOOR = -60.0  # dB of full scale; what is softer is not heard beside a note
+FLOOR = -60.0  # dB of full scale; softer levels are clamped
 
 
 class ToneClassifier(nn.Module):
@@ -19,7 +19,7 @@ class ToneClassifier(nn.Module):
 
     Args:
         num_classes: Number of logits of each attribute.
-        width: Channels of the first stage; each later one has twice as many as the one before.
+        width: Channels of the first stage; each later stage doubles them.
         feature_dim: Length of the penultimate features.
     """
 
@@ -36,18 +36,18 @@ class ToneClassifier(nn.Module):
         self.trunk = nn.Sequential(
             stage(1, width), stage(width, 2 * width), stage(2 * width, 4 * width)
         )
-        # Where in pitch matters to every attribute, where in time to the rhythm.
+        # Keeps the position in frequency for all attributes, and in time for the rhythm.
         self.pool = nn.AdaptiveAvgPool2d((8, 8))
         self.project = nn.Linear(4 * width * 64, feature_dim)
         self.head = nn.Linear(feature_dim, sum(num_classes))
 
     def forward(self, waveforms: Tensor) -> tuple[Tensor, ...]:
-        """Logits of each attribute, [n, num_classes]."""
+        """Returns logits [n, num_classes] of each attribute."""
         logits: Tensor = self.head(self.features(waveforms).relu())
         return torch.split(logits, list(self.num_classes), dim=1)
 
     def features(self, waveforms: Tensor) -> Tensor:
-        """Penultimate features [n, feature_dim], before the last nonlinearity."""
+        """Returns penultimate features [n, feature_dim], before the last nonlinearity."""
         pictures = log_mel(waveforms, SAMPLING_RATE)[:, None].clamp(min=FLOOR) / 25 + 1
         features: Tensor = self.project(self.pool(self.trunk(pictures)).flatten(1))
         return features

@@ -1,8 +1,8 @@
-"""The data set of the audio demo: short melodies of one note, described by captions.
+"""The data set of the audio demo: short sounds of one repeated note, with captions.
 
-Each sound is a timbre, a pitch and a rhythm, such as "a bell playing a high note twice". Sounds
-are sums of decaying partials, so a seed alone determines the data. Times are in seconds and
-frequencies in hertz unless a name says otherwise.
+Each sound has a timbre, a pitch and a rhythm, such as "a bell playing a high note twice". Sounds
+are sums of decaying partials, and the data is determined by a seed. Times are in seconds and
+frequencies in hertz unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ MOST_NOTES = 3
 
 @dataclass(frozen=True)
 class Timbre:
-    """How the notes of one instrument sound.
+    """Parameters of the notes of one instrument.
 
     Attributes:
-        ratios: Frequency of each partial over that of the note.
+        ratios: Frequency of each partial relative to the note.
         levels: Amplitude of each partial.
-        decay: Rate at which the first partial fades, per second.
-        damping: How much faster partials fade per unit of ratio above 1, per second.
-        attack: How long a note takes to rise.
-        noise: Amplitude of the noise that fades with the attack.
-        glide: By how much of itself a note starts too high.
+        decay: Decay rate of the first partial, per second.
+        damping: Additional decay rate per unit of ratio above 1, per second.
+        attack: Attack time in seconds.
+        noise: Amplitude of the noise at the beginning of a note.
+        glide: Relative excess of the initial frequency.
     """
 
     ratios: tuple[float, ...]
@@ -59,12 +59,12 @@ NUM_CLASSES = tuple(map(len, ATTRIBUTES.values()))
 
 
 def generate(num_sounds: int | Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Sounds and what each of them is.
+    """Generates sounds and their attributes.
 
     Args:
-        num_sounds: How many sounds to make, with random attributes; or the wanted attributes
-            themselves, integers of shape [n, 3]: timbre, pitch and rhythm.
-        seed: Determines everything else: the same seed gives the same sounds.
+        num_sounds: Number of sounds with random attributes, or the attributes as an integer tensor
+            of shape [n, 3]: timbre, pitch and rhythm.
+        seed: Seed of everything else.
 
     Returns:
         Waveforms of shape [n, 1, 16384] in [-1, 1], and attributes of shape [n, 3].
@@ -85,7 +85,7 @@ def generate(num_sounds: int | Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def caption(attributes: Sequence[int] | Tensor) -> str:
-    """What a sound with these attributes [3] is called.
+    """Returns the caption of a sound with these attributes [3].
 
     >>> caption([3, 2, 1])
     'a bell playing a high note twice'
@@ -98,12 +98,12 @@ def caption(attributes: Sequence[int] | Tensor) -> str:
 
 
 def all_attributes() -> Tensor:
-    """Every combination once: [60, 3], the rhythm changing fastest."""
+    """Returns all combinations of attributes, [60, 3], with the rhythm changing fastest."""
     return torch.cartesian_prod(*(torch.arange(n) for n in NUM_CLASSES))
 
 
 def _play(attributes: Tensor, rng: torch.Generator) -> Tensor:
-    """Waveforms [n, samples] of one chunk."""
+    """Returns waveforms [n, samples] of one chunk."""
     sounds = torch.empty(len(attributes), NUM_SAMPLES)
     for timbre, instrument in enumerate(TIMBRES.values()):
         chosen = attributes[:, 0] == timbre
@@ -113,7 +113,7 @@ def _play(attributes: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def _play_instrument(timbre: Timbre, notes: Tensor, rng: torch.Generator) -> Tensor:
-    """Waveforms [n, samples] of one instrument, for pitches and rhythms [n, 2]."""
+    """Returns waveforms [n, samples] of one instrument, for pitches and rhythms [n, 2]."""
     n = len(notes)
     frequency = torch.tensor(list(PITCHES.values()))[notes[:, 0]]
     local, length = _local_times(1 + notes[:, 1], rng)
@@ -134,9 +134,9 @@ def _play_instrument(timbre: Timbre, notes: Tensor, rng: torch.Generator) -> Ten
 
 
 def _local_times(counts: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Time since each note began [n, notes, samples], and how long notes last [n, 1, 1].
+    """Returns the time since each note's start [n, notes, samples], and note lengths [n, 1, 1].
 
-    Notes that a rhythm does not have never begin: their time is negative throughout.
+    Notes that are not part of a rhythm have a negative time throughout.
     """
     n = len(counts)
     spacing = (SECONDS - 0.06) / counts
@@ -149,7 +149,7 @@ def _local_times(counts: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def _glided(time: Tensor, glide: float) -> Tensor:
-    """Time warped so that the frequency starts `1 + glide` times too high and soon settles."""
+    """Warps time so that the frequency starts at `1 + glide` times its value and soon settles."""
     settling = 0.02
     passed = time.clamp(min=0)
     return passed + glide * settling * (1 - torch.exp(-passed / settling))

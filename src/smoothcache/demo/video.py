@@ -1,4 +1,4 @@
-"""The whole method on a small trained pipeline of text to video, in the manner of Open-Sora."""
+"""The whole method on a small trained text-to-video pipeline in the style of Open-Sora."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .course import (
 FOLDER = Path(__file__).with_name("clips-stdit")
 NUM_STEPS, GUIDANCE = 30, 2.0
 BATCH, NUM_CALIBRATION, NUM_REAL = 12, 10, 600
-SHOWN = 2  # clips of which all frames are drawn
+SHOWN = 2  # number of clips whose frames are all drawn
 
 
 def run_demo(
@@ -49,22 +49,22 @@ def run_demo(
 ) -> DemoResult:
     """Runs the method from end to end on the demo's pipeline of moving shapes.
 
-    Calibrates on ten captions. Compares computing every 2nd and every 3rd step, and the last
-    (FORA), the same with Taylor extrapolation, the paper's thresholds that cost the same, and
-    plain fewer steps of the same cost.
+    The calibration set has ten captions. The comparison covers FORA (every 2nd and 3rd step, and
+    the last), FORA with Taylor extrapolation, the paper's thresholds at the same cost, and fewer
+    steps at the same cost.
 
     Args:
-        output_dir: Where to write pictures, the table, the calibration and the schedules; made
-            if it does not exist.
-        folder: Another pipeline of the same kind, with its ``classifier``; None for the demo's.
-        num_samples: How many clips to compare, a multiple of twelve.
-        num_steps: Solver steps of the uncached run.
-        seed: Other seeds give other clips.
+        output_dir: Folder for pictures, the table, the calibration and the schedules; created if
+            missing.
+        folder: Another pipeline of the same kind with its ``classifier``; None for the demo's.
+        num_samples: Number of clips to compare, a multiple of twelve.
+        num_steps: Number of solver steps of the uncached run.
+        seed: Seed of the first generation.
         progress: Whether to show progress bars.
-        tell: Is called with a line at the start of every stage.
+        tell: Called with a line of text at the start of every stage.
 
     Raises:
-        InvalidArgumentError: If an argument has no sensible value.
+        InvalidArgumentError: If an argument is invalid.
         PipelineLoadError: If there is no pipeline in the folder.
         MissingPackageError: If a package of the ``video`` extra is not installed.
     """
@@ -105,7 +105,7 @@ def run_demo(
         scores=judge.scores(),
         describe=lambda comparison: _report(comparison, judge, num_samples),
         show=_show,
-        last=True,  # it ends on what the transformer predicts there, however far off that is
+        last=True,  # the sample is the transformer's prediction at the last step
         inputs=[caption(row) for row in labels],
         command=(
             f"smoothcache demo --modality video --samples {num_samples} --steps {num_steps} "
@@ -116,7 +116,7 @@ def run_demo(
 
 
 def sample_clips(pipe: Any, labels: Tensor, seed: int, num_steps: int) -> Tensor:
-    """One generation of the pipeline: clips [labels, frames, 3, height, width] in [0, 1]."""
+    """Runs one generation; returns clips [labels, frames, 3, height, width] in [0, 1]."""
     clips: Tensor = pipe(
         [caption(row) for row in labels],
         guidance_scale=GUIDANCE,
@@ -128,10 +128,10 @@ def sample_clips(pipe: Any, labels: Tensor, seed: int, num_steps: int) -> Tensor
 
 
 class Judge:
-    """Scores sets of clips, whose captions are those of ``spread_labels``, by a classifier.
+    """Scores sets of clips with the captions of ``spread_labels``.
 
     Args:
-        classifier: Was trained on real clips.
+        classifier: A classifier trained on real clips.
     """
 
     def __init__(self, classifier: ClipClassifier) -> None:
@@ -139,17 +139,17 @@ class Judge:
         self._real = self._features(generate(spread_labels(NUM_REAL), seed=DATA_SEED)[0])
 
     def accuracies(self, clips: Tensor) -> dict[str, float]:
-        """Share of clips [n, frames, 3, h, w] in [0, 1] that show each attribute as asked for."""
+        """Returns the fraction of clips [n, frames, 3, h, w] in [0, 1] matching each attribute."""
         wanted = dict(zip(ATTRIBUTES, spread_labels(len(clips)).unbind(1), strict=True))
         with torch.no_grad():
             return attribute_accuracy(self._classifier(2 * clips - 1), wanted)
 
     def distance(self, clips: Tensor) -> float:
-        """Frechet distance of the classifier's features to those of real clips."""
+        """Returns the Frechet distance of the classifier's features to those of real clips."""
         return frechet_distance(self._features(2 * clips - 1), self._real)
 
     def scores(self) -> dict[str, Callable[[Tensor], float]]:
-        """The columns of the table that the classifier fills."""
+        """Returns the classifier's columns of the table."""
 
         def accuracy(name: str) -> Callable[[Tensor], float]:
             return lambda clips: self.accuracies(clips)[name]
@@ -163,7 +163,7 @@ class Judge:
 
 
 def real_clips(count: int) -> Tensor:
-    """Clips that neither training nor ``Judge`` saw, in the order of the captions; in [0, 1]."""
+    """Returns real clips unseen in training and by ``Judge``, in the order of the captions."""
     return generate(spread_labels(count), seed=DATA_SEED + 1)[0] / 2 + 0.5
 
 
@@ -188,7 +188,7 @@ def _report(comparison: Comparison, judge: Judge, num_samples: int) -> Report:
 
 
 def _show(folder: Path, groups: Groups, comparison: Comparison) -> list[Path]:
-    """The frames of a few clips one by one, and more clips in motion."""
+    """Writes all frames of a few clips, and animations of more clips; returns the files."""
     files = []
     uncached = comparison.images[REFERENCE][:BATCH]
     for interval, group in groups.items():

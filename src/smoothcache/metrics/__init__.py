@@ -1,4 +1,4 @@
-"""How good samples are: beside the uncached ones, and as a set. One family a file."""
+"""Quality metrics: fidelity to uncached samples, and quality of sets. One family per file."""
 
 from .adm import adm_evaluation
 from .audio import (

@@ -1,4 +1,4 @@
-"""ADM's evaluation: the five numbers that class-conditional ImageNet models are compared by."""
+"""ADM's evaluation: five metrics for class-conditional ImageNet models."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ def adm_evaluation(
     split_size: int = 5000,
     num_groups: int = 10,
 ) -> dict[str, MetricResult]:
-    """FID, sFID, Inception Score, precision and recall of images, in one pass.
+    """Computes FID, sFID, Inception Score, precision and recall of images in one pass.
 
     Args:
         batches: uint8 images [images, 3, height, width], for example from ``read_images``.
         reference: ADM's reference file, for example ``VIRTUAL_imagenet256_labeled.npz``: statistics
             for FID and sFID, images for precision and recall.
         inception: ``InceptionFeatures``.
-        metrics: Which to measure. Precision and recall hold the features of all samples, 410 MB
-            for 50,000; the others need no more memory for more samples.
-        split_size: Of the Inception Score.
+        metrics: Metrics to compute. Precision and recall keep the features of all samples, 410 MB
+            for 50,000; the memory of the others is independent of the number of samples.
+        split_size: Number of samples per split of the Inception Score.
         num_groups: As of ``Statistics``; 1 if no spread of FID and sFID is wanted.
 
     Returns:
-        Metric -> result.
+        Results by metric.
 
     Raises:
-        FileFormatError: If the reference file lacks what a metric needs.
-        InvalidArgumentError: If a metric is unknown, or there are too few images for one.
+        FileFormatError: If the reference file lacks data for a metric.
+        InvalidArgumentError: If a metric is unknown, or there are too few images for a metric.
 
     Source: Dhariwal and Nichol, "Diffusion models beat GANs on image synthesis", arXiv 2105.05233.
 
     Example:
-        Made-up features take the place of Inception's, whose weights are published.
+        Fake features replace Inception's, whose weights must be downloaded.
 
         >>> import tempfile
         >>> import numpy as np
@@ -77,7 +77,7 @@ def adm_evaluation(
         )
     features = {"fid": "pool", "sfid": "spatial"}
     wanted = {x: name for x, name in features.items() if x in metrics}
-    # A file that lacks something is refused before an hour of features.
+    # Refuse an incomplete reference file before the long extraction of features.
     references = {x: load_reference(reference, name) for x, name in wanted.items()}
     neighbours = "precision" in metrics or "recall" in metrics
     pool_of_reference = (

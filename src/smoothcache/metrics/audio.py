@@ -1,8 +1,7 @@
-"""How close sounds are to the uncached ones of the same seeds, and how good they are as a set.
+"""Audio metrics: fidelity to the uncached sounds of the same seeds, and quality of sets.
 
-Waveforms are [batch, channels, samples] of any amplitude; full scale is 1. Each sound is compared
-with the one at its place in the reference, and functions that do so return one value for each, so
-that the spread can be told as well as the mean.
+Waveforms are [batch, channels, samples] of any amplitude; full scale is 1. Sounds are compared
+pairwise, and functions return one value per sound.
 """
 
 from __future__ import annotations
@@ -18,31 +17,27 @@ from ..errors import InvalidArgumentError
 from .fidelity import _check_same
 
 RESOLUTIONS = (1024, 512, 256)
-
-
-"""Samples in a window of each resolution; a window starts every quarter of that."""
-
-
-FLOOR = 1e-10  # power below full scale at which everything counts as silence: -100 dB
+"""Window lengths of the STFT in samples; the hop is a quarter of the window."""
+FLOOR = 1e-10  # power of silence relative to full scale: -100 dB
 WINDOW, HOP, BANDS = 1024, 128, 64
 
 
 def signal_to_noise_ratio(waveforms: Tensor, reference: Tensor) -> Tensor:
-    """Power of the reference over that of the difference, in dB; infinite where both are equal.
+    """Returns the power of the reference over the power of the difference, in dB; inf if equal.
 
-    It asks for the same waveform, phases included: two sounds that no one can tell apart may be
-    at 0 dB. The distances of spectra below forgive what the ear does.
+    The ratio includes phases: two sounds that are perceptually identical may have 0 dB. Spectral
+    distances are closer to perception.
 
     Args:
         waveforms: [batch, channels, samples].
-        reference: What they should be; the same shape.
+        reference: Uncached samples of the same shape.
 
     Returns:
-        One value for each sound, [batch]; minus infinity where the reference is silent and the
+        One value per sound, [batch]; minus infinity where the reference is silent and the
         sound is not.
 
     Raises:
-        InvalidArgumentError: If the waveforms are not as described.
+        InvalidArgumentError: If the waveforms have the wrong shape or are not finite.
 
     Example:
         >>> tone = torch.ones(1, 1, 2048)
@@ -57,19 +52,19 @@ def signal_to_noise_ratio(waveforms: Tensor, reference: Tensor) -> Tensor:
 
 
 def log_spectral_distance(waveforms: Tensor, reference: Tensor) -> Tensor:
-    """Root mean square difference of the power spectra in dB, averaged over frames; 0 if equal.
+    """Returns the RMS difference of the power spectra in dB, averaged over frames; 0 if equal.
 
-    Spectra are of windows of 1024 samples, every 256. Below -100 dB of full scale all is silence.
+    Windows have 1024 samples with a hop of 256. Power is clamped to -100 dB of full scale.
 
     Args:
         waveforms: [batch, channels, samples], at least 1024 samples.
-        reference: What they should be; the same shape.
+        reference: Uncached samples of the same shape.
 
     Returns:
-        One value for each sound, in dB, [batch].
+        One value per sound, in dB, [batch].
 
     Raises:
-        InvalidArgumentError: If the waveforms are not as described.
+        InvalidArgumentError: If the waveforms have the wrong shape or are not finite.
 
     Source: Gray and Markel, "Distance measures for speech processing", 1976.
 
@@ -85,23 +80,23 @@ def log_spectral_distance(waveforms: Tensor, reference: Tensor) -> Tensor:
 
 
 def multi_resolution_stft_distance(waveforms: Tensor, reference: Tensor) -> Tensor:
-    """Distance of short-time spectra over windows of 1024, 512 and 256 samples; 0 if equal.
+    """Returns the STFT distance over windows of 1024, 512 and 256 samples; 0 if equal.
 
-    The mean over the resolutions of spectral convergence, that is the norm of the difference of
-    the magnitudes over the norm of the reference's, plus the mean absolute difference of their
-    natural logarithms. Source: Yamamoto et al., "Parallel WaveGAN", arXiv 1910.11480, equations 3
-    to 6; the paper's windows are 1200, 600 and 240 samples, ours powers of two, and magnitudes
-    below -100 dB of full scale are raised to it.
+    The distance is the mean over resolutions of the spectral convergence (the norm of the
+    difference of the magnitudes over the norm of the reference's) plus the mean absolute difference
+    of log magnitudes. Source: Yamamoto et al., "Parallel WaveGAN", arXiv 1910.11480, equations 3
+    to 6; the paper's windows are 1200, 600 and 240 samples. Magnitudes are clamped to -100 dB of
+    full scale.
 
     Args:
         waveforms: [batch, channels, samples], at least 1024 samples.
-        reference: What they should be; the same shape.
+        reference: Uncached samples of the same shape.
 
     Returns:
-        One value for each sound, dimensionless, [batch].
+        One value per sound, dimensionless, [batch].
 
     Raises:
-        InvalidArgumentError: If the waveforms are not as described.
+        InvalidArgumentError: If the waveforms have the wrong shape or are not finite.
 
     Example:
         >>> tone = torch.linspace(0, 400, 4096).sin()[None, None]
@@ -128,7 +123,7 @@ def log_mel(
     window: int = WINDOW,
     hop: int = HOP,
 ) -> Tensor:
-    """Spectrograms on the mel scale: what the ear hears of a sound, as a picture.
+    """Returns log-mel spectrograms.
 
     Triangular bands of equal width in mel (HTK's formula), from 0 Hz to half the sampling rate.
     A sine of amplitude 1 is near 0 dB; -100 dB is the floor.
@@ -136,17 +131,17 @@ def log_mel(
     Args:
         waveforms: [batch, channels, samples], at least one window long; the power of the channels
             is averaged.
-        sampling_rate: Samples a second.
-        bands: How many bands.
+        sampling_rate: Sampling rate in Hz.
+        bands: Number of mel bands.
         window: Length of the Hann window, in samples.
-        hop: Samples from one frame to the next.
+        hop: Hop between frames, in samples.
 
     Returns:
-        Power in dB, [batch, bands, frames], low bands first; a frame every ``hop`` samples, the
-        first one centred at the start. Gradients flow through.
+        Power in dB, [batch, bands, frames], low bands first; the first frame is centred at the
+        start. Differentiable.
 
     Raises:
-        InvalidArgumentError: If the waveforms or another argument are not as described.
+        InvalidArgumentError: If an argument is invalid.
 
     Example:
         >>> log_mel(torch.zeros(2, 1, 16384), 16000).shape
@@ -163,22 +158,20 @@ def log_mel(
 
 
 def label_divergence(logits: Tensor, reference: Tensor) -> float:
-    """Kullback-Leibler divergence of the labels that a classifier gives, reference to samples.
-
-    The mean over pairs of KL(reference || sample), in nats.
+    """Returns the mean KL(reference || sample) of a classifier's class probabilities.
 
     Args:
-        logits: The classifier's scores of the samples; [samples, classes].
-        reference: Of the references; the same shape.
+        logits: Logits of the samples; [samples, classes].
+        reference: Logits of the references, of the same shape.
 
     Returns:
-        In nats; never negative, and 0 if the labels are the same.
+        The divergence in nats; never negative, and 0 if all probabilities are equal.
 
     Raises:
-        InvalidArgumentError: If the logits are not as described.
+        InvalidArgumentError: If the logits have the wrong shape or are not finite.
 
     Source: Koutini et al., "Efficient training of audio transformers with Patchout", arXiv
-    2110.05069, is the classifier of the paper's KL(PaSST); any classifier serves for comparison.
+    2110.05069, is the classifier of the paper's KL(PaSST); any classifier can be used.
 
     Example:
         >>> label_divergence(torch.zeros(1, 2), torch.zeros(1, 2))
@@ -192,7 +185,7 @@ def label_divergence(logits: Tensor, reference: Tensor) -> float:
 
 
 def _power(waveforms: Tensor, window: int, hop: int) -> Tensor:
-    """Power [batch, channels, frequencies, frames]; 1 where a sine of amplitude 1 has its peak."""
+    """Returns power [batch, channels, frequencies, frames]; a sine of amplitude 1 peaks at 1."""
     shape = torch.hann_window(window, device=waveforms.device)
     flat = waveforms.flatten(0, 1)
     spectra = torch.stft(flat, window, hop, window=shape, return_complex=True) * (2 / shape.sum())
@@ -206,7 +199,7 @@ def _decibels(power: Tensor) -> Tensor:
 
 @lru_cache
 def _mel_bands(bands: int, window: int, sampling_rate: float) -> Tensor:
-    """Weight of every frequency in every band: [bands, frequencies]."""
+    """Returns the weights of frequencies in each mel band, [bands, frequencies]."""
     frequencies = torch.linspace(0, sampling_rate / 2, window // 2 + 1)
     mels = 2595 * torch.log10(1 + frequencies / 700)
     edges = torch.linspace(0, float(mels[-1]), bands + 2)

@@ -23,7 +23,7 @@ class ClapEncoder:
         model: A ``ClapModel``.
         feature_extractor: Its ``ClapFeatureExtractor``.
         tokenizer: Its tokenizer.
-        name: What to call it in results.
+        name: Name in results.
     """
 
     def __init__(
@@ -43,20 +43,20 @@ class ClapEncoder:
         device: torch.device | str = "cpu",
         local_files_only: bool = False,
     ) -> ClapEncoder:
-        """Load a model.
+        """Loads a model.
 
         Args:
             source: A folder, or a name on the Hugging Face hub. ``laion/clap-htsat-fused`` is the
                 conversion of ``630k-audioset-fusion-best``, the field's usual checkpoint.
-            device: Where it runs.
-            local_files_only: Never ask the network.
+            device: Device of the network.
+            local_files_only: Whether to use only local files.
 
         Returns:
             The encoder.
 
         Raises:
             MissingPackageError: If transformers is not installed.
-            MissingWeightsError: If the weights are neither there nor to be downloaded.
+            MissingWeightsError: If the weights are neither local nor downloadable.
         """
         transformers = optional_module("transformers", extra="evaluate")
         kinds = (
@@ -71,21 +71,20 @@ class ClapEncoder:
 
     @torch.no_grad()
     def sound(self, waveform: Tensor, sampling_rate: int) -> Tensor:
-        """Embedding [size] of length 1, of a sound [channels, samples].
+        """Returns the normalised embedding of a sound.
 
-        Of a sound longer than the model's 10 s, it takes parts at random; they are the same in
-        every call.
+        The model uses random excerpts of sounds longer than 10 s, with a fixed seed.
 
         Args:
             waveform: [channels, samples] or [samples].
-            sampling_rate: In Hz.
+            sampling_rate: Sampling rate in Hz.
 
         Returns:
-            [size], of length 1.
+            Embedding [size] of norm 1.
         """
         rate = int(self.feature_extractor.sampling_rate)
         sound = mono(waveform, sampling_rate, rate=rate)
-        whole = (sound * 32767).trunc() / 32767  # sounds are heard as files of 16 bits hold them
+        whole = (sound * 32767).trunc() / 32767  # quantised as in a 16-bit file
         with _numpy_seed(0):
             inputs = self.feature_extractor(
                 whole.numpy(), sampling_rate=rate, return_tensors="pt"
@@ -95,13 +94,13 @@ class ClapEncoder:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings [texts, size] of length 1.
+        """Returns normalised embeddings of texts.
 
         Args:
-            texts: For example prompts; what is longer than CLAP reads is cut.
+            texts: Texts such as prompts; longer ones are truncated to the model's limit.
 
         Returns:
-            [texts, size].
+            Embeddings [texts, size] of norm 1.
         """
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=77, return_tensors="pt"
@@ -115,25 +114,25 @@ class ClapEncoder:
 def clap_score(
     sounds: Sequence[Tensor], sampling_rate: int, prompts: Sequence[str], encoder: ClapEncoder
 ) -> MetricResult:
-    """CLAP score: cosine between sound and prompt.
+    """Computes the CLAP score: the cosine similarity of sound and prompt.
 
     Args:
         sounds: [channels, samples] each; they may differ in length.
-        sampling_rate: In Hz.
+        sampling_rate: Sampling rate in Hz.
         prompts: One for each sound.
-        encoder: The model. Scores of different checkpoints do not compare.
+        encoder: The model. Scores of different checkpoints are not comparable.
 
     Returns:
         The mean cosine, with its standard error over sounds.
 
     Raises:
-        InvalidArgumentError: If there are not as many prompts as sounds, or a sound is not valid.
+        InvalidArgumentError: If the numbers of prompts and sounds differ, or a sound is invalid.
 
     Source: Wu et al., arXiv 2211.06687; prepared as in stable-audio-metrics: mono, 48 kHz, peak at
         -1 dB, 16 bits.
 
     Example:
-        A made-up encoder takes the place of CLAP, whose weights are published.
+        A fake encoder replaces CLAP, whose weights must be downloaded.
 
         >>> from types import SimpleNamespace
         >>> import torch
@@ -162,7 +161,7 @@ def clap_score(
 
 @contextmanager
 def _numpy_seed(seed: int) -> Iterator[None]:
-    """The feature extractor draws from numpy's global state."""
+    """Seeds numpy's global generator, which the feature extractor uses, and restores it."""
     state = np.random.get_state()
     np.random.seed(seed)
     try:

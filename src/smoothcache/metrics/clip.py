@@ -1,4 +1,4 @@
-"""Metrics by CLIP: how well images show their prompts, and CMMD between sets of images."""
+"""CLIP metrics: agreement of images with their prompts, and CMMD between sets of images."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 class ClipEncoder:
     """A CLIP model of transformers.
 
-    As a ``FeatureExtractor`` it has one feature, ``embedding``: that of images resized to a square
-    without a crop, scaled to length 1, as CMMD takes them.
+    As a ``FeatureExtractor`` it has one feature, ``embedding``: the normalised embedding of images
+    resized to a square without a crop, as used by CMMD.
 
     Args:
         model: A ``CLIPModel``.
         tokenizer: Its tokenizer; None if no texts are encoded.
-        name: What to call it in results.
+        name: Name in results.
     """
 
     def __init__(self, model: Any, tokenizer: Any = None, *, name: str = "CLIP") -> None:
@@ -46,20 +46,20 @@ class ClipEncoder:
         device: torch.device | str = "cpu",
         local_files_only: bool = False,
     ) -> ClipEncoder:
-        """Load a model and its tokenizer.
+        """Loads a model and its tokenizer.
 
         Args:
             source: A folder, or a name on the Hugging Face hub. CMMD is defined with
                 ``openai/clip-vit-large-patch14-336``.
-            device: Where it runs.
-            local_files_only: Never ask the network.
+            device: Device of the network.
+            local_files_only: Whether to use only local files.
 
         Returns:
             The encoder.
 
         Raises:
             MissingPackageError: If transformers is not installed.
-            MissingWeightsError: If the weights are neither there nor to be downloaded.
+            MissingWeightsError: If the weights are neither local nor downloadable.
         """
         transformers = optional_module("transformers", extra="evaluate")
         model, tokenizer = (
@@ -70,27 +70,27 @@ class ClipEncoder:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Name of the feature -> length of its vector."""
+        """Lengths of feature vectors, by name."""
         return {"embedding": int(self.model.config.projection_dim)}
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Embeddings [images, size] of uint8 images [images, 3, height, width], uncropped."""
+        """Returns embeddings of uint8 images [images, 3, height, width], uncropped."""
         return {"embedding": self.images(images, crop=False)}
 
     @torch.no_grad()
     def images(self, images: Tensor, *, crop: bool = True) -> Tensor:
-        """Embeddings of length 1.
+        """Returns normalised embeddings of images.
 
         Args:
-            images: uint8, [images, 3, height, width].
-            crop: Whether to crop the middle square after resizing the shorter side, as CLIP's own
-                preparation does; otherwise the image is squeezed to a square.
+            images: uint8 images [images, 3, height, width].
+            crop: Whether to centre-crop after resizing the shorter side, as CLIP's preprocessing
+                does; otherwise the image is resized to a square.
 
         Returns:
-            [images, size].
+            Embeddings [images, size] of norm 1.
 
         Raises:
-            InvalidArgumentError: If the images are not as described.
+            InvalidArgumentError: If the images have the wrong shape or values.
         """
         check_images(images)
         size = int(self.model.config.vision_config.image_size)
@@ -111,19 +111,21 @@ class ClipEncoder:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings of length 1; [texts, size]. Texts longer than CLIP reads are cut.
+        """Returns normalised embeddings of texts.
 
         Args:
-            texts: For example prompts.
+            texts: Texts such as prompts; longer ones are truncated to the model's limit.
 
         Returns:
-            [texts, size].
+            Embeddings [texts, size] of norm 1.
 
         Raises:
             InvalidArgumentError: If the encoder has no tokenizer.
         """
         if self.tokenizer is None:
-            raise InvalidArgumentError("this CLIP encoder has no tokenizer, so it takes no texts.")
+            raise InvalidArgumentError(
+                "this CLIP encoder has no tokenizer, so it cannot encode texts; pass a tokenizer."
+            )
         limit = int(self.model.config.text_config.max_position_embeddings)
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
@@ -137,25 +139,25 @@ class ClipEncoder:
 def clip_score(
     images: Tensor, prompts: Sequence[str], encoder: ClipEncoder, *, batch_size: int = 64
 ) -> MetricResult:
-    """CLIP score: 100 times the cosine between image and prompt, no less than 0.
+    """Computes the CLIP score: 100 times the cosine similarity of image and prompt, at least 0.
 
     Args:
         images: uint8, [images, 3, height, width].
         prompts: One for each image.
-        encoder: The model. Scores of different models do not compare.
-        batch_size: How many images at a time.
+        encoder: The model. Scores of different models are not comparable.
+        batch_size: Number of images per batch.
 
     Returns:
         The mean score, with its standard error over images.
 
     Raises:
-        InvalidArgumentError: If there are not as many prompts as images.
+        InvalidArgumentError: If the numbers of prompts and images differ.
 
     Source: Hessel et al., "CLIPScore", arXiv 2104.08718, whose factor is 2.5; 100 is usual for
         generated images.
 
     Example:
-        A made-up encoder takes the place of CLIP, whose weights are published.
+        A fake encoder replaces CLIP, whose weights must be downloaded.
 
         >>> from types import SimpleNamespace
         >>> import torch
@@ -182,24 +184,24 @@ def clip_score(
 def pick_score(
     images: Tensor, prompts: Sequence[str], encoder: ClipEncoder, *, batch_size: int = 64
 ) -> MetricResult:
-    """PickScore: the score, before the softmax, by which its model predicts what people prefer.
+    """Computes PickScore: a human preference model's logit for image and prompt.
 
     Args:
         images: uint8, [images, 3, height, width].
         prompts: One for each image.
         encoder: ``ClipEncoder.load("yuvalkirstain/PickScore_v1")``.
-        batch_size: How many images at a time.
+        batch_size: Number of images per batch.
 
     Returns:
         The mean score, with its standard error over images.
 
     Raises:
-        InvalidArgumentError: If there are not as many prompts as images.
+        InvalidArgumentError: If the numbers of prompts and images differ.
 
     Source: Kirstain et al., "Pick-a-Pic", arXiv 2305.01569.
 
     Example:
-        A made-up encoder takes the place of PickScore's model, whose weights are published.
+        A fake encoder replaces PickScore's model, whose weights must be downloaded.
 
         >>> from types import SimpleNamespace
         >>> import torch
@@ -225,20 +227,20 @@ def pick_score(
 
 
 def cmmd(embeddings: Tensor, reference: Tensor, *, weights: str | None = None) -> MetricResult:
-    """CMMD: maximum mean discrepancy of CLIP embeddings, times 1000.
+    """Computes CMMD: the maximum mean discrepancy of CLIP embeddings, times 1000.
 
-    It assumes no Gaussian, and needs fewer samples than FID.
+    It does not assume Gaussian features and needs fewer samples than FID.
 
     Args:
         embeddings: Feature ``embedding`` of the samples by ``ClipEncoder``; [samples, size].
-        reference: Of real images, or of uncached samples; [references, size].
+        reference: Embeddings of real images or uncached samples; [references, size].
         weights: Digest of the encoder.
 
     Returns:
         The distance, with the standard error of the jackknife over groups of samples.
 
     Raises:
-        InvalidArgumentError: If the embeddings do not fit, or are not of length 1.
+        InvalidArgumentError: If sizes differ, or embeddings do not have norm 1.
 
     Source: Jayasumana et al., "Rethinking FID", arXiv 2401.09603: Gaussian kernel of width 10.
 
@@ -252,7 +254,7 @@ def cmmd(embeddings: Tensor, reference: Tensor, *, weights: str | None = None) -
         if values.ndim == 2 and not torch.allclose(
             values.double().norm(dim=1), values.new_ones(len(values)).double(), atol=1e-3
         ):
-            raise InvalidArgumentError(f"{name} must have length 1, as ClipEncoder gives them.")
+            raise InvalidArgumentError(f"{name} must have length 1, as returned by ClipEncoder.")
     value, spread = gaussian_mmd(embeddings, reference, sigma=10)
     return MetricResult(
         "cmmd",

@@ -1,4 +1,4 @@
-"""Features of DINOv2, for FD-DINOv2."""
+"""DINOv2 features, for FD-DINOv2."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DinoFeatures:
 
     Args:
         model: A ``Dinov2Model``.
-        name: What to call it in results.
+        name: Name in results.
 
     Source: Oquab et al., arXiv 2304.07193; Stein et al., arXiv 2306.04675, take ViT-L/14.
     """
@@ -40,19 +40,19 @@ class DinoFeatures:
         device: torch.device | str = "cpu",
         local_files_only: bool = False,
     ) -> DinoFeatures:
-        """Load a model.
+        """Loads a model.
 
         Args:
             source: A folder, or a name on the Hugging Face hub.
-            device: Where it runs.
-            local_files_only: Never ask the network.
+            device: Device of the network.
+            local_files_only: Whether to use only local files.
 
         Returns:
             The extractor.
 
         Raises:
             MissingPackageError: If transformers is not installed.
-            MissingWeightsError: If the weights are neither there nor to be downloaded.
+            MissingWeightsError: If the weights are neither local nor downloadable.
         """
         transformers = optional_module("transformers", extra="evaluate")
         model = pretrained(
@@ -65,12 +65,12 @@ class DinoFeatures:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Name of the feature -> length of its vector."""
+        """Lengths of feature vectors, by name."""
         return {"class_token": int(self.model.config.hidden_size)}
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Class tokens [images, size] of uint8 images [images, 3, height, width]."""
+        """Returns class tokens [images, size] of uint8 images [images, 3, height, width]."""
         check_images(images)
         pixels = images.to(self.model.device).float()
         pixels = interpolate(pixels, (SIZE, SIZE), mode="bicubic", antialias=True)

@@ -1,4 +1,4 @@
-"""How good samples are as a set, with no reference for each of them."""
+"""Quality of sets of samples, without a reference per sample."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from .statistics import Statistics
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
-    """Frechet distance between two sets of feature vectors, each taken as a Gaussian.
+    """Returns the Frechet distance between two sets of feature vectors, modelled as Gaussians.
 
-    With Inception features this is the FID. Any features serve to compare samplers with each
-    other, as long as both sets and all comparisons use the same ones. The estimate is biased
-    upwards, the more so the fewer vectors there are: compare only sets of equal size.
+    With Inception features this is the FID. Other features can be used to compare samplers, if all
+    comparisons use the same features. The estimate is biased upwards by an amount that decreases
+    with the number of vectors, so compare only sets of equal size.
 
     Args:
-        features: Of the samples; [samples, features].
-        reference: Of real data, or of uncached samples; [references, features].
+        features: Features of the samples; [samples, features].
+        reference: Features of real data or uncached samples; [references, features].
 
     Returns:
         The squared distance, in squared units of the features; never negative.
 
     Raises:
-        InvalidArgumentError: If the features are not as described, not finite, or fewer than two.
+        InvalidArgumentError: If features have the wrong shape, are not finite, or fewer than two.
+
     Source: Heusel et al., "GANs trained by a two time-scale update rule", arXiv 1706.08500.
 
     Example:
@@ -46,17 +47,17 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
 
 def class_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of samples that a classifier recognises as what was asked for.
+    """Returns the fraction of samples that a classifier recognises as their label.
 
     Args:
-        logits: The classifier's scores; [samples, classes].
-        labels: The class that each sample was asked to be; integers, [samples].
+        logits: Logits of the classifier; [samples, classes].
+        labels: Label of each sample; integers, [samples].
 
     Returns:
         A fraction in [0, 1].
 
     Raises:
-        InvalidArgumentError: If shapes or types are not as described, or a label is no class.
+        InvalidArgumentError: If shapes or types are wrong, or a label is out of range.
 
     Example:
         >>> import torch
@@ -84,18 +85,17 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
 def attribute_accuracy(
     logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Share of samples in which a classifier recognises what was asked for, for each attribute.
+    """Returns the fraction of samples that a classifier recognises, for each attribute.
 
     Args:
-        logits: Name of an attribute -> the classifier's scores; [samples, values].
-        labels: Name of an attribute -> the value that each sample was asked to have; integers,
-            [samples].
+        logits: Logits [samples, values] by attribute.
+        labels: Labels by attribute; integers, [samples].
 
     Returns:
-        Name of an attribute -> a fraction in [0, 1].
+        Fractions in [0, 1] by attribute.
 
     Raises:
-        InvalidArgumentError: If names differ, or shapes or types are not as described.
+        InvalidArgumentError: If attributes differ, or shapes or types are wrong.
 
     Example:
         >>> import torch

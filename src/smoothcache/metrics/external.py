@@ -1,7 +1,7 @@
-"""Metrics whose packages cannot live beside ours: run in an environment that the user names.
+"""Metrics of packages that need a separate environment, chosen by the user.
 
-VBench, ImageReward, HPS and VQAScore pin old libraries. Each gets an environment of its own; we
-hand over a folder, and read the JSON that comes back.
+VBench, ImageReward, HPS and VQAScore pin old libraries. They run as subprocesses, which read a
+folder of samples and write JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCORERS = {
     "hps_v3": ("hpsv3", "HPSv3"),
     "vqa_score": ("t2v-metrics", "clip-flant5-xxl"),
 }
-# Lowest and highest value that VBench's authors scale each dimension by, and its weight.
+# Lower and upper bound by which VBench's authors scale each dimension, and its weight.
 QUALITY = {
     "subject_consistency": (0.1462, 1.0, 1.0),
     "background_consistency": (0.2615, 1.0, 1.0),
@@ -51,19 +51,19 @@ DIMENSIONS = (*QUALITY, *SEMANTIC)
 
 
 class ExternalToolError(SmoothCacheError, RuntimeError):
-    """A program in another environment failed, or wrote something else than it should."""
+    """A program in another environment failed or produced no valid result."""
 
 
 def vbench_name(prompt: str, index: int, suffix: str = ".mp4") -> str:
-    """Name of a video in the folder that VBench reads: 5 videos of each prompt, 0 to 4.
+    """Returns the name of a video in the folder that VBench reads: 5 per prompt, 0 to 4.
 
     Args:
-        prompt: As in VBench's list of prompts.
-        index: The number of the video among those of the prompt.
-        suffix: Of the file.
+        prompt: Prompt from VBench's list.
+        index: Index of the video among the videos of the prompt.
+        suffix: Suffix of the file.
 
     Returns:
-        The name, without a folder.
+        The file name, without a folder.
 
     Raises:
         InvalidArgumentError: If the prompt cannot be part of a file's name.
@@ -88,28 +88,27 @@ def vbench(
     dimensions: Sequence[str] = DIMENSIONS,
     timeout: float | None = None,
 ) -> dict[str, MetricResult]:
-    """Run VBench on a folder of videos, one dimension after the other.
+    """Runs VBench on a folder of videos, one dimension at a time.
 
-    A dimension whose result is already in the output folder is not measured again.
+    A dimension with a result in the output folder is not measured again.
 
     Args:
-        folder: Videos, named as ``vbench_name`` does.
-        command: What runs VBench in its environment, for example
-            ``["/envs/vbench/bin/vbench", "evaluate"]``, with more options if they are needed.
+        folder: Folder of videos with names from ``vbench_name``.
+        command: Command that runs VBench in its environment, for example
+            ``["/envs/vbench/bin/vbench", "evaluate"]``, optionally with more options.
             ``--videos_path``, ``--dimension`` and ``--output_path`` are added.
-        output: Folder for VBench's results; made if it does not exist. Use one for each set of
-            videos.
-        dimensions: Which to measure.
-        timeout: Of each dimension, in seconds.
+        output: Folder for VBench's results, created if missing. Use one folder per set of videos.
+        dimensions: Dimensions to measure.
+        timeout: Timeout of each dimension, in seconds.
 
     Returns:
-        Dimension -> score, between 0 and 1. The spread is the standard error over videos, where
-        the score is the mean over videos.
+        Scores in [0, 1] by dimension. The spread is the standard error over videos, if the score
+        is the mean over videos.
 
     Raises:
-        InvalidArgumentError: If the folder holds nothing, or a dimension is unknown.
+        InvalidArgumentError: If the folder is empty, or a dimension is unknown.
         ExternalToolError: If VBench cannot be started, fails, or writes no result.
-        FileFormatError: If its result is not as expected.
+        FileFormatError: If its result is invalid.
 
     Source: Huang et al., "VBench", arXiv 2311.17982.
 
@@ -146,16 +145,16 @@ def vbench(
 
 
 def vbench_total(results: Mapping[str, MetricResult]) -> MetricResult:
-    """VBench's total score in per cent, from all its 16 dimensions.
+    """Computes VBench's total score in per cent from all 16 dimensions.
 
-    Each dimension is scaled by the bounds of VBench's authors. The quality score weighs 4, the
-    semantic score 1.
+    Each dimension is scaled by the bounds of VBench's authors. The quality score has weight 4, the
+    semantic score weight 1.
 
     Args:
-        results: Of ``vbench``; dimension -> score.
+        results: Result of ``vbench``: scores by dimension.
 
     Returns:
-        The total score. The quality and the semantic score are in its protocol.
+        The total score; its protocol contains the quality and the semantic score.
 
     Raises:
         InvalidArgumentError: If a dimension is missing.
@@ -200,24 +199,24 @@ def preference_score(
     python: str | os.PathLike[str],
     timeout: float | None = None,
 ) -> MetricResult:
-    """Score of images by a network that knows what people prefer.
+    """Scores images with a human preference model.
 
     Args:
-        images: Files of pictures.
-        prompts: One for each.
+        images: Image files.
+        prompts: One prompt per image.
         scorer: ``"image_reward"``, ``"hps_v2"``, ``"hps_v3"`` or ``"vqa_score"``.
-        python: The interpreter of an environment in which the scorer's package is installed:
-            image-reward, hpsv2, hpsv3 or t2v-metrics.
-        timeout: In seconds.
+        python: Python interpreter of an environment with the scorer's package: image-reward,
+            hpsv2, hpsv3 or t2v-metrics.
+        timeout: Timeout in seconds.
 
     Returns:
         The mean score, with its standard error over images.
 
     Raises:
-        InvalidArgumentError: If the scorer is unknown, a file is missing, or there are not as many
-            prompts as images.
+        InvalidArgumentError: If the scorer is unknown, a file is missing, or the numbers of
+            prompts and images differ.
         ExternalToolError: If the interpreter cannot be started, or the scorer fails.
-        FileFormatError: If its result is not as expected.
+        FileFormatError: If its result is invalid.
 
     Example:
         Scorers download published weights, so this example is not run as a test.
@@ -285,7 +284,7 @@ def _vbench_result(path: Path, dimension: str, folder: Path) -> MetricResult:
     spread = None
     if len(single) == len(videos) > 1:
         measured = mean_result(dimension, torch.tensor(single), unit="", protocol="")
-        # Some dimensions are no mean over videos, or another unit: their spread is unknown.
+        # The spread is unknown for dimensions that are not a mean over videos.
         if abs(measured.value - score) <= 1e-3 * abs(score):
             spread = measured.spread
     return MetricResult(

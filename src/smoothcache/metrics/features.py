@@ -1,4 +1,4 @@
-"""Features of images by a network: batch by batch, kept on disk and joined."""
+"""Extraction of image features in batches, and files of features."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ FORMAT = "smoothcache-features-1"
 
 
 class FeatureExtractor(Protocol):
-    """A network that makes feature vectors of images."""
+    """A network that computes feature vectors of images."""
 
     name: str
     digest: str
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Name of a feature -> length of its vector."""
+        """Lengths of feature vectors, by name."""
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Features [images, size] by name, of uint8 images [images, 3, height, width]."""
+        """Returns features [images, size] by name, of uint8 images [images, 3, height, width]."""
 
 
 def describe(extractor: FeatureExtractor) -> str:
-    """Name and weights of an extractor, as statistics and files of features carry them."""
+    """Returns the name and digest of an extractor, as stored in statistics and feature files."""
     return f"{extractor.name} ({extractor.digest})"
 
 
@@ -44,9 +44,9 @@ class Features:
     """Features of a set of samples.
 
     Args:
-        values: Name of a feature -> [samples, size].
-        indices: The number of each sample among all; [samples], rising.
-        extractor: Name and weights of the network.
+        values: Features [samples, size] by name.
+        indices: Index of each sample, increasing; [samples].
+        extractor: Name and digest of the network.
     """
 
     values: Mapping[str, Tensor]
@@ -54,7 +54,7 @@ class Features:
     extractor: str
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write them to a .safetensors file.
+        """Writes the features to a .safetensors file.
 
         Args:
             path: The file.
@@ -65,18 +65,18 @@ class Features:
 
     @classmethod
     def load(cls, *paths: str | os.PathLike[str]) -> Features:
-        """Read files of features and join them, ordered by sample.
+        """Reads feature files and concatenates them, ordered by sample.
 
         Args:
-            paths: The files, for example one of each process.
+            paths: The files, for example one per process.
 
         Returns:
             The features of all samples.
 
         Raises:
             InvalidArgumentError: If no file is given.
-            FileFormatError: If a file is damaged, comes from another network or has other features
-                than the first, or a sample comes twice.
+            FileFormatError: If a file is damaged, its network or features differ from the first
+                file's, or a sample is repeated.
         """
         if not paths:
             raise InvalidArgumentError("at least one file of features is needed.")
@@ -109,22 +109,23 @@ class Features:
 def extract(
     batches: Iterable[Tensor], extractor: FeatureExtractor, indices: Sequence[int] | None = None
 ) -> Features:
-    """Features of all images, held in memory: 410 MB for 50,000 images and 2048 features.
+    """Extracts features of all images into memory: 410 MB for 50,000 images and 2048 features.
 
     Args:
         batches: uint8 images [images, 3, height, width], for example from ``read_images``.
         extractor: The network.
-        indices: The number of each image among all samples; by default 0, 1, ...
+        indices: Index of each image; by default 0, 1, ...
 
     Returns:
         The features, on the CPU.
 
     Raises:
-        InvalidArgumentError: If there is no image, or the indices are not as many and rising.
+        InvalidArgumentError: If there is no image, or the indices are not one increasing integer
+            per image.
 
     Example:
         >>> import torch
-        >>> class Colours:  # a made-up extractor
+        >>> class Colours:  # a fake extractor
         ...     name, digest, sizes = "mean colour", "", {"colour": 3}
         ...
         ...     def __call__(self, images):
@@ -147,7 +148,7 @@ def extract(
 def extract_batches(
     batches: Iterable[Tensor], extractor: FeatureExtractor
 ) -> Iterator[dict[str, Tensor]]:
-    """Features on the CPU, batch by batch.
+    """Extracts features batch by batch, and yields them on the CPU.
 
     Args:
         batches: uint8 images [images, 3, height, width], for example from ``read_images``.
@@ -157,11 +158,11 @@ def extract_batches(
         Features [images, size] of a batch, by name.
 
     Raises:
-        InvalidArgumentError: If the images are not as described, or a feature is not finite.
+        InvalidArgumentError: If images have the wrong shape or type, or a feature is not finite.
 
     Example:
         >>> import torch
-        >>> class Colours:  # a made-up extractor
+        >>> class Colours:  # a fake extractor
         ...     name, digest, sizes = "mean colour", "", {"colour": 3}
         ...
         ...     def __call__(self, images):
@@ -191,23 +192,23 @@ def image_statistics(
     *,
     num_groups: int = 10,
 ) -> dict[str, Statistics]:
-    """Statistics of all images, in memory that does not grow with their number.
+    """Computes statistics of all images, with memory independent of their number.
 
     Args:
         batches: uint8 images [images, 3, height, width], for example from ``read_images``.
         extractor: The network.
-        names: Which of its features.
-        num_groups: As of ``Statistics``; 1 if no spread is wanted.
+        names: Names of features.
+        num_groups: As for ``Statistics``; 1 for no spread.
 
     Returns:
-        Feature -> statistics.
+        Statistics by feature.
 
     Raises:
-        InvalidArgumentError: If a feature is unknown, or the images are not as described.
+        InvalidArgumentError: If a feature is unknown, or images have the wrong shape or type.
 
     Example:
         >>> import torch
-        >>> class Colours:  # a made-up extractor
+        >>> class Colours:  # a fake extractor
         ...     name, digest, sizes = "mean colour", "", {"colour": 3}
         ...
         ...     def __call__(self, images):
@@ -235,10 +236,10 @@ def image_statistics(
 
 
 def check_images(images: Tensor) -> None:
-    """Refuse anything but uint8 images.
+    """Refuses anything but uint8 images.
 
     Raises:
-        InvalidArgumentError: If they are.
+        InvalidArgumentError: If images have the wrong shape or type.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise InvalidArgumentError(
@@ -248,10 +249,10 @@ def check_images(images: Tensor) -> None:
 
 
 def check_pair(features: Tensor, reference: Tensor) -> None:
-    """Refuse sets of features that do not fit each other.
+    """Refuses sets of features that cannot be compared.
 
     Raises:
-        InvalidArgumentError: If they do not.
+        InvalidArgumentError: If shapes or types are wrong, or sizes differ.
     """
     _check_features("features", features)
     _check_features("reference", reference)

@@ -1,8 +1,7 @@
-"""How close samples are to the uncached ones of the same seeds, image by image.
+"""Fidelity of samples to the uncached samples of the same seeds.
 
-All functions take images in [0, 1] of shape [batch, channels, height, width], compare each image
-with the one at its place in the reference, and return one value for each image, so that their
-spread can be told as well as their mean. The frames of a video are a batch.
+Functions take images in [0, 1] of shape [batch, channels, height, width], compare them pairwise
+with a reference, and return one value per image. The frames of a video are a batch.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ NORMS = {"l1": 1, "l2": 2}
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB; infinite where an image equals its reference.
+    """Returns the peak signal-to-noise ratio in dB; infinite for identical images.
 
     Args:
         images: [batch, channels, height, width] in [0, 1].
-        reference: What they should be; the same shape.
+        reference: Uncached samples of the same shape.
 
     Returns:
-        One value for each image, [batch]. Their mean is infinite as soon as one of them is.
+        One value per image, [batch]. The mean is infinite if any value is.
 
     Raises:
-        InvalidArgumentError: If the images are not as described.
+        InvalidArgumentError: If the images have the wrong shape or values.
 
     Example:
         >>> black = torch.zeros(1, 3, 16, 16)
@@ -42,17 +41,17 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity, at most 1, under the usual Gaussian window of 11 x 11 pixels.
+    """Returns the structural similarity, at most 1, with a Gaussian window of 11 x 11 pixels.
 
     Args:
         images: [batch, channels, height, width] in [0, 1], at least 11 pixels high and wide.
-        reference: What they should be; the same shape.
+        reference: Uncached samples of the same shape.
 
     Returns:
-        One value for each image, [batch], averaged over channels and pixels.
+        One value per image, [batch], averaged over channels and pixels.
 
     Raises:
-        InvalidArgumentError: If the images are not as described.
+        InvalidArgumentError: If the images have the wrong shape or values.
         MissingPackageError: If torchmetrics is not installed.
 
     Source: Wang et al., "Image quality assessment: from error visibility to structural
@@ -79,15 +78,15 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
 def relative_error(
     samples: Tensor, reference: Tensor, *, norm: Literal["l1", "l2"] = "l1"
 ) -> Tensor:
-    """Norm of the difference over the norm of the reference; 0 where both are equal.
+    """Returns the norm of the difference over the norm of the reference; 0 if equal.
 
     Args:
         samples: [batch, ...] of any range: images, latents, waveforms.
-        reference: What they should be; the same shape.
+        reference: Uncached samples of the same shape.
         norm: "l1", as the paper measures layers, or "l2".
 
     Returns:
-        One value for each sample, dimensionless, [batch]; infinite where the reference is all
+        One value per sample, dimensionless, [batch]; infinite where the reference is all
         zeros and the sample is not.
 
     Raises:
@@ -106,7 +105,7 @@ def relative_error(
 
 
 def _check_pair(images: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as float32, after checking that they are images of one shape with values in [0, 1]."""
+    """Returns both as float32, after checking that they are images of one shape in [0, 1]."""
     images, reference = _check_same(images, reference)
     if images.ndim != 4:
         raise InvalidArgumentError(
@@ -123,7 +122,7 @@ def _check_pair(images: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_same(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as float32 on one device, after checking that they can be compared."""
+    """Returns both as float32 on one device, after checking that they can be compared."""
     for name, values in (("samples", samples), ("reference", reference)):
         if not isinstance(values, Tensor) or not values.is_floating_point():
             got = values.dtype if isinstance(values, Tensor) else type(values).__name__

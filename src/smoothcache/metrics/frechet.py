@@ -1,4 +1,4 @@
-"""Frechet distances: FID, sFID and FD-DINOv2 from statistics, and their limit for many samples."""
+"""Frechet distances: FID, sFID and FD-DINOv2, and extrapolation to infinitely many samples."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ UNIT = "squared units of the features"
 
 
 def gaussian_distance(samples: Gaussian, reference: Gaussian) -> float:
-    """Squared Frechet distance of two Gaussians.
+    """Returns the squared Frechet distance of two Gaussians.
 
     ``|m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2))``. The last trace is the sum of the
-    square roots of the eigenvalues of ``C2^(1/2) C1 C2^(1/2)``, which is symmetric: no complex
-    number appears, and a singular covariance is no special case.
+    square roots of the eigenvalues of ``C2^(1/2) C1 C2^(1/2)``. This matrix is symmetric, so no
+    complex numbers occur and singular covariances need no special case.
 
     Args:
-        samples: Of the samples.
-        reference: Of real data, or of uncached samples.
+        samples: Gaussian of the samples.
+        reference: Gaussian of real data or uncached samples.
 
     Returns:
         The distance; at least 0.
 
     Raises:
-        InvalidArgumentError: If the two have other features, or come from other weights.
+        InvalidArgumentError: If features or weights differ.
 
     Source: Dowson and Landau, 1982; Heusel et al., arXiv 1706.08500.
 
@@ -54,24 +54,23 @@ def frechet_from_statistics(
     protocol: str,
     weights: str | None = None,
 ) -> MetricResult:
-    """Frechet distance from streamed statistics, with its spread.
+    """Computes a Frechet distance from streamed statistics, with its spread.
 
-    The spread is the standard error of the jackknife: each of the groups of the samples is left
-    out once. It says how far the samples' own chance moves the value; the bias of the estimate,
-    which falls with the number of samples, is not in it.
+    The spread is the jackknife standard error, which leaves out each group of samples once. It
+    covers the sampling error, but not the bias, which decreases with the number of samples.
 
     Args:
-        metric: The name in the result.
-        samples: Of the samples.
-        reference: Of real data, or of uncached samples.
-        protocol: How the features were made.
-        weights: Digest of the network; by default that which the statistics carry.
+        metric: Name of the metric in the result.
+        samples: Statistics of the samples.
+        reference: Gaussian of real data or uncached samples.
+        protocol: Description of the features.
+        weights: Digest of the network; by default taken from the statistics.
 
     Returns:
         The distance and its spread. The spread is None if there is one group.
 
     Raises:
-        InvalidArgumentError: If the two do not belong together, or there are too few samples.
+        InvalidArgumentError: If they are not comparable, or there are too few samples.
 
     Warns:
         SmoothCacheWarning: If there are no more samples than features.
@@ -118,10 +117,10 @@ def frechet_from_statistics(
 
 
 def fid(samples: Statistics, reference: Gaussian, *, weights: str | None = None) -> MetricResult:
-    """FID: Frechet distance of Inception's 2048 pooled features.
+    """Computes FID, the Frechet distance of Inception's 2048 pooled features.
 
     Args:
-        samples: Of feature ``"pool"`` of ``InceptionFeatures``.
+        samples: Statistics of the feature ``"pool"`` of ``InceptionFeatures``.
         reference: For example ``load_reference("VIRTUAL_imagenet256_labeled.npz")``.
         weights: Digest of the network.
 
@@ -152,10 +151,10 @@ def fid(samples: Statistics, reference: Gaussian, *, weights: str | None = None)
 
 
 def sfid(samples: Statistics, reference: Gaussian, *, weights: str | None = None) -> MetricResult:
-    """sFID: Frechet distance of 7 channels of Inception's spatial features.
+    """Computes sFID, the Frechet distance of 7 channels of Inception's spatial features.
 
     Args:
-        samples: Of feature ``"spatial"`` of ``InceptionFeatures``.
+        samples: Statistics of the feature ``"spatial"`` of ``InceptionFeatures``.
         reference: For example ``load_reference("VIRTUAL_imagenet256_labeled.npz", "spatial")``.
         weights: Digest of the network.
 
@@ -191,23 +190,23 @@ def sfid(samples: Statistics, reference: Gaussian, *, weights: str | None = None
 def fd_dinov2(
     samples: Statistics, reference: Gaussian, *, weights: str | None = None
 ) -> MetricResult:
-    """FD-DINOv2: Frechet distance of DINOv2's class token.
+    """Computes FD-DINOv2, the Frechet distance of DINOv2's class token.
 
     Args:
-        samples: Of feature ``"class_token"`` of ``DinoFeatures``.
-        reference: Of the same network; there are no published statistics.
+        samples: Statistics of the feature ``"class_token"`` of ``DinoFeatures``.
+        reference: Gaussian by the same network; there are no published statistics.
         weights: Digest of the network.
 
     Returns:
         The distance, with the standard error of the jackknife over groups of samples.
 
     Raises:
-        InvalidArgumentError: If the two do not belong together, or there are too few samples.
+        InvalidArgumentError: If they are not comparable, or there are too few samples.
 
     Source: Stein et al., arXiv 2306.04675.
 
     Example:
-        Random features take the place of DINOv2's, whose weights are published.
+        Random features replace DINOv2's, whose weights must be downloaded.
 
         >>> import torch
         >>> samples = Statistics(2)
@@ -232,14 +231,14 @@ def frechet_infinity(
     seed: int = 0,
     weights: str | None = None,
 ) -> MetricResult:
-    """Frechet distance that infinitely many samples would have: a line over 1 / n, taken at 0.
+    """Extrapolates the Frechet distance to infinitely many samples, linearly in 1 / n.
 
     Args:
-        features: Of the samples; [samples, features].
-        reference: Of real data, or of uncached samples.
-        least: Smallest number of samples that is measured; a tenth of all by default.
-        num_points: How many numbers of samples are measured.
-        seed: Of the random subsets.
+        features: Features of the samples; [samples, features].
+        reference: Gaussian of real data or uncached samples.
+        least: Smallest subset size; by default a tenth of all samples.
+        num_points: Number of subset sizes.
+        seed: Seed of the random subsets.
         weights: Digest of the network.
 
     Returns:
@@ -247,10 +246,10 @@ def frechet_infinity(
         negative.
 
     Raises:
-        InvalidArgumentError: If there are too few samples for so many points.
+        InvalidArgumentError: If there are too few samples for this number of points.
 
-    Source: Chong and Forsyth, "Effectively unbiased FID", arXiv 1911.07023. They draw quasi-random
-        noise for the samples as well; here only subsets are drawn.
+    Source: Chong and Forsyth, "Effectively unbiased FID", arXiv 1911.07023, without their
+        quasi-random noise for the samples.
 
     Example:
         >>> import torch
@@ -296,7 +295,7 @@ def frechet_infinity(
 
 
 def jackknife_error(left_out: list[float]) -> float:
-    """Standard error of a value from the values with one group left out at a time.
+    """Returns the jackknife standard error from values with one group left out at a time.
 
     >>> jackknife_error([1.0, 3.0])  # of the mean of 3 and 1: half of their difference
     1.0
@@ -311,10 +310,10 @@ def spread_words(num_groups: int) -> str:
 
 
 def check_comparable(samples: Gaussian, reference: Gaussian) -> None:
-    """Refuse statistics of other features, or of other weights where both are known.
+    """Refuses statistics with different features, or different weights if both are known.
 
     Raises:
-        InvalidArgumentError: If they are.
+        InvalidArgumentError: If features or weights differ.
     """
     if samples.num_features != reference.num_features:
         raise InvalidArgumentError(
@@ -346,7 +345,7 @@ def _root(covariance: Tensor) -> Tensor:
 
 
 def _digest(extractor: str | None) -> str | None:
-    """The digest in the description of an extractor.
+    """Returns the digest in the description of an extractor.
 
     >>> _digest("net (sha256:12)")
     'sha256:12'

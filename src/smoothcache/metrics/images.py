@@ -1,4 +1,4 @@
-"""Images from folders and from ADM's .npz files, a batch at a time."""
+"""Reads images from folders and ADM's .npz files in batches."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def read_images(path: str | os.PathLike[str], *, batch_size: int = 64) -> Iterator[Tensor]:
-    """Images of an .npz file, or of a folder of .npz files or of pictures, ordered by name.
+    """Reads images from an .npz file, or from a folder of .npz files or images, sorted by name.
 
-    An .npz file is read in parts, so one of 50,000 images needs no more memory than a batch.
+    An .npz file is read in parts and never loaded as a whole.
 
     Args:
-        path: The file, with images in ``arr_0`` as ADM's evaluator reads them; or the folder.
-        batch_size: How many images at most come at once.
+        path: A file with images in ``arr_0``, as for ADM's evaluator, or a folder.
+        batch_size: Largest number of images per batch.
 
     Yields:
-        uint8, [images, 3, height, width].
+        uint8 images [images, 3, height, width].
 
     Raises:
         FileFormatError: If there are no images, or a file is damaged or of another kind.

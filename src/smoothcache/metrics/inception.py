@@ -1,4 +1,4 @@
-"""Inception v3 as ADM's evaluator runs it: features of FID and sFID, and scores of classes."""
+"""Inception v3 as in ADM's evaluator: features for FID and sFID, and class logits."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ SPATIAL_CHANNELS = 7
 class InceptionFeatures:
     """TensorFlow's Inception graph of 2015, with the weights that torch-fidelity converted.
 
-    ``pool`` is ``pool_3`` with 2048 values; ``spatial`` the first 7 channels of ``mixed_6/conv``,
-    17 x 17 x 7 = 2023 values in the order of ADM's reference statistics (row, column, channel);
-    ``logits`` the scores of 1008 classes without their bias, as ADM's Inception Score takes them.
+    ``pool`` is ``pool_3`` with 2048 values. ``spatial`` is the first 7 channels of
+    ``mixed_6/conv``, 17 x 17 x 7 = 2023 values in the order of ADM's reference statistics (row,
+    column, channel). ``logits`` are the logits of 1008 classes without bias, as in ADM's Inception
+    Score.
 
     Args:
-        weights: File of the weights. By default torch-fidelity's is downloaded once.
-        device: Where it runs.
+        weights: File of the weights. By default torch-fidelity's file is downloaded once.
+        device: Device of the network.
 
     Raises:
-        MissingWeightsError: If the weights are neither there nor to be downloaded.
-        FileFormatError: If the file holds other weights.
+        MissingWeightsError: If the weights are neither local nor downloadable.
+        FileFormatError: If the file contains other weights.
     """
 
     name = WHAT
@@ -51,12 +52,12 @@ class InceptionFeatures:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Name of a feature -> length of its vector."""
+        """Lengths of feature vectors, by name."""
         return {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS, "logits": 1008}
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Features of uint8 images [images, 3, height, width] of any size."""
+        """Returns features of uint8 images [images, 3, height, width] of any size."""
         pixels = _resized(images.to(self.device, torch.float32), 299)
         features: dict[str, Tensor] = self.network((pixels - 128) / 128)
         return features
@@ -78,9 +79,9 @@ class Convolution(nn.Module):
         return normal.relu()
 
 
-# A branch: convolutions one after the other, as (name, outputs, (height, width)); a name that ends
-# in a and its follower in b are both applied to the same input, and joined. Names are those in the
-# file of weights. The pooling branch of a block comes last.
+# A branch: consecutive convolutions as (name, outputs, (height, width)). A name ending in "a" and
+# the following name ending in "b" are applied to the same input and concatenated. Names are as in
+# the weights file. The pooling branch of a block comes last.
 Branch = Sequence[tuple[str, int, tuple[int, int]]]
 ONE, THREE, FIVE = (1, 1), (3, 3), (5, 5)
 WIDE, TALL = (1, 7), (7, 1)
@@ -117,14 +118,14 @@ def _e() -> list[Branch]:
 
 
 class Mixed(nn.Module):
-    """Branches side by side, their outputs joined along the channels.
+    """Parallel branches whose outputs are concatenated along the channels.
 
     Args:
-        inputs: Number of channels that come in.
+        inputs: Number of input channels.
         branches: The branches.
-        strided: Whether the last convolution of each branch halves the size, and the pooled input
-            itself is the last branch.
-        largest: Whether the pooling branch takes the maximum instead of the mean.
+        strided: Whether the last convolution of each branch has stride 2, with the pooled input as
+            the last branch.
+        largest: Whether the pooling branch uses max pooling instead of average pooling.
     """
 
     def __init__(
@@ -169,12 +170,12 @@ class Mixed(nn.Module):
     def _pooled(self, x: Tensor) -> Tensor:
         if self.largest:
             return max_pool2d(x, 3, stride=1, padding=1)
-        # TensorFlow's mean at the border is over the pixels that exist.
+        # TensorFlow's average pooling excludes padding.
         return avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 class Inception(nn.Module):
-    """The network; submodules have the names of torch-fidelity's file of weights."""
+    """The network, with submodule names of torch-fidelity's weights file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +207,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Features of pixels [images, 3, 299, 299] between -1 and 1."""
+        """Returns features of pixels [images, 3, 299, 299] in [-1, 1]."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(max_pool2d(x, 3, stride=2)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(max_pool2d(x, 3, stride=2))))
@@ -215,7 +216,7 @@ class Inception(nn.Module):
         x = self.Mixed_6e(self.Mixed_6d(before_6d))
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
         pool = x.mean(dim=(2, 3))
-        # Computed a second time: one small convolution is cheaper than a hook is complicated.
+        # One small convolution is computed twice to avoid a hook.
         spatial = self.Mixed_6d.get_submodule("branch1x1")(before_6d)[:, :SPATIAL_CHANNELS]
         return {
             "pool": pool,
@@ -225,13 +226,13 @@ class Inception(nn.Module):
 
 
 def _resized(x: Tensor, size: int) -> Tensor:
-    """Bilinear as TensorFlow 1 has it: pixel i lies at i * input / output, no smoothing."""
+    """Resizes bilinearly as TensorFlow 1: pixel i is at i * input / output, no antialiasing."""
     for dim in (2, 3):
         length = x.shape[dim]
         place = torch.arange(size, device=x.device, dtype=x.dtype) * (length / size)
         before = place.floor().long().clamp(max=length - 1)
         after = (before + 1).clamp(max=length - 1)
-        share = (place - before).reshape([-1 if d == dim else 1 for d in range(4)])
+        weight = (place - before).reshape([-1 if d == dim else 1 for d in range(4)])
         first, second = x.index_select(dim, before), x.index_select(dim, after)
-        x = first + (second - first) * share
+        x = first + (second - first) * weight
     return x

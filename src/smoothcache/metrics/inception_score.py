@@ -1,4 +1,4 @@
-"""Inception Score: by splits in the order of the samples, as ADM reports it."""
+"""Inception Score, by splits in sample order as in ADM."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .result import MetricResult
 
 
 class InceptionScore:
-    """Inception Score of class scores that come in batches.
+    """Accumulates class logits in batches for the Inception Score.
 
-    ADM's protocol: 50,000 samples in splits of 5000, in their order, unshuffled. A split of
-    another size scores otherwise, so all must be full.
+    ADM's protocol is 50,000 samples in splits of 5000, in order, unshuffled. The score depends on
+    the split size, so all splits must be full.
 
     Args:
-        num_classes: How many classes; 1008 for the Inception graph of TensorFlow.
-        split_size: How many samples a split has.
+        num_classes: Number of classes; 1008 for TensorFlow's Inception graph.
+        split_size: Number of samples per split.
 
     Raises:
         InvalidArgumentError: If a count is too small.
@@ -32,18 +32,18 @@ class InceptionScore:
         self.num_classes = check_count("num_classes", num_classes, least=2)
         self.split_size = check_count("split_size", split_size, least=2)
         self._seen = 0
-        # Number of a split -> its samples, sum of p log p, and sum of p [classes].
+        # Split index -> number of samples, sum of p log p, and sum of p [classes].
         self._splits: dict[int, tuple[int, float, Tensor]] = {}
 
     def update(self, logits: Tensor, indices: Tensor | None = None) -> None:
-        """Take in a batch.
+        """Adds a batch.
 
         Args:
             logits: Scores of classes, before the softmax; [samples, classes].
-            indices: The number of each sample among all; by default they come in order.
+            indices: Index of each sample; by default 0, 1, ... in order.
 
         Raises:
-            InvalidArgumentError: If shapes do not fit, or a score is not finite.
+            InvalidArgumentError: If shapes are wrong, or a logit is not finite.
         """
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise InvalidArgumentError(
@@ -66,7 +66,7 @@ class InceptionScore:
             self._add(number, len(rows), plogp, rows.exp().sum(dim=0))
 
     def merge(self, other: InceptionScore) -> None:
-        """Take in what another process collected from other samples.
+        """Merges statistics that another process has collected.
 
         Args:
             other: Of the same classes and splits.
@@ -85,7 +85,7 @@ class InceptionScore:
             self._add(number, *split)
 
     def result(self, *, weights: str | None = None) -> MetricResult:
-        """The mean over splits, and their standard deviation.
+        """Computes the score over all splits.
 
         Args:
             weights: Digest of the network.
@@ -94,7 +94,7 @@ class InceptionScore:
             The score; its spread is the standard deviation of the splits.
 
         Raises:
-            InvalidArgumentError: If there is no full split, or one is not full.
+            InvalidArgumentError: If there is no split, or a split is not full.
         """
         partial = {n: x[0] for n, x in self._splits.items() if x[0] != self.split_size}
         if partial or not self._splits:
@@ -129,18 +129,18 @@ class InceptionScore:
 def inception_score(
     logits: Tensor, *, split_size: int = 5000, weights: str | None = None
 ) -> MetricResult:
-    """Inception Score of class scores [samples, classes]; see ``InceptionScore``.
+    """Computes the Inception Score of logits [samples, classes]; see ``InceptionScore``.
 
     Args:
-        logits: Scores of classes, before the softmax; [samples, classes].
-        split_size: How many samples a split has.
+        logits: Class logits; [samples, classes].
+        split_size: Number of samples per split.
         weights: Digest of the network.
 
     Returns:
-        The mean over splits, and their standard deviation.
+        The mean over splits, with their standard deviation.
 
     Raises:
-        InvalidArgumentError: If there are too few samples, or the logits are not as described.
+        InvalidArgumentError: If there are too few samples, or logits have the wrong shape.
 
     Example:
         >>> import torch

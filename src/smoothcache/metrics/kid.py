@@ -1,4 +1,4 @@
-"""Kernel distances: KID, and the maximum mean discrepancy below CMMD."""
+"""Kernel distances: KID, and the maximum mean discrepancy of CMMD."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .features import check_pair
 from .frechet import jackknife_error, spread_words
 from .result import MetricResult
 
-BLOCK = 2048  # rows of kernel values that are held at a time
+BLOCK = 2048  # rows of the kernel matrix per block
 
 
 def kid(
@@ -23,24 +23,24 @@ def kid(
     seed: int = 0,
     weights: str | None = None,
 ) -> MetricResult:
-    """Kernel Inception distance: unbiased, so it serves where samples are too few for FID.
+    """Computes the kernel Inception distance, an unbiased alternative to FID for few samples.
 
     The squared maximum mean discrepancy with the kernel ``(x.y / features + 1)^3``, on random
     subsets of both sets.
 
     Args:
-        features: Of the samples; [samples, features].
-        reference: Of real data, or of uncached samples; [references, features].
-        num_subsets: How many pairs of subsets.
-        subset_size: How many samples a subset has.
-        seed: Of the subsets.
+        features: Features of the samples; [samples, features].
+        reference: Features of real data or uncached samples; [references, features].
+        num_subsets: Number of pairs of subsets.
+        subset_size: Number of samples per subset.
+        seed: Seed of the subsets.
         weights: Digest of the network.
 
     Returns:
-        The mean over subsets, and their standard deviation. It can be negative.
+        The mean over subsets, with their standard deviation. It can be negative.
 
     Raises:
-        InvalidArgumentError: If features do not fit, or a set is smaller than a subset.
+        InvalidArgumentError: If sizes of features differ, or a set is smaller than a subset.
 
     Source: Binkowski et al., "Demystifying MMD GANs", arXiv 1801.01401.
 
@@ -90,19 +90,19 @@ def kid(
 def gaussian_mmd(
     features: Tensor, reference: Tensor, *, sigma: float, num_groups: int = 10
 ) -> tuple[float, float | None]:
-    """Squared maximum mean discrepancy with a Gaussian kernel, and its standard error.
+    """Returns the squared MMD with a Gaussian kernel, and its jackknife standard error.
 
-    The estimate of least variance, which counts each sample's kernel with itself, so it is never
-    negative. The error is that of the jackknife over groups of samples.
+    The biased estimate is used, which includes the kernel of each sample with itself and is never
+    negative.
 
     Args:
-        features: Of the samples; [samples, features].
+        features: Features of the samples; [samples, features].
         reference: [references, features].
         sigma: Width of the kernel.
-        num_groups: How many groups.
+        num_groups: Number of jackknife groups.
 
     Raises:
-        InvalidArgumentError: If features do not fit.
+        InvalidArgumentError: If sizes of features differ.
 
     Source: Gretton et al., "A kernel two-sample test", 2012.
     """
@@ -110,7 +110,7 @@ def gaussian_mmd(
     num_groups = min(num_groups, len(features))
     groups = torch.arange(len(features)) % num_groups
     counts = torch.bincount(groups, minlength=num_groups).double()
-    # Sums of the kernel over pairs of groups, so that leaving one out costs nothing.
+    # Sums of the kernel over pairs of groups, from which leave-one-out values follow.
     within = torch.zeros(num_groups, num_groups, dtype=torch.float64)
     across = torch.zeros(num_groups, dtype=torch.float64)
     samples, references = features.double(), reference.double()
@@ -145,10 +145,10 @@ def mmd_spread_words(num_samples: int, num_groups: int = 10) -> str:
 
 
 def _unbiased(x: Tensor, y: Tensor) -> float:
-    own = [_cubic(z, z) for z in (x, y)]
+    within = [_cubic(z, z) for z in (x, y)]
     count = len(x)
-    alike = sum(float(k.sum() - k.diagonal().sum()) for k in own) / (count * (count - 1))
-    return alike - 2 * float(_cubic(x, y).mean())
+    total = sum(float(k.sum() - k.diagonal().sum()) for k in within) / (count * (count - 1))
+    return total - 2 * float(_cubic(x, y).mean())
 
 
 def _cubic(x: Tensor, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""LPIPS: distance of images by a classifier's features, weighted as people judge likeness."""
+"""LPIPS: distance of images in a classifier's features, weighted by human judgements."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ URLS = {
     "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
     "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
 }
-# Layers in the order of torchvision's file of weights: (channels, kernel, stride, padding) of a
-# convolution with its ReLU, or the kernel of a maximum over places. Distances are taken after the
-# layers with a tap.
+# Layers in the order of torchvision's weights file: (channels, kernel, stride, padding) of a
+# convolution with ReLU, or the kernel of a max pooling. Distances are taken after tapped layers.
 ALEX: tuple[tuple[int, int, int, int] | int, ...] = (
     *((64, 11, 4, 2), 3, (192, 5, 1, 2), 3),
     *((384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)),
@@ -37,15 +36,15 @@ TAPS = {"alex": (0, 2, 4, 5, 6), "vgg": (1, 4, 8, 12, 16)}
 
 
 class Lpips(nn.Module):
-    """LPIPS 0.1: AlexNet's or VGG16's features, with the published weights of their channels.
+    """LPIPS 0.1 with AlexNet or VGG16 features and the published channel weights.
 
     Args:
-        network: ``"alex"``, the authors' choice for measuring, or ``"vgg"``.
-        trunk: File of torchvision's weights of the classifier; downloaded once by default.
-        heads: File of the channels' weights; by default that in torchmetrics or lpips.
+        network: ``"alex"``, the authors' recommendation, or ``"vgg"``.
+        trunk: File of torchvision's classifier weights; downloaded once by default.
+        heads: File of the channel weights; by default from torchmetrics or lpips.
 
     Raises:
-        MissingWeightsError: If the trunk's weights are neither there nor to be downloaded.
+        MissingWeightsError: If the trunk's weights are neither local nor downloadable.
         MissingPackageError: If no package with the heads is installed.
         FileFormatError: If a file holds other weights.
 
@@ -85,14 +84,14 @@ class Lpips(nn.Module):
         self.digest = weights_digest(self)
 
     def forward(self, images: Tensor, reference: Tensor) -> Tensor:
-        """One value an image, of images in [0, 1]; [batch].
+        """Returns the distance of each pair of images.
 
         Args:
-            images: Values in [0, 1]; [batch, 3, height, width].
-            reference: The same shape.
+            images: Images in [0, 1]; [batch, 3, height, width].
+            reference: References of the same shape.
 
         Returns:
-            [batch].
+            Distances [batch].
         """
         total = torch.zeros(len(images), device=images.device)
         taps = zip(self._taps(images), self._taps(reference), self.heads, strict=True)
@@ -114,21 +113,21 @@ class Lpips(nn.Module):
 
 
 def lpips(images: Tensor, reference: Tensor, network: Lpips) -> MetricResult:
-    """LPIPS of images beside their references, with its standard error over images.
+    """Computes the mean LPIPS of images and their references.
 
     Args:
-        images: Values in [0, 1]; [batch, 3, height, width], at least 32 on a side.
-        reference: The same shape.
+        images: Images in [0, 1]; [batch, 3, height, width], at least 32 pixels on a side.
+        reference: References of the same shape.
         network: The network.
 
     Returns:
         The mean distance, with its standard error over images.
 
     Raises:
-        InvalidArgumentError: If the images are not as described.
+        InvalidArgumentError: If the images have the wrong shape or values.
 
     Example:
-        The network's published weights are downloaded, so this example is not run as a test.
+        The network's weights are downloaded, so this example is not run as a test.
 
         >>> import torch
         >>> images = torch.rand(2, 3, 64, 64)
@@ -171,7 +170,7 @@ def _channels(network: Network, tap: int) -> int:
 
 
 def _packaged_heads(network: Network) -> Path:
-    """The file of heads in an installed package, found without importing the package."""
+    """Returns the channel weights of an installed package, without importing the package."""
     for package, inside in (
         ("torchmetrics", f"functional/image/lpips_models/{network}.pth"),
         ("lpips", f"weights/v0.1/{network}.pth"),

@@ -1,4 +1,4 @@
-"""What a sampler may return, and how two results of it are compared: images, clips or sounds."""
+"""Modalities of samples (images, clips or sounds) and their comparison."""
 
 from __future__ import annotations
 
@@ -19,23 +19,22 @@ from .fidelity import SSIM_WINDOW, psnr, relative_error, ssim
 from .video import motion_error, psnr_per_frame, ssim_per_frame, temporal_consistency
 
 Measure = Callable[[Tensor, Tensor], Tensor]
-MOST_SOUND_CHANNELS = 32  # an image without its batch is no sound of 512 channels
+MOST_SOUND_CHANNELS = 32  # more channels are an image without a batch dimension
 
 
 @dataclass(frozen=True)
 class Modality:
-    """One kind of result.
+    """One kind of sample.
 
     Attributes:
-        noun: What several of them are called.
-        wanted: What a batch of them must look like, in words.
-        fits: Whether a tensor of this shape is a batch of them.
-        bounds: Least and largest value; None if any finite number will do.
-        closeness: The field of a row that tells which of two is closer to the reference.
-        decibels: Its measure, in dB: the more, the closer.
-        title: What the measure is called in a sentence.
-        distances: Field of a row -> what else is measured of results and reference; None if the
-            results are too small for it.
+        noun: Plural noun for messages.
+        wanted: Required shape and values, for messages.
+        fits: Whether a shape is a batch of this modality.
+        bounds: Smallest and largest value; None for any finite number.
+        closeness: Field of a row with the main measure of closeness to the reference.
+        decibels: The main measure, in dB; larger is closer.
+        title: Name of the main measure in a sentence.
+        distances: Further measures by field of a row; they return None for too small samples.
     """
 
     noun: str
@@ -48,7 +47,7 @@ class Modality:
     distances: Mapping[str, Callable[[Tensor, Tensor], Tensor | None]]
 
     def check_packages(self) -> None:
-        """Refuses before much has run, if a package that a measure needs is missing.
+        """Refuses early if a package required by a measure is missing.
 
         Raises:
             MissingPackageError: If torchmetrics is needed for the SSIM, and is not installed.
@@ -57,17 +56,17 @@ class Modality:
             optional_module("torchmetrics.functional.image", extra="metrics")
 
     def measured(self, results: Tensor, reference: Tensor) -> dict[str, float | None]:
-        """Means over the batch, by the field of a row."""
+        """Returns the means over the batch, by field of a row."""
         measures = {self.closeness: self.decibels, **self.distances}
         values = {name: measure(results, reference) for name, measure in measures.items()}
         return {name: None if x is None else float(x.mean()) for name, x in values.items()}
 
 
 def modality_of(results: object, call: str) -> Modality:
-    """What kind of result ``call`` returned.
+    """Returns the modality of the results of ``call``.
 
     Raises:
-        InvalidArgumentError: If it is nothing that can be compared.
+        InvalidArgumentError: If the results have no known modality.
     """
     if isinstance(results, Tensor) and results.is_floating_point():
         for modality in MODALITIES:

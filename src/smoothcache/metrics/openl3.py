@@ -1,4 +1,4 @@
-"""FD-OpenL3: Frechet distance of embeddings of sound."""
+"""FD-OpenL3: Frechet distance of audio embeddings."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class OpenL3Embeddings:
     """OpenL3: 512 values for every window of 1 s, one window every 0.5 s; mel256 input.
 
     Args:
-        network: From windows [windows, 1, 48000] to embeddings [windows, 512].
-        content: What it was trained on: ``"music"``, or ``"env"`` for sounds of the environment.
-        digest: Of the weights; taken from the network if it is a module.
-        device: Where the network is.
+        network: Function from windows [windows, 1, 48000] to embeddings [windows, 512].
+        content: Training data: ``"music"``, or ``"env"`` for environmental sounds.
+        digest: Digest of the weights; computed if the network is a module.
+        device: Device of the network.
     """
 
     def __init__(
@@ -59,20 +59,20 @@ class OpenL3Embeddings:
         *,
         device: torch.device | str = "cpu",
     ) -> OpenL3Embeddings:
-        """Load the network of torchopenl3.
+        """Loads the network of torchopenl3.
 
         Args:
             content: ``"music"`` for MusicCaps and Song Describer, ``"env"`` for AudioCaps.
             weights: File of the weights; by default torchopenl3's is downloaded once.
-            device: Where it runs.
+            device: Device of the network.
 
         Returns:
             The network, ready for sounds.
 
         Raises:
             MissingPackageError: If torchopenl3, or a package that it needs, is not installed.
-            MissingWeightsError: If the weights are neither there nor to be downloaded.
-            FileFormatError: If the file holds other weights.
+            MissingWeightsError: If the weights are neither local nor downloadable.
+            FileFormatError: If the file contains other weights.
         """
         try:
             models = importlib.import_module("torchopenl3.models")
@@ -96,9 +96,9 @@ class OpenL3Embeddings:
 
     @torch.no_grad()
     def __call__(self, waveform: Tensor, sampling_rate: int, *, bandwidth: int = 44100) -> Tensor:
-        """Embeddings [windows, 1024] of a sound: those of the left channel, then of the right.
+        """Returns embeddings [windows, 1024] of a sound: left channel, then right channel.
 
-        A sound of one channel is taken for both.
+        A mono sound is used for both channels.
         """
         sound = resampled(at_peak(checked(waveform)), sampling_rate, bandwidth)
         sound = resampled(sound, bandwidth, RATE)  # OpenL3 listens at 48 kHz
@@ -113,7 +113,7 @@ class OpenL3Embeddings:
 
     @staticmethod
     def _windows(channel: Tensor) -> Tensor:
-        """Windows [windows, 1, samples], the first centred on the beginning."""
+        """Returns windows [windows, 1, samples], the first centred on the beginning."""
         centred = pad(channel, (WINDOW // 2, 0))
         over = max(len(centred) - WINDOW, 0)
         whole = WINDOW + -(-over // HOP) * HOP
@@ -127,15 +127,15 @@ def openl3_statistics(
     *,
     num_groups: int = 10,
 ) -> Statistics:
-    """Statistics of the embeddings of all windows of all sounds.
+    """Computes statistics of the embeddings of all windows of all sounds.
 
-    All windows of a sound are in one group, so that the spread is that over sounds.
+    All windows of a sound are in one group, so the spread is over sounds.
 
     Args:
         sounds: [channels, samples] each; they may differ in length.
-        sampling_rate: In Hz.
+        sampling_rate: Sampling rate in Hz.
         embeddings: The network.
-        num_groups: As of ``Statistics``.
+        num_groups: As for ``Statistics``.
 
     Returns:
         Statistics of 1024 features; their samples are windows.
@@ -145,7 +145,7 @@ def openl3_statistics(
         MissingPackageError: If scipy is not installed.
 
     Example:
-        A made-up network takes the place of OpenL3, whose weights are published.
+        A fake network replaces OpenL3, whose weights must be downloaded.
 
         >>> import torch
         >>> embeddings = OpenL3Embeddings(lambda windows: windows[:, 0, :512], content="env")
@@ -164,7 +164,7 @@ def openl3_statistics(
 def fd_openl3(
     samples: Statistics, reference: Gaussian, *, weights: str | None = None
 ) -> MetricResult:
-    """FD-OpenL3. The number of samples in the result is that of windows.
+    """Computes FD-OpenL3. The number of samples in the result is the number of windows.
 
     Args:
         samples: ``openl3_statistics`` of the samples.
@@ -175,12 +175,12 @@ def fd_openl3(
         The distance, with the standard error of the jackknife over groups of sounds.
 
     Raises:
-        InvalidArgumentError: If the two do not belong together, or there are too few samples.
+        InvalidArgumentError: If they are not comparable, or there are too few samples.
 
     Source: Evans et al., "Stable Audio Open", arXiv 2407.14358; stable-audio-metrics.
 
     Example:
-        Random features take the place of OpenL3's, whose weights are published.
+        Random features replace OpenL3's, whose weights must be downloaded.
 
         >>> import torch
         >>> samples = Statistics(2)

@@ -1,4 +1,4 @@
-"""KL-PaSST: do sounds carry the labels of their references?"""
+"""KL-PaSST: divergence of the labels of sounds from the labels of their references."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ URL = "https://github.com/kkoutini/PaSST/releases/download/v0.0.1-audioset/passt
 
 
 class PasstLabels:
-    """PaSST: scores of AudioSet's 527 classes, of sounds of any length.
+    """PaSST: logits of AudioSet's 527 classes for sounds of any length.
 
     Args:
-        network: From waveforms [windows, 320000] at 32 kHz to scores [windows, classes].
-        digest: Of the weights; taken from the network if it is a module.
-        name: What to call it in results.
-        device: Where the network is.
+        network: Function from waveforms [windows, 320000] at 32 kHz to logits [windows, classes].
+        digest: Digest of the weights; computed if the network is a module.
+        name: Name in results.
+        device: Device of the network.
     """
 
     def __init__(
@@ -47,17 +47,17 @@ class PasstLabels:
 
     @classmethod
     def load(cls, *, device: torch.device | str = "cpu") -> PasstLabels:
-        """Load the network of hear21passt, with the weights that it downloads once.
+        """Loads the network of hear21passt, which downloads its weights once.
 
         Args:
-            device: Where it runs.
+            device: Device of the network.
 
         Returns:
             The classifier.
 
         Raises:
             MissingPackageError: If hear21passt, or a package that it needs, is not installed.
-            MissingWeightsError: If the weights are neither there nor to be downloaded.
+            MissingWeightsError: If the weights are neither local nor downloadable.
         """
         try:
             base = optional_module("hear21passt.base", extra="passt")
@@ -80,9 +80,9 @@ class PasstLabels:
 
     @torch.no_grad()
     def __call__(self, waveform: Tensor, sampling_rate: int) -> Tensor:
-        """Scores [classes] of a sound [channels, samples]: the mean over windows of 10 s.
+        """Returns logits [classes] of a sound [channels, samples]: the mean over windows of 10 s.
 
-        Windows begin every 5 s; the last one is filled with silence.
+        Windows start every 5 s; the last one is padded with silence.
         """
         sound = mono(waveform, sampling_rate, rate=RATE)
         starts = range(0, max(HOP, len(sound) - HOP), HOP)
@@ -90,7 +90,7 @@ class PasstLabels:
         for row, start in enumerate(starts):
             part = sound[start : start + WINDOW]
             windows[row, : len(part)] = part
-        # One at a time: 47 s of sound would be 9 windows of 320,000 values.
+        # One window at a time, to save memory.
         scores = [self.network(window[None].to(self.device))[0] for window in windows]
         return torch.stack(scores).float().mean(dim=0).cpu()
 
@@ -103,28 +103,28 @@ def kl_passt(
     *,
     reference_rate: int | None = None,
 ) -> MetricResult:
-    """Kullback-Leibler divergence of the labels of sounds from those of their references.
+    """Computes the mean KL divergence of class probabilities of sounds and their references.
 
     As in stable-audio-metrics: KL(sound || reference) of the softmax over classes, with 1e-6 added
     to the reference.
 
     Args:
-        sounds: [channels, samples] each; they may differ in length.
-        references: The real sound, or the uncached one, of each.
-        sampling_rate: Of the sounds, in Hz.
+        sounds: Waveforms [channels, samples] each; lengths may differ.
+        references: Real or uncached sound for each sound.
+        sampling_rate: Sampling rate of the sounds in Hz.
         labels: The classifier.
-        reference_rate: Of the references; the same by default.
+        reference_rate: Sampling rate of the references; the same by default.
 
     Returns:
         The mean divergence, with its standard error over sounds.
 
     Raises:
-        InvalidArgumentError: If there are not as many references as sounds, or a sound is invalid.
+        InvalidArgumentError: If the numbers of references and sounds differ, or a sound is invalid.
 
     Source: Koutini et al., arXiv 2110.05069; Evans et al., "Stable Audio Open", arXiv 2407.14358.
 
     Example:
-        A made-up classifier takes the place of PaSST, whose weights are published.
+        A fake classifier replaces PaSST, whose weights must be downloaded.
 
         >>> import torch
         >>> labels = PasstLabels(lambda windows: windows[:, :4], name="made up")

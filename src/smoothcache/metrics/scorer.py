@@ -1,6 +1,6 @@
-"""Scores pictures in an environment of its own; ``external.py`` runs this file there by its path.
+"""Scores images in a separate environment, in which ``external.py`` runs this file by its path.
 
-It imports nothing of smoothcache, and runs on the old versions of Python that scorers need.
+It imports nothing from smoothcache, and runs on the old Python versions that scorers need.
 """
 
 from __future__ import annotations
@@ -54,6 +54,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # The folder of this file is first on the path, and its modules are named like packages.
+    # This folder is first on the path, and its modules have names of packages.
     sys.path.pop(0)
     main()

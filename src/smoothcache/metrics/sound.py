@@ -1,4 +1,4 @@
-"""Waveforms as the networks of the audio metrics take them."""
+"""Preparation of waveforms for the networks of the audio metrics."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PEAK = 10 ** (-1 / 20)  # -1 dB of full scale, as stable-audio-metrics scales al
 
 
 def mono(waveform: Tensor, sampling_rate: int, *, rate: int) -> Tensor:
-    """A sound [samples] in one channel at another sampling rate, its peak at -1 dB.
+    """Returns a sound as mono [samples] at another sampling rate, with its peak at -1 dB.
 
     Raises:
-        InvalidArgumentError: If the sound is not as described at ``checked``.
+        InvalidArgumentError: If the sound is invalid; see ``checked``.
         MissingPackageError: If it must be resampled and scipy is not installed.
     """
     sound = checked(waveform).mean(dim=0, keepdim=True)
@@ -27,13 +27,13 @@ def mono(waveform: Tensor, sampling_rate: int, *, rate: int) -> Tensor:
 
 
 def checked(waveform: Tensor) -> Tensor:
-    """A sound as [channels, samples] in single precision, of one or two channels.
+    """Returns a validated sound as [channels, samples] in float32, with one or two channels.
 
     Args:
-        waveform: [channels, samples] or [samples], with values in about [-1, 1].
+        waveform: Waveform [channels, samples] or [samples], roughly in [-1, 1].
 
     Raises:
-        InvalidArgumentError: If it is not as described, empty or not finite.
+        InvalidArgumentError: If it has the wrong shape or type, is empty or not finite.
     """
     if waveform.ndim == 1:
         waveform = waveform[None]
@@ -52,7 +52,7 @@ def checked(waveform: Tensor) -> Tensor:
 
 
 def resampled(sound: Tensor, sampling_rate: int, rate: int) -> Tensor:
-    """A sound [channels, samples] at another sampling rate."""
+    """Returns a sound [channels, samples] at another sampling rate."""
     sampling_rate = check_count("sampling_rate", sampling_rate, least=1)
     if sampling_rate == rate:
         return sound
@@ -63,16 +63,16 @@ def resampled(sound: Tensor, sampling_rate: int, rate: int) -> Tensor:
 
 
 def at_peak(sound: Tensor) -> Tensor:
-    """A sound with its peak at -1 dB; silence stays silent."""
+    """Returns a sound with its peak at -1 dB; silence is unchanged."""
     peak = sound.abs().max()
     return sound * (PEAK / peak) if peak > 0 else sound
 
 
 def check_as_many(what: str, sounds: Sequence[Tensor], others: Sequence[object]) -> None:
-    """Refuse two lists of different lengths, and empty ones.
+    """Refuses lists of different lengths and empty lists.
 
     Raises:
-        InvalidArgumentError: If they are.
+        InvalidArgumentError: If lengths differ or are 0.
     """
     if len(sounds) != len(others) or not sounds:
         raise InvalidArgumentError(

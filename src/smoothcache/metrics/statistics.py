@@ -1,4 +1,4 @@
-"""Mean and covariance of features: in bounded memory, merged over ranks, kept in files."""
+"""Mean and covariance of features, accumulated in bounded memory and mergeable over ranks."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ FORMAT = "smoothcache-statistics-1"
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """A set of features, taken as a Gaussian.
+    """Gaussian model of a set of features.
 
     Args:
-        mean: [features], double precision.
-        covariance: [features, features], of the same precision; symmetric.
-        count: From how many samples; None if a file does not say.
-        extractor: Name and weights of the network; None if a file does not say.
+        mean: Mean [features], float64.
+        covariance: Covariance [features, features], float64; symmetric.
+        count: Number of samples; None if unknown.
+        extractor: Name and digest of the network; None if unknown.
 
     Raises:
-        InvalidArgumentError: If shapes do not fit, or a value is not finite.
+        InvalidArgumentError: If shapes are wrong, or a value is not finite.
     """
 
     mean: Tensor
@@ -61,17 +61,17 @@ class Gaussian:
 
 
 class Statistics:
-    """Mean and covariance of features that come in batches, in bounded memory.
+    """Accumulates mean and covariance of features in batches, in bounded memory.
 
-    Samples are dealt out over groups by their index, and each group has statistics of its own.
-    The Frechet distance gets its spread from them: it leaves out one group at a time. Memory is
-    ``8 * num_groups * num_features ** 2`` bytes: 336 MB for 10 groups of 2048 features, whatever
-    the number of samples.
+    Samples are assigned to groups by their index, and each group has separate statistics. The
+    spread of a Frechet distance is computed by leaving out one group at a time. Memory is
+    ``8 * num_groups * num_features ** 2`` bytes, 336 MB for 10 groups of 2048 features,
+    independent of the number of samples.
 
     Args:
         num_features: Length of a feature vector.
-        num_groups: How many groups; 1 if no spread is wanted.
-        extractor: Name and weights of the network, if known. See ``describe`` of ``features``.
+        num_groups: Number of groups; 1 for no spread.
+        extractor: Name and digest of the network, if known; see ``describe`` of ``features``.
 
     Raises:
         InvalidArgumentError: If a count is not at least 1.
@@ -97,21 +97,21 @@ class Statistics:
 
     @property
     def count(self) -> int:
-        """How many samples came so far."""
+        """Number of samples so far."""
         return sum(self._counts) + sum(len(features) for features, _ in self._pending)
 
     @property
     def group_counts(self) -> tuple[int, ...]:
-        """How many samples each group has."""
+        """Number of samples in each group."""
         self._flush()
         return tuple(self._counts)
 
     def update(self, features: Tensor, indices: Tensor | None = None) -> None:
-        """Take in a batch.
+        """Adds a batch.
 
         Args:
             features: [samples, features]; finite.
-            indices: The number of each sample among all; by default they come in order. Ranks that
+            indices: Index of each sample; by default 0, 1, ... in order. Ranks that
                 give them get the same groups as one process.
 
         Raises:
@@ -131,12 +131,12 @@ class Statistics:
                 f"{list(indices.shape)}."
             )
         self._pending.append((features.detach().cpu(), indices.cpu() % self.num_groups))
-        # Each flush touches all matrices, so it waits for as many rows as they have.
+        # Each flush updates all matrices, so it is deferred until there are enough rows.
         if sum(len(features) for features, _ in self._pending) >= max(1024, self.num_features):
             self._flush()
 
     def merge(self, other: Statistics) -> None:
-        """Take in what another process collected from other samples.
+        """Merges statistics that another process has collected.
 
         Args:
             other: Of the same features, groups and weights.
@@ -156,7 +156,7 @@ class Statistics:
             self._merge(group, count, other._means[group], other._scatters[group])
 
     def gaussian(self, *, without: int | None = None) -> Gaussian:
-        """Mean and unbiased covariance of all samples, or of all but one group.
+        """Returns the mean and unbiased covariance of all samples, or of all but one group.
 
         Args:
             without: The group to leave out; None for all samples.
@@ -183,7 +183,7 @@ class Statistics:
         return Gaussian(mean, (covariance + covariance.T) / 2, count, self.extractor)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write them to a .safetensors file, so that another process can merge them.
+        """Writes the statistics to a .safetensors file, for merging in another process.
 
         Args:
             path: The file.
@@ -199,13 +199,13 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
-        """Read what ``save`` wrote.
+        """Reads a file written by ``save``.
 
         Args:
             path: The file.
 
         Returns:
-            The statistics. They take in further batches as well.
+            The statistics, to which further batches can be added.
 
         Raises:
             FileFormatError: If the file is damaged, or of another kind.
@@ -243,7 +243,7 @@ class Statistics:
                 self._merge(group, len(rows), mean, apart.T @ apart)
 
     def _merge(self, group: int, count: int, mean: Tensor, scatter: Tensor) -> None:
-        """Chan's update: exact for any sizes, and sound far from the origin."""
+        """Merges a group by Chan's update, which is numerically stable."""
         if not count:
             return
         total = self._counts[group] + count
@@ -255,7 +255,7 @@ class Statistics:
 
 
 def save_reference(path: str | os.PathLike[str], **gaussians: Gaussian) -> None:
-    """Write reference statistics to an .npz file, under the names that ADM's evaluator reads.
+    """Writes reference statistics to an .npz file, under the names that ADM's evaluator reads.
 
     Args:
         path: The file.
@@ -291,18 +291,18 @@ SUFFIXES = {"pool": "", "spatial": "_s"}
 
 
 def load_reference(path: str | os.PathLike[str], name: str = "pool") -> Gaussian:
-    """Reference statistics from an .npz file, ADM's or one of ``save_reference``.
+    """Reads reference statistics from an .npz file of ADM or ``save_reference``.
 
     Args:
-        path: For example ``VIRTUAL_imagenet256_labeled.npz``. Nothing in the file is unpickled.
+        path: File such as ``VIRTUAL_imagenet256_labeled.npz``. Nothing is unpickled.
         name: ``"pool"`` for FID (``mu``, ``sigma``), ``"spatial"`` for sFID (``mu_s``,
-            ``sigma_s``), or the name that ``save_reference`` was given.
+            ``sigma_s``), or a name passed to ``save_reference``.
 
     Returns:
-        The statistics, with count and extractor where the file has them.
+        The statistics, with count and extractor if the file has them.
 
     Raises:
-        FileFormatError: If the file is damaged, lacks the arrays, or they do not fit.
+        FileFormatError: If the file is damaged, lacks the arrays, or their shapes are wrong.
 
     Example:
         >>> import tempfile

@@ -1,7 +1,7 @@
-"""How close clips are to the uncached ones of the same seeds, and how steady they are.
+"""Fidelity of clips to the uncached clips of the same seeds, and temporal consistency.
 
-All functions take clips in [0, 1] of shape [batch, frames, channels, height, width]. Fidelity is
-that of images, frame by frame; what only a clip has is change from one frame to the next.
+Functions take clips in [0, 1] of shape [batch, frames, channels, height, width]. Image metrics
+apply to each frame; motion metrics compare changes between frames.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from .fidelity import psnr, relative_error, ssim
 
 
 def psnr_per_frame(clips: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each frame in dB; infinite where it equals its reference.
+    """Returns the peak signal-to-noise ratio of each frame in dB; infinite for identical frames.
 
     Args:
         clips: [batch, frames, channels, height, width] in [0, 1].
-        reference: What they should be; the same shape.
+        reference: Uncached samples of the same shape.
 
     Returns:
-        One value for each frame, [batch, frames].
+        One value per frame, [batch, frames].
 
     Raises:
-        InvalidArgumentError: If the clips are not as described.
+        InvalidArgumentError: If the clips have the wrong shape or values.
 
     Example:
         >>> import torch
@@ -37,17 +37,17 @@ def psnr_per_frame(clips: Tensor, reference: Tensor) -> Tensor:
 
 
 def ssim_per_frame(clips: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity of each frame, at most 1.
+    """Returns the structural similarity of each frame, at most 1.
 
     Args:
         clips: [batch, frames, channels, height, width] in [0, 1], at least 11 pixels high and wide.
-        reference: What they should be; the same shape.
+        reference: Uncached samples of the same shape.
 
     Returns:
-        One value for each frame, [batch, frames].
+        One value per frame, [batch, frames].
 
     Raises:
-        InvalidArgumentError: If the clips are not as described.
+        InvalidArgumentError: If the clips have the wrong shape or values.
         MissingPackageError: If torchmetrics is not installed.
 
     Example:
@@ -60,22 +60,22 @@ def ssim_per_frame(clips: Tensor, reference: Tensor) -> Tensor:
 
 
 def temporal_consistency(clips: Tensor) -> Tensor:
-    """One minus the mean absolute change from a frame to the next: 1 if nothing ever changes.
+    """Returns one minus the mean absolute change between frames: 1 for a still clip.
 
-    It needs no reference. Motion lowers it as flicker does, so that only clips of the same
-    content can be compared: those of one prompt and seed.
+    It needs no reference. Both motion and flicker lower it, so compare only clips of the same
+    prompt and seed.
 
     Args:
         clips: [batch, frames, channels, height, width] in [0, 1], at least 2 frames.
 
     Returns:
-        One value for each clip, [batch], in [0, 1].
+        One value per clip, [batch], in [0, 1].
 
     Raises:
-        InvalidArgumentError: If the clips are not as described.
+        InvalidArgumentError: If the clips have the wrong shape or values.
 
     Source: "temporal flickering" in Huang et al., "VBench: Comprehensive Benchmark Suite for Video
-    Generative Models", arXiv 2311.17982, without their choice of clips that should be still.
+    Generative Models", arXiv 2311.17982, without their selection of still clips.
 
     Example:
         >>> import torch
@@ -87,20 +87,20 @@ def temporal_consistency(clips: Tensor) -> Tensor:
 
 
 def motion_error(clips: Tensor, reference: Tensor) -> Tensor:
-    """Relative L1 error of the changes between frames; 0 if everything moves as in the reference.
+    """Returns the relative L1 error of the changes between frames; 0 for equal motion.
 
-    What is wrong alike in all frames does not count, and flicker that the reference has not does.
+    Errors that are equal in all frames do not count; flicker that is not in the reference does.
 
     Args:
         clips: [batch, frames, channels, height, width] in [0, 1], at least 2 frames.
-        reference: What they should be; the same shape.
+        reference: Uncached samples of the same shape.
 
     Returns:
-        One value for each clip, dimensionless, [batch]; infinite where the reference stands still
-        and the clip does not.
+        One value per clip, dimensionless, [batch]; infinite if the reference is still and the
+        clip is not.
 
     Raises:
-        InvalidArgumentError: If the clips are not as described.
+        InvalidArgumentError: If the clips have the wrong shape or values.
 
     Source: ours; like the temporal terms of Chu et al., "Learning Temporal Coherence via
     Self-Supervision", arXiv 1811.09393, it compares change with change, here of pixels and in the
@@ -129,7 +129,7 @@ def _frame_by_frame(
 
 
 def _changes(clips: Tensor) -> Tensor:
-    """Each frame but the first, minus the one before it."""
+    """Returns the differences between consecutive frames."""
     _check_clips("clips", clips)
     if clips.shape[1] < 2:
         raise InvalidArgumentError("change needs clips of at least 2 frames, got 1.")

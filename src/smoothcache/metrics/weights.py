@@ -1,4 +1,4 @@
-"""Weights of the networks that metrics use: where they come from, and which ones they are."""
+"""Loading, downloading and digests of the networks' weights."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ T = TypeVar("T")
 
 
 class MissingWeightsError(SmoothCacheError, OSError):
-    """A network's weights are not on this machine and could not be downloaded."""
+    """A network's weights are not available locally and could not be downloaded."""
 
 
 def weights_digest(model: nn.Module | Mapping[str, Tensor]) -> str:
-    """SHA-256 of all parameters and buffers: two networks share it only if they are the same.
+    """Returns the SHA-256 digest of all parameters and buffers.
 
     >>> import torch
     >>> weights_digest({"a": torch.zeros(2)})[:18]
@@ -43,16 +43,16 @@ def weights_digest(model: nn.Module | Mapping[str, Tensor]) -> str:
 def weights_file(
     path: str | os.PathLike[str] | None, *, url: str, what: str, hash_prefix: str | None = None
 ) -> Path:
-    """The file with a network's weights: the user's, or that of the URL, downloaded once.
+    """Returns the file of a network's weights: the user's file, or a file downloaded once.
 
     Args:
-        path: The user's file; None to look in torch's folder of downloads, and then to download.
-        url: Where the file can be downloaded.
-        what: The network's name, for messages.
-        hash_prefix: How the file's SHA-256 begins.
+        path: The user's file; None to use torch's download folder.
+        url: URL of the file.
+        what: Name of the network, for messages.
+        hash_prefix: Prefix of the file's SHA-256 digest.
 
     Raises:
-        MissingWeightsError: If there is no such file, with the URL and where to put it.
+        MissingWeightsError: If the file does not exist and cannot be downloaded.
     """
     if path is not None:
         if not Path(path).is_file():
@@ -74,10 +74,10 @@ def weights_file(
 
 
 def load_weights(path: str | os.PathLike[str], *, what: str) -> dict[str, Tensor]:
-    """Tensors of a .safetensors or PyTorch file; no code in the file is run.
+    """Reads the tensors of a .safetensors or PyTorch file without executing code.
 
     Raises:
-        FileFormatError: If the file is damaged, or holds anything but named tensors.
+        FileFormatError: If the file is damaged, or contains anything but named tensors.
     """
     try:
         if Path(path).suffix == ".safetensors":
@@ -85,7 +85,7 @@ def load_weights(path: str | os.PathLike[str], *, what: str) -> dict[str, Tensor
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
         raise _damaged(path, what, str(error)) from error
-    except Exception as error:  # a pickle fails in many ways
+    except Exception as error:  # unpickling raises various errors
         raise _damaged(path, what, f"{type(error).__name__}: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
         raise _damaged(path, what, "it holds something other than named tensors")
@@ -93,7 +93,7 @@ def load_weights(path: str | os.PathLike[str], *, what: str) -> dict[str, Tensor
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], *, file: str, what: str) -> None:
-    """Give a network its weights.
+    """Loads weights into a network.
 
     Raises:
         FileFormatError: If a tensor is missing, unknown or of another shape.

@@ -65,21 +65,21 @@ class Target:
         return None if scheduler is None else type(scheduler).__name__
 
     def only(self, name: str) -> Target:
-        """The same pipeline, of which one denoiser alone is meant.
+        """Returns a target with only one of the denoisers.
 
         Args:
             name: Prefix of the denoiser.
 
         Returns:
-            A target with this denoiser, under the prefix ``""``.
+            A target whose single denoiser has the prefix ``""``.
         """
         return Target(self.model, {"": self.denoisers[name]})
 
     def replaced(self) -> list[str]:
-        """Looks for denoisers that were exchanged since.
+        """Finds the denoisers that have been replaced in the pipeline.
 
         Returns:
-            Prefixes of those that are no longer in the pipeline.
+            Prefixes of denoisers that are no longer part of it.
         """
         now = list(find_denoisers(self.model).values())
         return [name for name, denoiser in self.denoisers.items() if denoiser not in now]
