@@ -613,7 +613,8 @@ def test_comparison_names_schedules_by_their_files(
         return Comparison((ReportRow("uncached", steps=STEPS),), {}, {})
 
     monkeypatch.setattr(Setup, "load", lambda *_: None)
-    monkeypatch.setattr(Setup, "sampler", lambda *_: type("S", (), {"steps": 1, "count": 1}))
+    sampler = type("S", (), {"steps": 1, "count": 1})
+    monkeypatch.setattr(Setup, "sampler", lambda *_, **__: sampler)
     library = importlib.import_module("smoothcache.comparison.compare")
     monkeypatch.setattr(library, "compare", fake)
     (tmp_path / "a").mkdir()
