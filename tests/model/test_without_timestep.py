@@ -35,7 +35,7 @@ def test_a_model_without_a_timestep() -> None:
     model = Timeless()
     x = torch.zeros(1, TOKENS, WIDTH)
     assert paths(sc.find_layers(model)) == ["toy.blocks.0.attn", "toy.blocks.0.mlp"]
-    words = r"Timeless was called without a timestep, so the step cannot be told"
+    words = r"Timeless was called without a timestep, so the solver step is unknown"
     with refused(model, sc.ScheduleMismatchError, words), sc.cached(model, uniform(model)):
         model(x)
     handle = sc.enable(model, uniform(model))

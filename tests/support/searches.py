@@ -83,9 +83,9 @@ def state_of(model: Any) -> list[Any]:
 
 
 def search(
-    model: Any, sample: Any, *args: Any, max_cost: float = 25.0, **options: Any
+    model: Any, sample: Any, *args: Any, max_cost: float | None = 25.0, **options: Any
 ) -> sc.SearchedSchedule:
-    """A search that is content with less than half of the usual cost."""
+    """A search that may spend a little; None stands for the limit of its own."""
     return sc.search(model, sample, *args, max_cost=max_cost, progress=False, **options)
 
 

@@ -92,7 +92,7 @@ def test_calls_by_hand_do_no_harm_to_a_bare_module(times: int) -> None:
 def test_a_call_by_hand_further_back_than_a_bare_generation_begins_is_refused_in_the_end() -> None:
     pipe = WitnessPipe(SOLVERS["ddim"]())
     with (
-        pytest.raises(sc.ScheduleMismatchError, match=r"come to step 7.*covers 6.*run\.reset"),
+        pytest.raises(sc.ScheduleMismatchError, match=r"reached step 7.*covers 6.*run\.reset"),
         sc.cached(pipe.transformer, witness_schedule(STEPS, 3)),
     ):
         pipe.transformer.tell("by hand", "c", 0, torch.randn(1, 4, 2, 2), 999.0, PROMPTS["c"])
