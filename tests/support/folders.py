@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 TESTS = Path(__file__).resolve().parents[1]
-PATIENCE = 120.0  # seconds until a process that waits is a failure
+PATIENCE = 240.0  # seconds until a process that waits is a failure
 
 
 def noise(numbers: Sequence[int]) -> Tensor:
