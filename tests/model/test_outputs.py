@@ -214,7 +214,8 @@ def test_a_tensor_in_two_places_of_an_output_is_one() -> None:
 
 def test_tensors_in_an_object_that_cannot_be_taken_apart_are_refused() -> None:
     model = Returning(lambda x: (x, SimpleNamespace(extra=[x + 1])))
-    with pytest.raises(sc.ScheduleMismatchError, match=r"a SimpleNamespace whose tensors cannot be replaced"):
+    words = "a SimpleNamespace whose tensors cannot be replaced"
+    with pytest.raises(sc.ScheduleMismatchError, match=words):
         outputs(model, "hold", FALLING)
 
 
