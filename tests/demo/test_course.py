@@ -25,7 +25,7 @@ DEMOS = pytest.mark.parametrize("demo", [image, video, audio])
     ("settings", "message"),
     [
         ({"num_samples": 0}, "num_samples must be"),
-        ({"num_samples": 15}, "must be a multiple of (10|12|20),"),
+        ({"num_samples": 15}, "must be a multiple of the batch size (10|12|20),"),
         ({"num_steps": 1}, "num_steps must be"),
         ({"seed": -1}, "seed must be"),
     ],
