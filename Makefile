@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint types check docs format bench clean
+.PHONY: help demo test lint types check docs format bench soak audit clean
 
 help:
 	@echo "make demo     calibrate, plan and run the demo pipeline; prints a table, writes pictures"
@@ -14,6 +14,8 @@ help:
 	@echo "make lint     check style            make types    check types"
 	@echo "make check    all three              make format   rewrite the code in the house style"
 	@echo "make bench    measure speed and cost make docs     build the documentation into site/"
+	@echo "make soak     generate for MINUTES=10 under faults, and watch memory, files and threads"
+	@echo "make audit    check the pinned versions against published advisories (needs a network)"
 	@echo "make clean    remove .venv and everything built"
 
 demo: $(READY)
@@ -47,6 +49,16 @@ bench: $(READY)
 		$(BIN)/python "$$script" || exit 1; \
 	done
 
+MINUTES ?= 10
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --minutes $(MINUTES)
+
+# In an environment of its own, because the tool is no dependency of anything here.
+AUDIT := .venv-audit
+audit:
+	test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install --quiet pip-audit; }
+	$(AUDIT)/bin/pip-audit --requirement constraints.txt --disable-pip --no-deps
+
 # A codebase that layers are looked for in. All that it asks for is much (a GUI, trackers), and in
 # versions that suit nothing else; its transformer needs einops alone.
 UNBOUND := stable-audio-tools==0.0.19
@@ -60,5 +72,5 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist out site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AUDIT) build dist out site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks training -name __pycache__ -type d -prune -exec rm -rf {} +
