@@ -66,13 +66,14 @@ class Tally:
         )
 
 
-def soak(seconds: float, *, seed: int = 0, warm_up: float = 0.3) -> Tally:
-    """Runs rounds for a time.
+def soak(seconds: float = 0, *, rounds: int = 2, seed: int = 0, warm_up: float = 0.3) -> Tally:
+    """Runs rounds for a time, and at least so many.
 
     Args:
         seconds: How long in all.
+        rounds: How many at least.
         seed: Of the choices.
-        warm_up: Share of the time after which growth is measured.
+        warm_up: Share of the time and of the rounds after which growth is measured.
     """
     choices, tally = random.Random(seed), Tally()
     with torch.no_grad():
@@ -80,13 +81,15 @@ def soak(seconds: float, *, seed: int = 0, warm_up: float = 0.3) -> Tally:
     started, before = time.monotonic(), None
     tracemalloc.start()
     try:
-        while time.monotonic() - started < seconds or before is None:
+        while time.monotonic() - started < seconds or tally.rounds < rounds:
             with torch.no_grad():
                 play(choices, tally)
             tally.rounds += 1
-            if before is None and time.monotonic() - started >= warm_up * seconds:
+            is_warm = tally.rounds >= warm_up * rounds
+            if before is None and is_warm and time.monotonic() - started >= warm_up * seconds:
                 before = held()
         after = held()
+        before = before or after
     finally:
         tracemalloc.stop()
     tally.resident_mib, tally.objects_mib = after[0] - before[0], after[1] - before[1]

@@ -6,7 +6,7 @@ from soak import soak
 
 
 def test_a_short_soak() -> None:
-    tally = soak(6)
+    tally = soak(rounds=12)
     assert tally.wrong == []
     assert tally.generations > 5 and tally.refused + tally.broken_off > 0
     assert tally.descriptors <= 0 and tally.threads_left <= 0
