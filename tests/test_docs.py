@@ -38,6 +38,7 @@ def test_all_pages_are_seen() -> None:
             "metrics",
             "models",
             "quick-start",
+            "reliability",
             "speed",
             "video",
             "which-method",
