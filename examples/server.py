@@ -54,9 +54,9 @@ def make_app(pipe, schedules, num_steps):
 
 def demo():
     """The demo pipeline, exact or with one step of three computed."""
-    from smoothcache.demo.image import load_pipeline
+    from smoothcache.demo.image import FOLDER, load_pipeline
 
-    pipe = load_pipeline()
+    pipe = load_pipeline(FOLDER, dtype=torch.float32)
     uniform = smoothcache.Schedule.uniform
     schedules = {"exact": uniform(pipe, 20, 1), "fast": uniform(pipe, 20, 3)}
     return make_app(pipe, schedules, 20)
