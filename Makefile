@@ -9,7 +9,7 @@ MODALITY ?= image
 DEMO_READY := $(VENV)/.demo-$(MODALITY)-ready
 CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, and $(PYTHON) is older. Try: make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
 
-.PHONY: help demo test lint types check docs format bench reproduce-tiny clean
+.PHONY: help demo test lint types check docs format bench reproduce-tiny soak audit clean
 
 help:
 	@echo "make demo     calibrate, plan and run the demo pipeline; prints a table, writes a report"
@@ -19,6 +19,8 @@ help:
 	@echo "make check    all three              make format   rewrite the code in the house style"
 	@echo "make bench    measure speed and cost make docs     build the documentation into site/"
 	@echo "make reproduce-tiny   run the scripts of the paper's tables on small pipelines"
+	@echo "make soak     generate for MINUTES=10 under faults, and watch memory, files and threads"
+	@echo "make audit    check the pinned versions against published advisories (needs a network)"
 	@echo "make clean    remove .venv and everything built"
 
 # Only what the demo needs, and not what the tests do.
@@ -67,6 +69,16 @@ bench: $(READY)
 		$(BIN)/python "$$script" || exit 1; \
 	done
 
+MINUTES ?= 10
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --minutes $(MINUTES)
+
+# In an environment of its own, because the tool is no dependency of anything here.
+AUDIT := .venv-audit
+audit:
+	test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install --quiet pip-audit; }
+	$(AUDIT)/bin/pip-audit --requirement constraints.txt --disable-pip --no-deps
+
 # A codebase that layers are looked for in. All that it asks for is much (a GUI, trackers), and in
 # versions that suit nothing else; its transformer needs einops alone.
 UNBOUND := stable-audio-tools==0.0.19
@@ -80,5 +92,5 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@ $(foreach name,image video audio,$(VENV)/.demo-$(name)-ready)
 
 clean:
-	rm -rf $(VENV) build dist out site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AUDIT) build dist out site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks training -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -39,6 +39,7 @@ def test_all_pages_are_seen() -> None:
             "metrics",
             "models",
             "quick-start",
+            "reliability",
             "reports",
             "sharing",
             "speed",

@@ -24,6 +24,7 @@ ARGUMENTS = {
     "wan_video": FEW,
 }
 BUILDERS = {"tiny"}  # of the models that the others run with --tiny
+SERVERS = {"server"}  # in test_server_example.py
 
 
 def run(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +43,7 @@ def assert_it_reused(printed: str) -> None:
 
 
 def test_every_example_is_run() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} - BUILDERS == set(ARGUMENTS)
+    assert {path.stem for path in EXAMPLES.glob("*.py")} - BUILDERS - SERVERS == set(ARGUMENTS)
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
