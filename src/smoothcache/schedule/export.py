@@ -69,12 +69,11 @@ class StepPlan:
         """The bins under the names that SGLang Diffusion has for them in a request.
 
         Returns:
-            ``scm_compute_bins``, ``scm_cache_bins`` and ``scm_policy``.
+            ``scm_compute_bins`` and ``scm_cache_bins``.
         """
         return {
             "scm_compute_bins": self.compute_bins,
             "scm_cache_bins": self.cache_bins,
-            "scm_policy": "static",
         }
 
     def _runs_of(self, value: int) -> list[int]:
