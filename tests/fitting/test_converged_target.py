@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import smoothcache as sc
-from smoothcache.planners.trajectory import Segments
+from smoothcache.planners.segments import Segments
 
 STEPS, FINE = 16, 320
 

@@ -11,8 +11,8 @@ import torch
 from planners.test_trajectory import problem
 
 import smoothcache as sc
+from smoothcache.planners.segments import Segments
 from smoothcache.planners.timesteps import TimestepGrid, cheapest_grid, coarse_step_costs
-from smoothcache.planners.trajectory import Segments
 from smoothcache.steps.predictors import extrapolation_weights
 
 

@@ -12,14 +12,10 @@ import pytest
 
 import smoothcache as sc
 from smoothcache.calibration.trajectory import Guidance, SolverResponses, Trajectories
-from smoothcache.planners.trajectory import (
-    LARGEST_NORM,
-    RIDGE,
-    Segments,
-    choose_steps,
-    open_loop_weights,
-    plan_trajectory,
-)
+from smoothcache.planners.open_loop import LARGEST_NORM, RIDGE, open_loop_weights
+from smoothcache.planners.segments import Segments
+from smoothcache.planners.step_choice import choose_steps
+from smoothcache.planners.trajectory import plan_trajectory
 
 
 def problem(steps: int, *, size: int = 5, seed: int = 0) -> tuple[Any, Any]:

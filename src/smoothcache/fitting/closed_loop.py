@@ -33,15 +33,9 @@ from ..calibration.recording import TrajectoryRecorder
 from ..calibration.trajectory import Trajectories
 from ..checks import check_count, check_number
 from ..errors import CalibrationError, InvalidArgumentError, ScheduleMismatchError
-from ..planners.trajectory import (
-    LARGEST_NORM,
-    MAX_LAG,
-    Aim,
-    Segments,
-    open_loop_weights,
-    trajectories_of,
-    whole_model_schedule,
-)
+from ..planners.open_loop import LARGEST_NORM, open_loop_weights
+from ..planners.segments import Aim, Segments
+from ..planners.trajectory import MAX_LAG, trajectories_of, whole_model_schedule
 from ..runtime.combine import combined_by_part
 from ..schedule.schedule import Schedule
 from ..tracking.playback import Place, Playback, Tape

@@ -16,7 +16,9 @@ import numpy as np
 
 from ..calibration.trajectory import Trajectories
 from ..errors import InvalidArgumentError
-from ..planners.trajectory import MAX_LAG, Segments, choose_steps
+from ..planners.segments import Segments
+from ..planners.step_choice import choose_steps
+from ..planners.trajectory import MAX_LAG
 from .closed_loop import ClosedLoopFit, ComputedOutputs
 
 PLANS = ((1e-4, 3.0), (1e-5, 3.0), (1e-5, 1.0), (1e-4, 1.0))

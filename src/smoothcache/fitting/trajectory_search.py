@@ -16,14 +16,9 @@ from tqdm.auto import tqdm
 from ..calibration.curves import Calibration
 from ..checks import check_count, check_number
 from ..errors import InvalidArgumentError
-from ..planners.trajectory import (
-    MAX_LAG,
-    Segments,
-    open_loop_weights,
-    steps_to_compute,
-    trajectories_of,
-    whole_model_schedule,
-)
+from ..planners.open_loop import open_loop_weights
+from ..planners.segments import Segments
+from ..planners.trajectory import MAX_LAG, steps_to_compute, trajectories_of, whole_model_schedule
 from ..schedule.schedule import Schedule
 from .closed_loop import fit, recorded_again
 from .step_search import JUDGED_ON, StepSearch

@@ -19,7 +19,8 @@ from ..calibration.curves import Calibration
 from ..checks import check_count, check_number
 from ..errors import InvalidArgumentError
 from ..steps.predictors import axis_positions
-from .trajectory import EARLY_WEIGHT, Segments, relative_error, trajectories_of
+from .segments import Segments, relative_error
+from .trajectory import EARLY_WEIGHT, trajectories_of
 
 FloatArray = npt.NDArray[np.float64]
 MOST_ORDER = 2
