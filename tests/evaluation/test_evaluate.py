@@ -40,6 +40,7 @@ from smoothcache.metrics import (
     precision_recall,
     save_reference,
 )
+from smoothcache.report import table_page
 
 
 class Pooled:
@@ -312,7 +313,7 @@ def test_schedules_side_by_side(tmp_path: Path) -> None:
         evaluate_schedules(sampler, [Candidate("a b"), Candidate("a-b")], tmp_path, 2, ["is"])
 
 
-def test_tables_in_three_formats(tmp_path: Path) -> None:
+def test_tables_as_text_markdown_and_json(tmp_path: Path) -> None:
     result = MetricResult("fid", 2.2711, 50, unit="", protocol="ADM", spread=0.041)
     rows = (
         EvaluationRow("no cache", 50, 11.4, 1.0, 0.26, {"fid": result}),
@@ -323,11 +324,13 @@ def test_tables_in_three_formats(tmp_path: Path) -> None:
         *("no", "cache", "50", "11.4", "100.0", "%", "0.26", "2.271", "±", "0.041", "-")
     ]
     assert "n = 2 \\| <b>" in table.to_markdown()
-    assert "n = 2 | &lt;b&gt;" in table.to_html() and "<h1>DiT</h1>" in table.to_html()
-    table.save(tmp_path / "t.json", tmp_path / "t.md", tmp_path / "t.html")
+    assert table.header()[:2] == ["", "steps"] and len(table.cells()) == 2
+    html = table_page(table, title="DiT").to_html()
+    assert "n = 2 | &lt;b&gt;" in html and "2.271 ± 0.041" in html and "a note" in html
+    table.save(tmp_path / "t.json", tmp_path / "t.md")
     document = json.loads((tmp_path / "t.json").read_text())
     assert document["rows"][0]["results"]["fid"]["value"] == 2.2711
-    with pytest.raises(InvalidArgumentError, match=r"must end in .json, .md or .html"):
+    with pytest.raises(InvalidArgumentError, match=r"must end in .json or .md"):
         table.save(tmp_path / "t.pdf")
 
 

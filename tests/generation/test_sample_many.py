@@ -311,25 +311,6 @@ def test_sounds_have_the_names_of_their_prompts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("p.txt", "\n\n", "there are no prompts"),
-        ("p.json", '["a", " "]', "prompt 1 is empty"),
-        ("p.json", "{", "not valid JSON"),
-        ("p.json", '{"a": 1}', "expected a string"),
-    ],
-)
-def test_files_without_prompts_are_refused(
-    name: str, text: str, message: str, tmp_path: Path
-) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(FileFormatError, match=message):
-        read_prompts(tmp_path / name)
-    with pytest.raises(FileFormatError, match="there is no file of prompts"):
-        read_prompts(tmp_path / "other.txt")
-
-
-@pytest.mark.parametrize(
     ("build", "inputs"),
     [
         (build_pipeline, {"class_labels": (0, 3, 5)}),
