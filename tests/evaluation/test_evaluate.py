@@ -14,7 +14,8 @@ from support.folders import noise, run_ranks
 from support.tiny_pipeline import build_pipeline
 from torch import Tensor
 
-from smoothcache import FileFormatError, InvalidArgumentError, Schedule
+from examples import tiny
+from smoothcache import FileFormatError, InvalidArgumentError, Row, Schedule
 from smoothcache.diffusers_io import PipelineSampler
 from smoothcache.evaluation import (
     METRICS,
@@ -28,6 +29,7 @@ from smoothcache.evaluation import measure as measure_module
 from smoothcache.evaluation.measure import Protocol, take_all
 from smoothcache.evaluation.networks import Networks
 from smoothcache.evaluation.registry import metrics_named
+from smoothcache.evaluation.schedules import sampler_of
 from smoothcache.evaluation.source import open_source
 from smoothcache.generation import sample_many
 from smoothcache.metrics import (
@@ -311,6 +313,20 @@ def test_schedules_side_by_side(tmp_path: Path) -> None:
     assert sorted(x.name for x in tmp_path.iterdir()) == ["2-steps", "every-2nd-step", "uncached"]
     with pytest.raises(InvalidArgumentError, match="names of their own"):
         evaluate_schedules(sampler, [Candidate("a b"), Candidate("a-b")], tmp_path, 2, ["is"])
+
+
+def test_schedules_run_all_their_steps_where_a_pipeline_starts_from_an_image() -> None:
+    from diffusers import FluxImg2ImgPipeline
+    from PIL import Image
+
+    sampler = PipelineSampler(
+        FluxImg2ImgPipeline.from_pipe(tiny.flux()),
+        ("a cat",),
+        options={"strength": 0.5},
+        images={"image": (Image.new("RGB", (32, 32)),)},
+    )
+    schedule = Schedule(3, {"attn": Row.uniform(3, 2)})
+    assert sampler_of(sampler, Candidate("half", schedule)).steps == 5
 
 
 def test_tables_as_text_markdown_and_json(tmp_path: Path) -> None:
