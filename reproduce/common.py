@@ -21,6 +21,7 @@ from smoothcache.evaluation import Candidate, EvaluationRow, EvaluationTable, ev
 from smoothcache.model.costs import MacCounter
 from smoothcache.model.denoisers import find_denoisers
 from smoothcache.processes import from_rank_zero, join_processes, leave_processes, rank_and_size
+from smoothcache.report import environment, table_page, write_page
 
 FOLDER = Path(__file__).parent
 PUBLISHED = FOLDER.parent / "tests" / "data" / "published_schedules"
@@ -247,7 +248,9 @@ def run(name: str, args: argparse.Namespace, make: Callable[[Path], EvaluationTa
             table = make(folder)
         if rank_and_size()[0] == 0:
             files = [folder / f"{name}{ending}" for ending in (".json", ".md", ".html")]
-            table.save(*files)
+            table.save(*files[:2])
+            page = table_page(table, title=table.title, environment=environment())
+            write_page(replace(page, subtitle=""), files[2])
             print(table)
             print(f"written to {', '.join(map(str, files))}")
     except sc.SmoothCacheError as error:

@@ -729,12 +729,18 @@ def test_sample_under_a_schedule(model: Path, tmp_path: Path) -> None:
 
 
 def test_sample_takes_prompts_from_a_file(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("a cat\n")
-    both = ("--prompts", tmp_path / "p.txt", "--prompt", "a dog")
-    assert "either --prompt or --prompts" in refused(
-        "sample", model, "-n", 1, *both, "-o", tmp_path / "a"
-    )
-    assert "takes no prompt" in refused("sample", model, "-n", 1, *both[:2], "-o", tmp_path / "a")
+    build_clip_pipeline(depth=1).save_pretrained(clips := tmp_path / "clips")
+    file = tmp_path / "p.json"
+    file.write_text('{"12": "red", "7": "a blue circle"}')
+    given = ("-n", 2, "--steps", 2, "--prompts", file, "-o", tmp_path / "a")
+    assert "takes no prompt" in refused("sample", model, *given)
+    assert "have names" in refused("sample", clips, *given, "--prompt", "a dog")
+    file = tmp_path / "p.txt"
+    file.write_text("red\n")
+    given = ("-n", 2, "--steps", 2, "--prompts", file, "-o", tmp_path / "a", "--layout", "gif")
+    succeed("sample", clips, *given, "--prompt", "a blue circle", "--device", "cpu")
+    made = sorted(x.name for x in (tmp_path / "a" / "samples").iterdir())
+    assert made == ["a blue circle-0.gif", "red-0.gif"]
 
 
 def test_evaluate_schedules_and_folders(model: Path, tmp_path: Path) -> None:
@@ -744,18 +750,25 @@ def test_evaluate_schedules_and_folders(model: Path, tmp_path: Path) -> None:
     schedule.save(tmp_path / "half.json")
     out = tmp_path / "out"
     generated = ("-n", 2, "--class-label", 0, "--schedule", tmp_path / "half.json", "-o", out)
-    made = succeed("evaluate", model, "--metrics", "psnr,ssim", *generated, "--json")
+    page = tmp_path / "report.html"
+    more = ("--html", page, "--json")
+    made = succeed("evaluate", model, "--metrics", "psnr,ssim", *generated, *more)
     first, cached = json.loads(made.stdout)["rows"]
     assert (first["name"], cached["name"], first["compute"]) == ("uncached", "half", 1)
     assert cached["results"]["psnr"]["value"] < first["results"]["psnr"]["value"] == 150
-    assert sorted(x.name for x in out.glob("table.*")) == ["table.html", "table.json", "table.md"]
+    assert sorted(x.name for x in out.glob("table.*")) == ["table.json", "table.md"]
+    html = page.read_text(encoding="utf-8")
+    assert "Images before and after" in html and "smoothcache evaluate" in html and "ssim" in html
     pair = ("evaluate", out / "half", "--reference", out / "uncached", "--metrics", "psnr")
-    made = succeed(*pair, "--table", tmp_path / "t.md")
+    made = succeed(*pair, "--table", tmp_path / "t.md", "--html", page)
+    html = page.read_text(encoding="utf-8")
+    assert "Evaluation of half" in html and "before and after" not in html
     assert (tmp_path / "t.md").read_text().startswith("|  | psnr |") and "half" in made.stdout
     assert "give --num-samples" in refused(*pair, "--schedule", tmp_path / "half.json")
     assert "there is no metric 'fidd'" in refused("evaluate", out / "half", "--metrics", "fidd")
     assert "NAME=PATH" in refused(*pair, "--weights", "inception")
-    assert "must end in .json" in refused(*pair, "--table", tmp_path / "t.pdf")
+    assert "must end in .json" in refused(*pair, "--table", tmp_path / "t.html")
+    assert "must end in .html" in refused(*pair, "--html", tmp_path / "t.pdf")
 
 
 def test_figures_of_a_calibration(model: Path, calibration: Path, tmp_path: Path) -> None:

@@ -17,12 +17,15 @@ from examples import tiny
 from smoothcache import InvalidArgumentError, MissingPackageError, Schedule
 from smoothcache.cli import options
 from smoothcache.cli.options import Setup
-from smoothcache.cli.sources import images_of, read_prompts
+from smoothcache.cli.sources import images_of
 from smoothcache.diffusers_io import preparing
 from smoothcache.diffusers_io.call_arguments import call_arguments
 from smoothcache.diffusers_io.preparing import Preparation, prepared_pipeline
 
-SHARED = ("calibrate", "search", "generate", "compare", "benchmark", "inspect", "doctor")
+SHARED = (
+    *("calibrate", "search", "generate", "compare", "benchmark", "inspect", "doctor"),
+    *("sample", "evaluate"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -135,55 +138,6 @@ def test_images_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         images_of(pipeline, [str(tmp_path)])
     with pytest.raises(InvalidArgumentError, match="takes no 'imag'; did you mean 'image'"):
         images_of(pipeline, [f"imag={tmp_path}"])
-
-
-@pytest.mark.parametrize(
-    ("file", "data", "prompts"),
-    [
-        ("a.txt", "ein Würfel\nzwei\n\n", ("ein Würfel", "zwei")),
-        ("a.txt", "\ufeffa\r\nb", ("a", "b")),
-        ("a.jsonl", '"a"\n{"prompt": "b, c", "id": 3}\n', ("a", "b, c")),
-        ("a.csv", 'id,Prompt\n1,"a, ""b"""\n2,c\n', ('a, "b"', "c")),
-        ("a.csv", '\ufeffprompt\n"two\nlines"\n', ("two\nlines",)),
-    ],
-)
-def test_prompt_files(file: str, data: str, prompts: tuple[str, ...], tmp_path: Path) -> None:
-    (path := tmp_path / file).write_text(data, encoding="utf-8", newline="")
-    assert read_prompts(path) == prompts
-    path.write_text(data.lstrip("\ufeff"), encoding="utf-16", newline="")
-    assert read_prompts(path) == prompts
-
-
-@pytest.mark.parametrize(
-    ("file", "data", "said"),
-    [
-        ("a.txt", b"", "there is no prompt"),
-        ("a.txt", b"\n \n", "there is no prompt"),
-        ("a.txt", b"a\n\nb\n", "line 2: the prompt is empty"),
-        ("a.txt", b"a\nb\xe9\n", "line 2: not UTF-8 (byte 0xe9 at 3); save the file as UTF-8"),
-        ("a.txt", b"a\x00b\x00", "line 1: a zero byte"),
-        ("a.md", b"a", "must end in '.txt', '.jsonl', '.csv'"),
-        ("a.jsonl", b'"a"\n{bad}\n', "line 2: not valid JSON"),
-        ("a.jsonl", b'{"text": "a"}\n', "no field 'prompt'; it has 'text'"),
-        ("a.jsonl", b"[1]\n", "must be a text, got [1]"),
-        ("a.jsonl", b'"a"\n\n"b"', "line 2: the prompt is empty"),
-        ("a.csv", b"text\na\n", "must name a column 'prompt'; it names 'text'"),
-        ("a.csv", b'prompt\n"a\n', "unexpected end of data"),
-        ("a.csv", b"id,prompt\n1\n", "line 2: the prompt is empty"),
-    ],
-)
-def test_prompt_files_that_are_refused(file: str, data: bytes, said: str, tmp_path: Path) -> None:
-    (path := tmp_path / file).write_bytes(data)
-    with pytest.raises(InvalidArgumentError) as error:
-        read_prompts(path)
-    assert said in str(error.value)
-
-
-def test_a_prompt_file_of_any_size_is_not_read(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("smoothcache.cli.sources.MOST_BYTES", 3)
-    (path := tmp_path / "a.txt").write_text("long")
-    with pytest.raises(InvalidArgumentError, match="more than the 3"):
-        read_prompts(path)
 
 
 class Pipeline:

@@ -14,7 +14,8 @@ from support.folders import noise, run_ranks
 from support.tiny_pipeline import build_pipeline
 from torch import Tensor
 
-from smoothcache import FileFormatError, InvalidArgumentError, Schedule
+from examples import tiny
+from smoothcache import FileFormatError, InvalidArgumentError, Row, Schedule
 from smoothcache.diffusers_io import PipelineSampler
 from smoothcache.evaluation import (
     METRICS,
@@ -28,6 +29,7 @@ from smoothcache.evaluation import measure as measure_module
 from smoothcache.evaluation.measure import Protocol, take_all
 from smoothcache.evaluation.networks import Networks
 from smoothcache.evaluation.registry import metrics_named
+from smoothcache.evaluation.schedules import sampler_of
 from smoothcache.evaluation.source import open_source
 from smoothcache.generation import sample_many
 from smoothcache.metrics import (
@@ -40,6 +42,7 @@ from smoothcache.metrics import (
     precision_recall,
     save_reference,
 )
+from smoothcache.report import table_page
 
 
 class Pooled:
@@ -312,7 +315,21 @@ def test_schedules_side_by_side(tmp_path: Path) -> None:
         evaluate_schedules(sampler, [Candidate("a b"), Candidate("a-b")], tmp_path, 2, ["is"])
 
 
-def test_tables_in_three_formats(tmp_path: Path) -> None:
+def test_schedules_run_all_their_steps_where_a_pipeline_starts_from_an_image() -> None:
+    from diffusers import FluxImg2ImgPipeline
+    from PIL import Image
+
+    sampler = PipelineSampler(
+        FluxImg2ImgPipeline.from_pipe(tiny.flux()),
+        ("a cat",),
+        options={"strength": 0.5},
+        images={"image": (Image.new("RGB", (32, 32)),)},
+    )
+    schedule = Schedule(3, {"attn": Row.uniform(3, 2)})
+    assert sampler_of(sampler, Candidate("half", schedule)).steps == 5
+
+
+def test_tables_as_text_markdown_and_json(tmp_path: Path) -> None:
     result = MetricResult("fid", 2.2711, 50, unit="", protocol="ADM", spread=0.041)
     rows = (
         EvaluationRow("no cache", 50, 11.4, 1.0, 0.26, {"fid": result}),
@@ -323,11 +340,13 @@ def test_tables_in_three_formats(tmp_path: Path) -> None:
         *("no", "cache", "50", "11.4", "100.0", "%", "0.26", "2.271", "±", "0.041", "-")
     ]
     assert "n = 2 \\| <b>" in table.to_markdown()
-    assert "n = 2 | &lt;b&gt;" in table.to_html() and "<h1>DiT</h1>" in table.to_html()
-    table.save(tmp_path / "t.json", tmp_path / "t.md", tmp_path / "t.html")
+    assert table.header()[:2] == ["", "steps"] and len(table.cells()) == 2
+    html = table_page(table, title="DiT").to_html()
+    assert "n = 2 | &lt;b&gt;" in html and "2.271 ± 0.041" in html and "a note" in html
+    table.save(tmp_path / "t.json", tmp_path / "t.md")
     document = json.loads((tmp_path / "t.json").read_text())
     assert document["rows"][0]["results"]["fid"]["value"] == 2.2711
-    with pytest.raises(InvalidArgumentError, match=r"must end in .json, .md or .html"):
+    with pytest.raises(InvalidArgumentError, match=r"must end in .json or .md"):
         table.save(tmp_path / "t.pdf")
 
 

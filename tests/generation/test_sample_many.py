@@ -18,6 +18,7 @@ from support.folders import content, noise
 from support.tiny_pipeline import build_audio_pipeline, build_clip_pipeline, build_pipeline
 from torch import Tensor
 
+from examples import tiny
 from smoothcache import FileFormatError, InvalidArgumentError, Schedule
 from smoothcache.diffusers_io import PipelineSampler
 from smoothcache.files import document
@@ -311,25 +312,6 @@ def test_sounds_have_the_names_of_their_prompts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("p.txt", "\n\n", "there are no prompts"),
-        ("p.json", '["a", " "]', "prompt 1 is empty"),
-        ("p.json", "{", "not valid JSON"),
-        ("p.json", '{"a": 1}', "expected a string"),
-    ],
-)
-def test_files_without_prompts_are_refused(
-    name: str, text: str, message: str, tmp_path: Path
-) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(FileFormatError, match=message):
-        read_prompts(tmp_path / name)
-    with pytest.raises(FileFormatError, match="there is no file of prompts"):
-        read_prompts(tmp_path / "other.txt")
-
-
-@pytest.mark.parametrize(
     ("build", "inputs"),
     [
         (build_pipeline, {"class_labels": (0, 3, 5)}),
@@ -343,6 +325,34 @@ def test_noise_does_not_depend_on_the_batch(build: Any, inputs: dict[str, Any]) 
     alone = torch.cat([sampler(i) for i in range(3)])
     assert torch.allclose(sampler.batch([0, 1, 2]), alone, atol=1e-4)
     assert torch.equal(sampler.batch([0, 1, 2]), sampler.batch([0, 1, 2]))
+
+
+def test_every_sample_of_a_batch_has_its_own_image_and_texts() -> None:
+    from diffusers import FluxImg2ImgPipeline
+    from PIL import Image
+
+    pipeline = FluxImg2ImgPipeline.from_pipe(tiny.flux())
+    pipeline.set_progress_bar_config(disable=True)
+    images = tuple(Image.new("RGB", (32, 32), color) for color in ("red", "blue"))
+    options = {"height": 32, "width": 32, "prompt_2": "a photograph", "strength": 0.5}
+    sampler = PipelineSampler(
+        pipeline, ("a cat", "a dog"), num_steps=4, options=options, images={"image": images}
+    )
+    alone = torch.cat([sampler(i) for i in range(2)])
+    assert torch.allclose(sampler.batch([0, 1]), alone, atol=1e-4)
+    assert torch.allclose(sampler.batch([1]), alone[1:], atol=1e-4)
+
+
+def test_samples_of_other_arguments_are_another_run(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    pipe = build_pipeline()
+    settings: dict[str, Any] = {"progress": False, "layout": "png"}
+    base = PipelineSampler(pipe, class_labels=(0,), num_steps=2)
+    sample_pipeline(base, tmp_path / "a", 1, **settings)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    with pytest.raises(InvalidArgumentError, match="differs in solver_settings"):
+        sample_pipeline(base, tmp_path / "a", 1, **settings)
 
 
 def test_a_pipeline_under_a_schedule(tmp_path: Path) -> None:

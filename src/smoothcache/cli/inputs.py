@@ -13,7 +13,7 @@ import typer.core
 from ..diffusers_io.loading import known_classes, silence_libraries
 from ..diffusers_io.preparing import Preparation, prepared_pipeline
 from ..errors import InvalidArgumentError
-from ..generation.inputs import random_classes, read_prompts
+from ..generation.inputs import random_classes
 from ..processes import local_rank
 from ..schedule.schedule import Schedule
 from .outputs import status_line
@@ -101,14 +101,6 @@ ClassLabels = Annotated[
         rich_help_panel=SAMPLING,
     ),
 ]
-PromptsFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--prompts",
-        metavar="FILE",
-        help="A prompt a line; or JSON, a list of prompts or an object of names and prompts.",
-    ),
-]
 ClassesOption = Annotated[
     Classes | None,
     typer.Option(
@@ -176,17 +168,6 @@ def variants_of_files(files: Sequence[Path]) -> list[Variant]:
         Variant(file.stem if stems.count(file.stem) == 1 else str(file), Schedule.load(file))
         for file in files
     ]
-
-
-def prompts_of(
-    given: Sequence[str] | None, file: Path | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Prompts, and their names if a file gives some."""
-    if file is None:
-        return tuple(given or ()), ()
-    if given:
-        raise InvalidArgumentError("give either --prompt or --prompts")
-    return read_prompts(file)
 
 
 def class_labels_of(

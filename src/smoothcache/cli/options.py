@@ -10,8 +10,9 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -22,10 +23,12 @@ from ..diffusers_io.call_arguments import call_arguments, check_name
 from ..diffusers_io.sampler import PipelineSampler, steps_to_ask_for
 from ..errors import InvalidArgumentError
 from ..files.document import write_atomically
+from ..generation.prompts import read_prompts
 from ..optional import optional_module
 from .inputs import (
     MODEL,
     SAMPLING,
+    Classes,
     ClassLabels,
     Device,
     Dtype,
@@ -33,10 +36,11 @@ from .inputs import (
     Guidance,
     Prompts,
     Seed,
+    class_labels_of,
     load_model,
 )
 from .outputs import check_output_file
-from .sources import images_of, read_prompts
+from .sources import images_of
 
 MOST_BYTES = 2**20  # of a file of options
 FILES = "Files of options"
@@ -71,7 +75,8 @@ class Setup:
         typer.Option(
             "--prompts",
             metavar="FILE",
-            help="Prompts from a file: txt, a line each; jsonl; or csv with a column 'prompt'.",
+            help="Prompts from a file: txt, a line each; jsonl; csv with a column 'prompt'; or "
+            "json, a list of prompts or an object of names and prompts.",
             rich_help_panel=SAMPLING,
         ),
     ] = None
@@ -195,6 +200,20 @@ class Setup:
             loras=tuple(self.lora or ()),
         )
 
+    def with_classes(self, pipeline: Any, classes: Classes | None, num_samples: int) -> Setup:
+        """The same with the class labels that ``--classes`` stands for.
+
+        Args:
+            pipeline: What ``load`` gave.
+            classes: Which labels; None for those that are named.
+            num_samples: How many labels are drawn.
+
+        Raises:
+            InvalidArgumentError: If labels are named as well, or the pipeline names no classes.
+        """
+        labels = class_labels_of(pipeline, self.class_label, classes, num_samples, self.seed)
+        return replace(self, class_label=list(labels))
+
     def sampler(
         self, pipeline: Any, steps: int | None, *, runs: int | None = None
     ) -> PipelineSampler:
@@ -207,6 +226,7 @@ class Setup:
             runs: Steps that a schedule was made for.
 
         Raises:
+            FileFormatError: If the file of prompts cannot be read.
             InvalidArgumentError: If the pipeline does not take what is given, or needs more.
         """
         options = self._call_options(pipeline)
@@ -214,7 +234,7 @@ class Setup:
             steps = steps_to_ask_for(pipeline, runs, options)
         return PipelineSampler(
             pipeline,
-            (*(self.prompt or ()), *(read_prompts(self.prompts) if self.prompts else ())),
+            (*(self.prompt or ()), *self._of_file[0]),
             tuple(self.class_label or ()),
             steps,
             self.guidance_scale,
@@ -222,6 +242,21 @@ class Setup:
             options,
             images_of(pipeline, self.images or ()),
         )
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the prompts, for the names of files; empty if the file of prompts gives none.
+
+        Raises:
+            FileFormatError: If the file of prompts cannot be read.
+            InvalidArgumentError: If only some prompts have names.
+        """
+        names = self._of_file[1]
+        if names and self.prompt:
+            raise InvalidArgumentError(
+                f"the prompts in '{self.prompts}' have names, and those of --prompt have none; "
+                "write them into the file too"
+            )
+        return names
 
     def any_sampler(self, pipeline: Any, steps: int) -> PipelineSampler:
         """The same for when only the cost matters: inputs that are not given are made up.
@@ -239,6 +274,11 @@ class Setup:
             options=self._call_options(pipeline),
             images=images_of(pipeline, self.images or ()),
         )
+
+    @cached_property
+    def _of_file(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The prompts of the file, and their names."""
+        return read_prompts(self.prompts) if self.prompts else ((), ())
 
     def _call_options(self, pipeline: Any) -> dict[str, Any]:
         names = ("negative_prompt", "height", "width", "num_frames")

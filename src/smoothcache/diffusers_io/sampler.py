@@ -18,6 +18,8 @@ from ..optional import optional_module
 from .call_arguments import image_arguments, parameters_of
 from .loading import known_classes
 
+_TEXTS = ("prompt", "negative_prompt")
+"""What names of arguments that encoders read begin with, such as ``prompt_2``."""
 _ANY_PROMPT, _ANY_SIZE = "a photograph", 512
 
 
@@ -189,9 +191,15 @@ class PipelineSampler:
         if "generator" in arguments:
             seeds = (self.seed + i for i in numbers)
             arguments["generator"] = [torch.Generator("cpu").manual_seed(x) for x in seeds]
+        for name, value in arguments.items():
+            if isinstance(value, str) and name.startswith(_TEXTS):  # one for each sample
+                arguments[name] = [value] * len(numbers)
         for name, inputs in (("prompt", self.prompts), ("class_labels", self.class_labels)):
             if inputs:
                 arguments[name] = [inputs[i % len(inputs)] for i in numbers]
+        for name, images in self.images.items():
+            chosen = [images[i % len(images)] for i in numbers]
+            arguments[name] = chosen if len(chosen) > 1 else chosen[0]  # some take no list
         return self._run(arguments)
 
     def _run(self, arguments: dict[str, Any]) -> Tensor:

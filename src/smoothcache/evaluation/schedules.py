@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison.trial import Trial, Way
-from ..diffusers_io.sampler import PipelineSampler
+from ..diffusers_io.sampler import PipelineSampler, steps_to_ask_for
 from ..errors import InvalidArgumentError
 from ..generation.from_pipeline import sample_pipeline
 from ..metrics.result import MetricResult
@@ -162,7 +162,10 @@ def evaluate_schedules(
 
 def sampler_of(sampler: PipelineSampler, candidate: Candidate) -> PipelineSampler:
     """The sampler with the steps of a candidate."""
-    planned = candidate.schedule.num_steps if candidate.schedule is not None else None
+    planned = None
+    if candidate.schedule is not None:
+        runs = candidate.schedule.num_steps
+        planned = steps_to_ask_for(sampler.pipeline, runs, sampler.options)
     return replace(sampler, num_steps=candidate.num_steps or planned or sampler.num_steps)
 
 

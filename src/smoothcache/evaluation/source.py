@@ -221,6 +221,34 @@ class Sounds:
         return self._read(file)
 
 
+def first_samples(path: str | os.PathLike[str], count: int) -> Tensor:
+    """The first samples of a folder or a file, to be looked at.
+
+    Args:
+        path: What ``open_source`` reads.
+        count: How many; fewer if there are fewer, or if they differ in size.
+
+    Returns:
+        Images [samples, 3, height, width] or clips [samples, frames, 3, height, width] in [0, 1];
+        or sounds [samples, channels, samples].
+
+    Raises:
+        FileFormatError: If there are none, or the folder is not complete.
+        InvalidArgumentError: If there is nothing of that name.
+    """
+    found: list[Tensor] = []
+    for chunk in open_source(path, count).chunks(0, 1):
+        for sample in chunk.samples:
+            if len(found) == count or (found and sample.shape != found[0].shape):
+                return _scaled(torch.stack(found))
+            found.append(sample)
+    return _scaled(torch.stack(found))
+
+
+def _scaled(samples: Tensor) -> Tensor:
+    return samples.float() / 255 if samples.dtype == torch.uint8 else samples
+
+
 def _grouped(files: Sequence[SampleFile], batch_size: int) -> list[list[SampleFile]]:
     """Files in groups of at least so many samples, the last one perhaps fewer."""
     groups: list[list[SampleFile]] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import os
@@ -77,7 +76,7 @@ class EvaluationTable:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = self.cells()
+        lines = self._lines()
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -85,12 +84,24 @@ class EvaluationTable:
         ]
         return "\n".join([*([self.title] if self.title else []), *table, *self.notes])
 
-    def cells(self) -> list[list[str]]:
-        """What the table shows, the line of headings first.
+    def header(self) -> list[str]:
+        """Headings of the columns that have a value; that of the names is empty.
 
         Returns:
-            A list for each line. Columns without a value are left out.
+            The headings.
         """
+        return self._lines()[0]
+
+    def cells(self) -> list[list[str]]:
+        """What the table shows below its headings.
+
+        Returns:
+            A list for each row, with a cell for each heading.
+        """
+        return self._lines()[1:]
+
+    def _lines(self) -> list[list[str]]:
+        """The headings and the rows. Columns without a value are left out."""
         metrics = dict.fromkeys(name for row in self.rows for name in row.results)
         extras = dict.fromkeys(name for row in self.rows for name in row.extras)
         headings = ["", "steps", "TMACs", "compute", "seconds", *metrics, *extras]
@@ -117,30 +128,11 @@ class EvaluationTable:
         Returns:
             The text.
         """
-        first, *others = [[cell.replace("|", "\\|") for cell in line] for line in self.cells()]
+        first, *others = [[cell.replace("|", "\\|") for cell in line] for line in self._lines()]
         rule = ["---", *["---:"] * (len(first) - 1)]
         lines = [f"| {' | '.join(line)} |" for line in (first, rule, *others)]
         above = [f"**{self.title}**", ""] if self.title else []
         return "\n".join([*above, *lines, *(["", *self.notes] if self.notes else [])]) + "\n"
-
-    def to_html(self) -> str:
-        """A page that needs nothing else.
-
-        Returns:
-            The text.
-        """
-        first, *others = [[html.escape(cell) for cell in line] for line in self.cells()]
-        title = html.escape(self.title or "Evaluation")
-        head = "".join(f"<th>{cell}</th>" for cell in first)
-        body = "\n".join(
-            f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in others
-        )
-        notes = "\n".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return (
-            f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
-            f"<style>{STYLE}</style>\n<h1>{title}</h1>\n<table>\n<thead><tr>{head}</tr></thead>\n"
-            f"<tbody>\n{body}\n</tbody></table>\n{notes}\n</html>\n"
-        )
 
     def to_json(self) -> str:
         """Every value in full precision, with protocols and digests of weights.
@@ -159,12 +151,12 @@ class EvaluationTable:
         """Writes the table to files.
 
         Args:
-            paths: Their endings tell the format: .json, .md or .html.
+            paths: Their endings tell the format: .json or .md.
 
         Raises:
             InvalidArgumentError: If one has another ending.
         """
-        formats = {".json": self.to_json, ".md": self.to_markdown, ".html": self.to_html}
+        formats = {".json": self.to_json, ".md": self.to_markdown}
         check_endings(paths)
         for path in paths:
             write_atomically(path, formats[Path(path).suffix.lower()]().encode())
@@ -177,8 +169,8 @@ def check_endings(paths: Sequence[str | os.PathLike[str]]) -> None:
         InvalidArgumentError: If one is.
     """
     for path in paths:
-        if Path(path).suffix.lower() not in (".json", ".md", ".html"):
-            raise InvalidArgumentError(f"the table '{path}' must end in .json, .md or .html.")
+        if Path(path).suffix.lower() not in (".json", ".md"):
+            raise InvalidArgumentError(f"the table '{path}' must end in .json or .md.")
 
 
 def value_text(result: MetricResult | None) -> str:
@@ -199,10 +191,3 @@ def value_text(result: MetricResult | None) -> str:
 
 def _text(value: float | None, written: str) -> str:
     return MISSING if value is None else written.format(value)
-
-
-STYLE = (
-    "body{font:15px system-ui;margin:2rem;color:#222}table{border-collapse:collapse}"
-    "th,td{padding:.3rem .8rem;text-align:right;border-bottom:1px solid #ddd}"
-    "th:first-child,td:first-child{text-align:left}"
-)

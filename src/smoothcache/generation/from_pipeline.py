@@ -125,10 +125,12 @@ class _UnderSchedule:
 def _described(sampler: PipelineSampler, schedule: Schedule | None) -> dict[str, Setting]:
     """What the samples depend on."""
     denoisers = Target.of(sampler.pipeline).denoisers
+    scheduler = getattr(sampler.pipeline, "scheduler", None)
     parameter = next(next(iter(denoisers.values())).parameters())
     return {
         "pipeline": type(sampler.pipeline).__name__,
-        "solver": type(getattr(sampler.pipeline, "scheduler", None)).__name__,
+        "solver": type(scheduler).__name__,
+        "solver_settings": _settings_digest(scheduler),
         "steps": sampler.steps,
         "guidance_scale": sampler.guidance_scale,
         "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -136,7 +138,29 @@ def _described(sampler: PipelineSampler, schedule: Schedule | None) -> dict[str,
         "weights": _digest_of([weights_digest(x) for x in denoisers.values()]),
         "schedule": None if schedule is None else schedule_digest(schedule),
         "diffusers": version("diffusers"),
+        **{f"call.{name}": _text(value) for name, value in sampler.options.items()},
+        **{f"images.{name}": _images_digest(given) for name, given in sampler.images.items()},
     }
+
+
+def _settings_digest(scheduler: Any) -> str:
+    """SHA-256 of how a noise scheduler is configured."""
+    config = dict(getattr(scheduler, "config", None) or {})
+    known = sorted((name, repr(value)) for name, value in config.items() if name[:1] != "_")
+    return f"sha256:{hashlib.sha256(repr(known).encode()).hexdigest()}"
+
+
+def _text(value: Any) -> Setting:
+    return value if isinstance(value, Setting) else repr(value)
+
+
+def _images_digest(images: Sequence[Any]) -> str:
+    """SHA-256 of pictures, in their order."""
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(f"{image.mode} {image.size}\n".encode())
+        digest.update(image.tobytes())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def schedule_digest(schedule: Schedule) -> str:

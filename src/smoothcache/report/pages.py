@@ -12,6 +12,7 @@ from ..calibration.curves import Calibration
 from ..comparison.benchmark import TOLERANCE, Benchmark
 from ..comparison.result import REFERENCE, Comparison, Duel
 from ..errors import InvalidArgumentError
+from ..evaluation.table import EvaluationTable
 from ..metrics.report import COLUMNS, Report, ReportRow
 from ..plots.curves import plot_error_curves
 from ..schedule.html import schedule_map
@@ -262,7 +263,7 @@ def benchmark_page(
 
 
 def table_page(
-    report: Report,
+    report: Report | EvaluationTable,
     *,
     title: str,
     verdict: str = "",
@@ -363,7 +364,7 @@ def _best_within(rows: Sequence[ReportRow], budget: float, column: str) -> Repor
 
 
 # ---------------------------------------------------------------------------------- the sections
-def _table(title: str, report: Report, emphasised: str) -> Table:
+def _table(title: str, report: Report | EvaluationTable, emphasised: str) -> Table:
     return Table(
         title,
         tuple(report.header()),

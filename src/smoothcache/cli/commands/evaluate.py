@@ -4,40 +4,37 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer.core
 
-from ...diffusers_io.sampler import PipelineSampler
+from ...diffusers_io.sampler import sampling_rate
 from ...errors import InvalidArgumentError
 from ...evaluation.evaluate import evaluate as run_evaluation
-from ...evaluation.schedules import UNCACHED, Candidate, evaluate_schedules
+from ...evaluation.schedules import UNCACHED, Candidate, evaluate_schedules, folder_name
+from ...evaluation.source import first_samples
 from ...evaluation.table import EvaluationRow, EvaluationTable, check_endings
 from ...processes import from_rank_zero, join_processes, leave_processes, rank_and_size
 from ..app import app
 from ..inputs import (
     AsJson,
     ClassesOption,
-    ClassLabels,
-    Device,
-    Dtype,
-    DtypeOption,
-    Guidance,
+    Html,
     LayoutOption,
-    Prompts,
-    PromptsFile,
-    Seed,
-    class_labels_of,
-    load_model,
     own_device,
-    prompts_of,
     variants_of_files,
 )
-from ..outputs import check_output_file, check_output_folder, show
+from ..options import Setup, with_setup
+from ..outputs import check_html_file, check_output_file, check_output_folder, show, write_html
+
+if TYPE_CHECKING:
+    from ...report.page import Page
 
 
 @app.command()
+@with_setup
 def evaluate(
     target: Annotated[
         str,
@@ -47,6 +44,7 @@ def evaluate(
             show_default=False,
         ),
     ],
+    setup: Setup,
     metrics: Annotated[
         str, typer.Option(metavar="NAMES", help="Separated by commas, for example fid,sfid,is.")
     ],
@@ -70,7 +68,7 @@ def evaluate(
     ] = None,
     table: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Also write the table: .json, .md or .html. Repeatable."),
+        typer.Option(metavar="FILE", help="Also write the table: .json or .md. Repeatable."),
     ] = None,
     weights: Annotated[
         list[str] | None,
@@ -94,9 +92,6 @@ def evaluate(
         str,
         typer.Option("--vbench", metavar="COMMAND", help="Runs VBench in its own environment."),
     ] = "",
-    prompt: Prompts = None,
-    prompts: PromptsFile = None,
-    class_label: ClassLabels = None,
     classes: ClassesOption = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", metavar="N", min=1, help="Samples in one batch.")
@@ -108,10 +103,7 @@ def evaluate(
             metavar="N", min=1, help="Steps of the uncached run. Default: those of the schedules."
         ),
     ] = None,
-    guidance_scale: Guidance = None,
-    seed: Seed = 0,
-    device: Device = None,
-    dtype: DtypeOption = Dtype.float32,
+    html: Html = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure samples as papers do: of a folder, or generated under each schedule.
@@ -126,16 +118,19 @@ def evaluate(
     check_endings(files)
     for file in files:
         check_output_file(file)
+    check_html_file(html)
     wanted = [name.strip() for name in metrics.split(",") if name.strip()]
     settings: dict[str, Any] = {
         "weights": _weights(weights or []),
-        "device": device or own_device() or "cpu",
+        "device": setup.device or own_device() or "cpu",
         "num_groups": num_groups,
         "split_size": split_size,
         "subset_size": subset_size,
         "vbench_command": shlex.split(vbench_command),
         "progress": sys.stderr.isatty(),
     }
+    pipeline: Any = None
+    folders: dict[str, Path] = {}  # name of a row -> its samples
     join_processes()
     try:
         if num_samples is None:
@@ -148,15 +143,16 @@ def evaluate(
                 raise InvalidArgumentError("give a folder for the samples with --output")
             check_output_folder(output)
             variants = variants_of_files(schedule or [])
-            texts, names = prompts_of(prompt, prompts)
-            pipeline = load_model(target, device, dtype)
-            labels = class_labels_of(pipeline, class_label, classes, num_samples, seed)
+            names = setup.names()
+            pipeline = setup.load(target)
+            setup = setup.with_classes(pipeline, classes, num_samples)
             planned = [x.schedule.num_steps for x in variants if x.schedule]
-            longest = steps or max(planned, default=None)
-            sampler = PipelineSampler(pipeline, texts, labels, longest, guidance_scale, seed)
+            sampler = setup.sampler(pipeline, steps, runs=max(planned, default=None))
+            candidates = [Candidate(UNCACHED), *(Candidate(x.name, x.schedule) for x in variants)]
+            folders = {x.name: output / folder_name(x.name) for x in candidates}
             made = evaluate_schedules(
                 sampler,
-                [Candidate(UNCACHED), *(Candidate(x.name, x.schedule) for x in variants)],
+                candidates,
                 output,
                 num_samples,
                 wanted,
@@ -167,19 +163,37 @@ def evaluate(
                 title=Path(target).name,
                 **settings,
             )
-            files += [output / f"table{ending}" for ending in (".json", ".md", ".html")]
+            files += [output / f"table{ending}" for ending in (".json", ".md")]
         from_rank_zero(lambda: made.save(*files))
         is_first = rank_and_size()[0] == 0
     finally:
         leave_processes()
     if not is_first:
         return
+    if html is not None:
+        write_html(html, _page(made, target, pipeline, folders))
+        files.append(html)
     if as_json:
         typer.echo(made.to_json().rstrip("\n"))
         return
     show(str(made))
     if files:
         show(f"written to {', '.join(map(str, files))}")
+
+
+def _page(made: EvaluationTable, target: str, pipeline: Any, folders: Mapping[str, Path]) -> Page:
+    """The report: the table, and the first samples of every row."""
+    from ...report import environment, table_page
+    from ...report.pages import MOST_SAMPLES
+
+    samples = {name: first_samples(folder, MOST_SAMPLES) for name, folder in folders.items()}
+    return table_page(
+        made,
+        title=f"Evaluation of {Path(target).name}",
+        samples=samples,
+        sampling_rate=sampling_rate(pipeline),
+        environment=environment(pipeline),
+    )
 
 
 def _weights(given: list[str]) -> dict[str, str]:

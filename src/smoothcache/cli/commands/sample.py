@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer.core
 
-from ...diffusers_io.sampler import PipelineSampler
 from ...generation.from_pipeline import sample_pipeline
 from ...generation.manifest import SAMPLES
 from ...generation.reading import join_arrays
@@ -18,26 +17,18 @@ from ..app import app
 from ..inputs import (
     AsJson,
     ClassesOption,
-    ClassLabels,
-    Device,
-    Dtype,
-    DtypeOption,
-    Guidance,
     LayoutOption,
     ModelArgument,
-    Prompts,
-    PromptsFile,
-    Seed,
-    class_labels_of,
-    load_model,
-    prompts_of,
 )
+from ..options import Setup, with_setup
 from ..outputs import check_output_file, check_output_folder, show, show_json
 
 
 @app.command()
+@with_setup
 def sample(
     model: ModelArgument,
+    setup: Setup,
     num_samples: Annotated[
         int, typer.Option("--num-samples", "-n", metavar="N", min=1, help="How many samples.")
     ],
@@ -51,9 +42,6 @@ def sample(
         Path | None,
         typer.Option("--schedule", metavar="FILE", help="Default: the uncached pipeline."),
     ] = None,
-    prompt: Prompts = None,
-    prompts: PromptsFile = None,
-    class_label: ClassLabels = None,
     classes: ClassesOption = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", metavar="N", min=1, help="Samples in one batch.")
@@ -80,10 +68,6 @@ def sample(
         int | None,
         typer.Option(metavar="N", min=1, help="Solver steps. Default: those of the schedule."),
     ] = None,
-    guidance_scale: Guidance = None,
-    seed: Seed = 0,
-    device: Device = None,
-    dtype: DtypeOption = Dtype.float32,
     as_json: AsJson = False,
 ) -> None:
     """Generate many samples into a folder: on one device, or over ranks; resumable.
@@ -98,16 +82,10 @@ def sample(
     check_output_folder(output)
     if join is not None:
         check_output_file(join)
-    texts, names = prompts_of(prompt, prompts)
-    pipeline = load_model(model, device, dtype)
-    sampler = PipelineSampler(
-        pipeline,
-        texts,
-        class_labels_of(pipeline, class_label, classes, num_samples, seed),
-        planned.num_steps if steps is None and planned else steps,
-        guidance_scale,
-        seed,
-    )
+    names = setup.names()
+    pipeline = setup.load(model)
+    setup = setup.with_classes(pipeline, classes, num_samples)
+    sampler = setup.sampler(pipeline, steps, runs=planned.num_steps if planned else None)
     join_processes()
     try:
         manifest, summary = sample_pipeline(
