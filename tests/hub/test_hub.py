@@ -163,7 +163,10 @@ def test_what_is_read_is_checked(hub: Hub, at: dict[str, Any], data: bytes) -> N
     "name",
     ["flux", "../../etc", "me/..", "/etc/passwd", "me/a/b", "me/a b", "http://x/y", "", "a" * 300],
 )
-def test_names_that_are_none_are_refused(hub: Hub, name: str) -> None:
+def test_names_that_are_none_are_refused(
+    hub: Hub, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # from where no name is that of a folder
     with pytest.raises(InvalidArgumentError, match="owner/name"):
         pushed(hub, a_schedule(), name)
     with pytest.raises(InvalidArgumentError, match=r"owner/name|branch, tag or commit"):
