@@ -77,6 +77,7 @@ def steps_to_ask_for(pipeline: Any, runs: int, options: Mapping[str, Any]) -> in
     return next((n for n in asked if n - int(max(n - n * strength, 0)) == runs), runs)
 
 
+# A long class, because half of it documents and checks what pipelines take.
 @dataclass(frozen=True)
 class PipelineSampler:
     """Runs one generation of a pipeline after the other: number i has its own input and seed.

@@ -242,6 +242,7 @@ class ComputedOutputs:
         self._known = {at: value for at, value in self._known.items() if at[1] in kept}
 
 
+# A long class, because the run and the least squares alternate at every computed step.
 class ClosedLoopFit:
     """A fit under way.
 

@@ -20,6 +20,7 @@ MOST_ALPHAS = 40  # thresholds that are planned with
 STEP_FACTORS = (1.5, 2.0, 3.0, math.inf)  # step counts of a joint search, over the affordable one
 
 
+# A long class, because every kind of candidate is formed from the same few facts.
 class Proposals:
     """Proposes candidates for a budget.
 

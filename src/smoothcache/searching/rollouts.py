@@ -28,6 +28,7 @@ from .space import Candidate, last_reused_step
 from .weights import Weights, fit_weights
 
 
+# A long class, because every measure of a candidate shares one store of references and distances.
 class Rollouts:
     """Samples as candidates say, and measures how far they end from a reference.
 

@@ -32,6 +32,7 @@ MOST_AT_ONCE = 2.0  # uncached generations for further plans, before the best on
 PLANS_OF_A_BUDGET = 2  # that are fitted at each budget that is tried to find the cheapest schedule
 
 
+# A long class, because the stages of a search share its budget and what they found.
 class SearchRun:
     """One run of a search, from the references to the result.
 
