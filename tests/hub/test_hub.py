@@ -94,7 +94,7 @@ def test_what_was_downloaded_is_there_offline(
 
 
 def test_a_local_folder_is_read_as_a_repository(tmp_path: Path) -> None:
-    a_schedule().save(tmp_path / card.FILE)
+    a_schedule().save(tmp_path / card.FILE_KIND.name)
     assert Schedule.from_pretrained(str(tmp_path)) == a_schedule()
     with pytest.raises(HubError, match=r"holds no calibration.*It holds a schedule: Schedule"):
         Calibration.from_pretrained(str(tmp_path))
@@ -132,11 +132,11 @@ def test_sizes_are_bounded(hub: Hub, at: dict[str, Any], monkeypatch: pytest.Mon
         Schedule.from_pretrained(NAME, **at)
     assert not [x for x in hub.asked if x.startswith("GET")], "nothing was downloaded"
     hub.claimed = None
-    monkeypatch.setattr(card, "MOST_BYTES", 100)
+    monkeypatch.setattr(Schedule, "_file_kind", replace(card.FILE_KIND, most_bytes=100))
     with pytest.raises(HubError, match="more than the 100 that are read"):
         Schedule.from_pretrained(NAME, **at)
     with pytest.raises(HubError, match="more than the 100 that are read"):
-        a_schedule().save(at["cache_dir"].parent / card.FILE)
+        a_schedule().save(at["cache_dir"].parent / card.FILE_KIND.name)
         Schedule.from_pretrained(str(at["cache_dir"].parent))
 
 

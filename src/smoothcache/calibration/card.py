@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..hub.card import Card, Details
+from ..hub.shared import FileKind
 from ..version import __version__
 
 if TYPE_CHECKING:
     from .curves import Calibration
 
-FILE = "calibration.safetensors"
-MOST_BYTES = 2**30
+FILE_KIND = FileKind(
+    "calibration.safetensors",
+    "calibration",
+    most_bytes=2**30,
+    others={"schedule.json": "It holds a schedule: Schedule.from_pretrained."},
+)
 
 
 def calibration_card(calibration: Calibration, name: str, details: Details) -> Card:

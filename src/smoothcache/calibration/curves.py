@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +16,8 @@ from ..errors import InvalidArgumentError
 from ..files.document import Value, check_version
 from ..files.markup import fragment, paragraph
 from ..files.table import load_tables, save_table
-from ..hub.card import Details
-from ..hub.repository import CARD, Place, fetch, push
+from ..hub.card import Card, Details
+from ..hub.shared import FileKind, Shared
 from ..layers.layer import (
     CacheLayer,
     ModelIdentity,
@@ -66,7 +65,7 @@ class Curve:
 
 # A long class, half of which is documentation of public methods.
 @dataclass(frozen=True, eq=False)
-class Calibration:
+class Calibration(Shared):
     """Error curves and costs of every layer, from which any threshold is planned without the model.
 
     Source: Liu et al., "SmoothCache", arXiv 2411.10510, section 3. E(t, k) is the relative L1
@@ -98,6 +97,8 @@ class Calibration:
     Raises:
         InvalidArgumentError: If fields are invalid or contradict each other.
     """
+
+    _file_kind: ClassVar[FileKind] = card.FILE_KIND
 
     layers: tuple[CacheLayer, ...]
     errors: FloatArray
@@ -358,95 +359,8 @@ class Calibration:
         except InvalidArgumentError as error:  # inconsistent fields, such as a wrong shape
             raise document.error(str(error).rstrip(".")) from error
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        base_model: str = "",
-        base_revision: str = "",
-        settings: Mapping[str, str] | None = None,
-        prompts: Sequence[str] = (),
-        seeds: str = "",
-        command: str = "",
-        license: str = "",
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        endpoint: str | None = None,
-    ) -> str:
-        """Share it on the Hugging Face hub, with a card that says what it is for.
-
-        Args:
-            repo_id: ``owner/name``; the repository is made if there is none.
-            base_model: ``owner/name`` of the model on the hub that it is for.
-            base_revision: Its revision.
-            settings: What else it was made with, by name: resolution, dtype, guidance.
-            prompts: What it was measured on; the first 40 are listed.
-            seeds: From which noise, in words.
-            command: What made it.
-            license: Of the files, as the hub names licences.
-            private: Whether a new repository is private; None for the owner's default.
-            revision: Branch to push to; None for main.
-            token: Of the user; None for the one that is logged in.
-            endpoint: Address of another hub; None for the one of ``HF_ENDPOINT``.
-
-        Returns:
-            The address of the repository.
-
-        Raises:
-            InvalidArgumentError: If the name is none of a repository.
-            HubError: If the hub cannot be reached, or refuses.
-        """
-        details = Details(
-            base_model, base_revision, dict(settings or {}), prompts, seeds, command, license
-        )
-        place = Place(repo_id, revision, token, endpoint)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save(file := Path(folder, card.FILE))
-            files = {card.FILE: file.read_bytes(), CARD: self._card(repo_id, details)}
-        return push(place, files, message="Upload a calibration of smoothcache", private=private)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        repo_id: str,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        endpoint: str | None = None,
-    ) -> Calibration:
-        """Read one that ``push_to_hub`` shared; the file is checked in full, as ``load`` does.
-
-        Args:
-            repo_id: ``owner/name`` on the Hugging Face hub, or a local folder.
-            revision: Branch, tag or commit; None for the newest.
-            token: Of the user; None for the one that is logged in.
-            cache_dir: Where downloads are kept; None for the usual place.
-            local_files_only: Whether to take only what was downloaded before.
-            endpoint: Address of another hub; None for the one of ``HF_ENDPOINT``.
-
-        Returns:
-            The calibration.
-
-        Raises:
-            InvalidArgumentError: If the name is neither a folder nor a repository's.
-            HubError: If there is no calibration, it is too large, or the hub cannot be reached.
-            FileFormatError: If it is damaged or made by a newer version; says where and why.
-        """
-        place = Place(repo_id, revision, token, endpoint, cache_dir, local_files_only)
-        file = fetch(
-            place,
-            card.FILE,
-            what="calibration",
-            most_bytes=card.MOST_BYTES,
-            others={"schedule.json": "It holds a schedule: Schedule.from_pretrained."},
-        )
-        return cls.load(file)
-
-    def _card(self, name: str, details: Details) -> bytes:
-        return card.calibration_card(self, name, details).to_markdown().encode("utf-8")
+    def _card(self, name: str, details: Details) -> Card:
+        return card.calibration_card(self, name, details)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: error curves of each kind, and the costs."""

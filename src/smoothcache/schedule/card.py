@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..hub.card import Card, Details
+from ..hub.shared import FileKind
 from ..steps.resample import CARRIED_OVER
 from ..version import __version__
 
 if TYPE_CHECKING:
     from .schedule import Schedule
 
-FILE = "schedule.json"
-MOST_BYTES = 64 * 2**20
+FILE_KIND = FileKind(
+    "schedule.json",
+    "schedule",
+    most_bytes=64 * 2**20,
+    others={"calibration.safetensors": "It holds a calibration: Calibration.from_pretrained."},
+)
 
 
 def schedule_card(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +16,8 @@ import numpy.typing as npt
 from ..checks import check_count, check_number, check_texts, listed
 from ..errors import InvalidArgumentError, ScheduleMismatchError
 from ..files.markup import fragment, paragraph
-from ..hub.card import Details
-from ..hub.repository import CARD, Place, fetch, push
+from ..hub.card import Card, Details
+from ..hub.shared import FileKind, Shared
 from ..layers.find import find_layers
 from ..layers.layer import CacheLayer, Granularity, ModelIdentity
 from ..layers.modules import identify
@@ -47,7 +45,7 @@ from .row import Row
 
 # A long class, half of which is documentation of public methods.
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Shared):
     """An immutable table, layers x steps, that marks each cell as computed or reused.
 
     A schedule is *bound* if it has layers. A schedule read from a published 0/1 file is unbound;
@@ -77,6 +75,8 @@ class Schedule:
     Raises:
         InvalidArgumentError: If fields are invalid or contradict each other.
     """
+
+    _file_kind: ClassVar[FileKind] = card.FILE_KIND
 
     num_steps: int
     rows: Mapping[str, Row]
@@ -232,95 +232,6 @@ class Schedule:
             )
         return step_plan(self.rows, self.layers)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        base_model: str = "",
-        base_revision: str = "",
-        settings: Mapping[str, str] | None = None,
-        prompts: Sequence[str] = (),
-        seeds: str = "",
-        command: str = "",
-        license: str = "",
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        endpoint: str | None = None,
-    ) -> str:
-        """Share it on the Hugging Face hub, with a card that says what it is for.
-
-        Args:
-            repo_id: ``owner/name``; the repository is made if there is none.
-            base_model: ``owner/name`` of the model on the hub that it is for.
-            base_revision: Its revision.
-            settings: What else it was made with, by name: resolution, dtype, guidance.
-            prompts: What it was measured on; the first 40 are listed.
-            seeds: From which noise, in words.
-            command: What made it.
-            license: Of the files, as the hub names licences.
-            private: Whether a new repository is private; None for the owner's default.
-            revision: Branch to push to; None for main.
-            token: Of the user; None for the one that is logged in.
-            endpoint: Address of another hub; None for the one of ``HF_ENDPOINT``.
-
-        Returns:
-            The address of the repository.
-
-        Raises:
-            InvalidArgumentError: If the name is none of a repository.
-            HubError: If the hub cannot be reached, or refuses.
-        """
-        details = Details(
-            base_model, base_revision, dict(settings or {}), prompts, seeds, command, license
-        )
-        place = Place(repo_id, revision, token, endpoint)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save(written := Path(folder, card.FILE))
-            files = {card.FILE: written.read_bytes(), CARD: self._card(repo_id, details)}
-        return push(place, files, message="Upload a schedule of smoothcache", private=private)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        repo_id: str,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        endpoint: str | None = None,
-    ) -> Schedule:
-        """Read one that ``push_to_hub`` shared; the file is checked in full, as ``load`` does.
-
-        Args:
-            repo_id: ``owner/name`` on the Hugging Face hub, or a local folder.
-            revision: Branch, tag or commit; None for the newest.
-            token: Of the user; None for the one that is logged in.
-            cache_dir: Where downloads are kept; None for the usual place.
-            local_files_only: Whether to take only what was downloaded before.
-            endpoint: Address of another hub; None for the one of ``HF_ENDPOINT``.
-
-        Returns:
-            The schedule.
-
-        Raises:
-            InvalidArgumentError: If the name is neither a folder nor a repository's.
-            HubError: If there is no schedule, it is too large, or the hub cannot be reached.
-            FileFormatError: If it is damaged or made by a newer version; says where and why.
-        """
-        place = Place(repo_id, revision, token, endpoint, cache_dir, local_files_only)
-        found = fetch(
-            place,
-            card.FILE,
-            what="schedule",
-            most_bytes=card.MOST_BYTES,
-            others={
-                "calibration.safetensors": "It holds a calibration: Calibration.from_pretrained."
-            },
-        )
-        return cls.load(found)
-
     def measurements(self) -> list[list[str]]:
         """A table of what was measured of it beside other ways of sampling, for its card.
 
@@ -329,9 +240,8 @@ class Schedule:
         """
         return []
 
-    def _card(self, name: str, details: Details) -> bytes:
-        made = card.schedule_card(self, name, details, self.measurements())
-        return made.to_markdown().encode("utf-8")
+    def _card(self, name: str, details: Details) -> Card:
+        return card.schedule_card(self, name, details, self.measurements())
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the map of computed and reused steps."""
