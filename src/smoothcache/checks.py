@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
+from typing import Any
 
 from .errors import InvalidArgumentError
 
@@ -56,3 +58,11 @@ def listed(items: Iterable[object], limit: int = 5) -> str:
     words = [repr(item) for item in items]
     rest = len(words) - limit
     return ", ".join(words[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def takes_keyword(function: Callable[..., Any], name: str) -> bool:
+    """Returns whether a function has a parameter of this name; ``**kwargs`` does not count."""
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a builtin without a signature
+        return False

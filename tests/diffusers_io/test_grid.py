@@ -73,3 +73,11 @@ def test_bad_schedulers_and_step_counts() -> None:
     pure = TimestepGrid((1000.0, 500.0), (1.0, 0.5), (0, 1), 1, 0.1)
     with pytest.raises(InvalidArgumentError, match="no finite sigma"):
         scheduler_on_grid(diffusers.UniPCMultistepScheduler(), pure)
+
+
+@pytest.mark.parametrize("spacing", ["use_karras_sigmas", "use_lu_lambdas"])
+def test_a_scheduler_with_a_spacing_of_its_own_is_refused(spacing: str) -> None:
+    own = diffusers.DPMSolverMultistepScheduler(**{spacing: True})
+    grid = grid_of(diffusers.DPMSolverMultistepScheduler())
+    with pytest.raises(InvalidArgumentError, match="switch off its own spacing"):
+        scheduler_on_grid(own, grid)

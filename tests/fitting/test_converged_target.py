@@ -166,3 +166,38 @@ def test_bad_input(calibration: sc.Calibration) -> None:
             converged_steps=FINE,
             progress=False,
         )
+
+
+def test_a_sampler_that_ignores_the_number_of_steps_is_refused() -> None:
+    model = Field()
+    sample = sampler(model)
+    how: dict[str, Any] = {"granularity": "model", "trajectory": True, "converged_steps": FINE}
+    with pytest.raises(sc.CalibrationError, match="must pass the number on"):
+        sc.calibrate(model, lambda i, num_inference_steps=0: sample(i), 1, 1, **how)
+
+
+def test_a_sampler_whose_noise_follows_no_path_is_refused() -> None:
+    """Its converged sample is another sample, to which no weights lead."""
+    model = Field()
+
+    @torch.no_grad()
+    def sample(i: int, num_inference_steps: int = STEPS) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(i)
+        x = torch.randn(2, 4, 8, 8, generator=generator)
+        for step in range(num_inference_steps):
+            t = 1 - step / num_inference_steps
+            x = x - model(x, torch.tensor(t)) / num_inference_steps
+            x = x + torch.randn(x.shape, generator=generator) / num_inference_steps**0.5
+        return x
+
+    with pytest.raises(sc.CalibrationError, match="as another sample would"):
+        sc.calibrate(
+            model,
+            sample,
+            1,
+            1,
+            granularity="model",
+            trajectory=True,
+            converged_steps=FINE,
+            progress=False,
+        )

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..calibration.calibrate import calibrate
 from ..calibration.curves import Calibration
-from ..checks import check_count, check_number
+from ..checks import check_count, check_number, takes_keyword
 from ..comparison.compare import fewer_steps
 from ..comparison.result import mean_with_interval
 from ..diffusers_io.sampler import PipelineSampler
@@ -26,7 +26,7 @@ from ..runtime.run import enable
 from ..searching.options import SearchOptions
 from ..searching.plans import FITTED_ON
 from ..searching.result import SearchedSchedule, SearchResult
-from ..searching.search import sampler_takes, search
+from ..searching.search import search
 from ..tracking.playback import Playback
 from ..version import __version__
 from .cache import CalibrationCache
@@ -135,7 +135,7 @@ def accelerate(
     arguments = (tuple(prompts), tuple(class_labels), num_inference_steps, guidance_scale, seed)
     sampler = _sampler(model, sample, *arguments)
     _refuse_if_cached(model)
-    solvers = suitable_solvers(model) if sampler_takes(sampler)[1] else {}
+    solvers = suitable_solvers(model) if takes_keyword(sampler, "scheduler") else {}
     with _quiet(model):
         found, cost, is_cached = _searched(
             model,
@@ -319,7 +319,7 @@ def _measured(
     result = _result(found)
     own = Measurement(result.best.name, sample, found)
     uncached = Measurement(UNCACHED, sample)
-    takes_steps, _ = sampler_takes(sample)
+    takes_steps = takes_keyword(sample, "num_inference_steps")
     others = _alternatives(sample, found, result, solvers) if takes_steps else []
     ways = [uncached, own, *others]
     runs = len(numbers) + (len(numbers) == 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..checks import check_count
+from ..checks import check_count, takes_keyword
 from ..errors import CalibrationError, InvalidArgumentError
 from ..layers.find import find_layers
 from ..layers.layer import CacheLayer, Granularity
@@ -23,7 +23,7 @@ from ..processes import (
     on_all_ranks,
     rank_and_size,
 )
-from .converged import check_takes_steps, converged_offsets
+from .converged import converged_offsets
 from .curves import Calibration
 from .recording import Keep, TrajectoryObserver
 from .session import CalibrationSession, run
@@ -127,7 +127,11 @@ def calibrate(
         raise InvalidArgumentError(f"trajectory must be True, False or 'gram', got {trajectory!r}")
     if converged_steps is not None:
         check_count("converged_steps", converged_steps, least=2)
-        check_takes_steps(sample)
+        if not takes_keyword(sample, "num_inference_steps"):
+            raise InvalidArgumentError(
+                "converged trajectories take more steps than the calibrated ones, so sample must "
+                "have the keyword num_inference_steps"
+            )
         if trajectory is not True:
             raise InvalidArgumentError("converged_steps needs trajectory=True, with latents")
     warn_of_randomness(target.denoisers)

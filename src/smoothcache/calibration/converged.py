@@ -7,7 +7,6 @@ sampler's own step size.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -16,26 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CalibrationError, InvalidArgumentError
+from ..errors import CalibrationError
 from ..model.target import Target
 from ..tracking.playback import Playback
 from .recording import in_half
 from .trajectory import Trajectories
 
-
-def check_takes_steps(sample: Callable[..., Any]) -> None:
-    """Checks that a sampler can be run with another number of steps.
-
-    Raises:
-        InvalidArgumentError: If it has no parameter ``num_inference_steps``.
-    """
-    parameters = inspect.signature(sample).parameters.values()
-    if any(x.name == "num_inference_steps" or x.kind is x.VAR_KEYWORD for x in parameters):
-        return
-    raise InvalidArgumentError(
-        "converged trajectories take more steps than the calibrated ones, so sample must have the "
-        "keyword num_inference_steps"
-    )
+_FARTHEST = 0.5  # of the converged final latents from the sampler's own, relative L2
 
 
 def converged_offsets(
@@ -62,7 +48,8 @@ def converged_offsets(
         If the sampler does not reveal the final latents, their difference is that of the last step.
 
     Raises:
-        CalibrationError: If a converged generation starts from another noise or has another shape.
+        CalibrationError: If a converged generation takes no more steps, starts from another noise,
+            has another shape, or ends as another sample.
     """
     guidance = trajectories.responses.guidance
     found = {}
@@ -72,6 +59,11 @@ def converged_offsets(
             Playback(target).run(generate, lambda place, run_model: run_model(), wants_end=True)
             for generate in (run, partial(sample, i))
         )
+        if len(fine.timesteps) <= len(timesteps):
+            raise CalibrationError(
+                f"sample({i}, num_inference_steps={num_steps}) ran {len(fine.timesteps)} steps, no "
+                f"more than the {len(timesteps)} of sample({i}); it must pass the number on"
+            )
         states = [guidance.latents(x).cpu() for x in fine.latents]
         recorded = trajectories.latents[i].float()
         if not states or states[0].shape != recorded[0].shape:
@@ -97,8 +89,20 @@ def converged_offsets(
             if end.shape != recorded[0].shape:  # still holds a copy for each guidance branch
                 end = guidance.latents(end)
             offsets[-1] = end if end.shape == recorded[0].shape else offsets[-1]
+        _refuse_another_sample(i, offsets[-1], recorded[-1])
         found[i] = in_half(torch.stack(offsets))
     return found
+
+
+def _refuse_another_sample(i: int, offset: Tensor, latents: Tensor) -> None:
+    """Refuses a converged sample that has little to do with the sampler's own."""
+    distance = float(offset.norm() / latents.norm())
+    if distance > _FARTHEST:
+        raise CalibrationError(
+            f"the converged sample {i} ends {distance:.0%} away from the sampler's own, as another "
+            "sample would; a solver that adds noise must follow the same path at every number of "
+            "steps, or leave out converged_steps"
+        )
 
 
 def _state_at(times: Sequence[float], states: Sequence[Tensor], time: float) -> Tensor | None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from ..files.document import Value, check_version
 from ..files.markup import fragment, paragraph
 from ..files.table import load_tables, save_table
 from ..hub.card import Card, Details
-from ..hub.shared import FileKind, Shared
+from ..hub.shared import Shared
 from ..layers.layer import (
     CacheLayer,
     ModelIdentity,
@@ -98,7 +98,7 @@ class Calibration(Shared):
         InvalidArgumentError: If fields are invalid or contradict each other.
     """
 
-    _file_kind: ClassVar[FileKind] = card.FILE_KIND
+    _file_kind = card.FILE_KIND  # without annotation, so that it is no field
 
     layers: tuple[CacheLayer, ...]
     errors: FloatArray

@@ -13,6 +13,9 @@ import numpy as np
 from ..errors import InvalidArgumentError
 from ..planners.timesteps import TimestepGrid
 
+_ADVICE = (
+    "switch off its own spacing (Karras, Lu, exponential or beta sigmas), or use another scheduler."
+)
 _TOLERANCE = 2e-2  # of a noise level, because schedulers round timesteps to whole numbers
 
 
@@ -83,7 +86,11 @@ def scheduler_on_grid(scheduler: Any, grid: TimestepGrid) -> Any:
         set_timesteps(device=device, **given)
 
     planned.set_timesteps = set_grid
-    planned.set_timesteps(len(grid))
+    try:
+        planned.set_timesteps(len(grid))
+    except ValueError as error:  # from diffusers, which names the setting that is in the way
+        message = f"{name} takes no list of timesteps: {error}; {_ADVICE}"
+        raise InvalidArgumentError(message) from error
     _check(planned, grid, name)
     return planned
 
@@ -106,8 +113,7 @@ def _check(planned: Any, grid: TimestepGrid, name: str) -> None:
     if len(got) != len(grid) or np.abs(got - wanted).max() > _TOLERANCE * full:
         raise InvalidArgumentError(
             f"{name} steps over {[round(float(t), 3) for t in got[:4]]}... instead of the grid's "
-            f"{[round(float(t), 3) for t in wanted[:4]]}...; switch off its own spacing (Karras, "
-            "exponential or beta sigmas), or use another scheduler."
+            f"{[round(float(t), 3) for t in wanted[:4]]}...; {_ADVICE}"
         )
 
 

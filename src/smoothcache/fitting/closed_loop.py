@@ -33,6 +33,7 @@ from ..calibration.recording import TrajectoryRecorder
 from ..calibration.trajectory import Trajectories
 from ..checks import check_count, check_number
 from ..errors import CalibrationError, InvalidArgumentError, ScheduleMismatchError
+from ..model.target import Target
 from ..planners.open_loop import LARGEST_NORM, open_loop_weights
 from ..planners.segments import Aim, Segments
 from ..planners.trajectory import MAX_LAG, trajectories_of, whole_model_schedule
@@ -118,6 +119,7 @@ def fit(
         raise InvalidArgumentError(
             f"sample must be a function of the sample's number, got {type(sample).__name__}"
         )
+    model = Target.of(model)
     trajectories = trajectories_of(calibration)
     computed = computed_steps(schedule, trajectories)
     if ridge < 0 or not math.isfinite(check_number("ridge", ridge)):

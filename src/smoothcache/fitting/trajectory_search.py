@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..calibration.curves import Calibration
 from ..checks import check_count, check_number
 from ..errors import InvalidArgumentError
+from ..model.target import Target
 from ..planners.open_loop import open_loop_weights
 from ..planners.segments import Segments
 from ..planners.trajectory import MAX_LAG, steps_to_compute, trajectories_of, whole_model_schedule
@@ -82,6 +83,7 @@ def search_trajectory(
         ... ).compute
         0.5
     """
+    model = Target.of(model)
     trajectories = trajectories_of(calibration)
     count = steps_to_compute(trajectories, speedup, compute, steps_computed)
     max_lag = check_count("max_lag", max_lag, least=1)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from ..checks import check_count, check_number, check_texts, listed
 from ..errors import InvalidArgumentError, ScheduleMismatchError
 from ..files.markup import fragment, paragraph
 from ..hub.card import Card, Details
-from ..hub.shared import FileKind, Shared
+from ..hub.shared import Shared
 from ..layers.find import find_layers
 from ..layers.layer import CacheLayer, Granularity, ModelIdentity
 from ..layers.modules import identify
@@ -76,7 +76,7 @@ class Schedule(Shared):
         InvalidArgumentError: If fields are invalid or contradict each other.
     """
 
-    _file_kind: ClassVar[FileKind] = card.FILE_KIND
+    _file_kind = card.FILE_KIND  # without annotation, so that it is no field
 
     num_steps: int
     rows: Mapping[str, Row]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 import warnings
@@ -13,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..calibration.calibrate import calibrate
 from ..calibration.curves import Calibration
-from ..checks import check_number
+from ..checks import check_number, takes_keyword
 from ..diffusers_io.solvers import suitable_solvers
 from ..errors import (
     CalibrationError,
@@ -22,6 +21,7 @@ from ..errors import (
     SmoothCacheWarning,
 )
 from ..layers.modules import identify
+from ..model.target import Target
 from ..processes import join_processes, rank_and_size
 from ..schedule.schedule import Schedule
 from .gains import Trajectory
@@ -127,12 +127,14 @@ def search(
     options = options_of(options, keywords)
     if not callable(sample):
         raise InvalidArgumentError(f"sample must be a function, got {type(sample).__name__}.")
-    takes_num_steps, takes_solver = sampler_takes(sample)
+    takes_num_steps = takes_keyword(sample, "num_inference_steps")
+    takes_solver = takes_keyword(sample, "scheduler")
     if options.joint and not (takes_num_steps and takes_solver):
         raise InvalidArgumentError(
             "a joint search changes the solver and the number of steps, so sample must take the "
             "keywords num_inference_steps and scheduler"
         )
+    model = Target.of(model)
     deadline = math.inf if options.seconds is None else time.monotonic() + options.seconds
     join_processes()
     cost_so_far, known = 0.0, dict[int, Any]()
@@ -251,15 +253,6 @@ def _budget(speedup: float | None, compute: float | None) -> float:
             raise InvalidArgumentError(f"compute must be in (0, 1], got {compute}.")
         return compute
     return 1.0
-
-
-def sampler_takes(sample: Callable[..., Any]) -> tuple[bool, bool]:
-    """Whether ``sample`` takes ``num_inference_steps`` and ``scheduler`` by name."""
-    try:
-        parameters = inspect.signature(sample).parameters
-    except (TypeError, ValueError):
-        return False, False
-    return "num_inference_steps" in parameters, "scheduler" in parameters
 
 
 def _check_calibration(calibration: Calibration, model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -145,7 +146,7 @@ def _with_result(schedule: Schedule, result: SearchResult) -> SearchedSchedule:
         "search cost": f"{result.cost:.1f} generations",
         "verdict": result.verdict,
     }
-    values = {name: getattr(schedule, name) for name in Schedule.__dataclass_fields__}
+    values = {one.name: getattr(schedule, one.name) for one in fields(Schedule)}
     values["quality"] = quality
     values["provenance"] = {**schedule.provenance, **summary}
     return SearchedSchedule(**values, result=result)
