@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -81,3 +82,15 @@ def test_a_scheduler_with_a_spacing_of_its_own_is_refused(spacing: str) -> None:
     grid = grid_of(diffusers.DPMSolverMultistepScheduler())
     with pytest.raises(InvalidArgumentError, match="switch off its own spacing"):
         scheduler_on_grid(own, grid)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("known", [True, False])
+def test_timesteps_that_the_denoiser_is_given_over_a_thousand(name: str, known: bool) -> None:
+    """As FLUX and others are: the grid has their unit, the scheduler lists its own."""
+    scheduler = SCHEDULERS[name]()
+    grid = grid_of(scheduler)
+    levels = grid.noise_levels if known else None
+    scaled = replace(grid, timesteps=tuple(t / 1000 for t in grid.timesteps), noise_levels=levels)
+    planned = scheduler_on_grid(scheduler, scaled)
+    assert planned.timesteps.tolist() == pytest.approx(grid.timesteps, abs=5)

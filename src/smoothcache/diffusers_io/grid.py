@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from ..errors import InvalidArgumentError
 from ..planners.timesteps import TimestepGrid
+from ..steps.noise_scheduler import levels_at
 
 _ADVICE = (
     "switch off its own spacing (Karras, Lu, exponential or beta sigmas), or use another scheduler."
 )
-_TOLERANCE = 2e-2  # of a noise level, because schedulers round timesteps to whole numbers
+_TOLERANCE = 2e-2  # relative, because schedulers round timesteps to whole numbers
 
 
 def scheduler_on_grid(scheduler: Any, grid: TimestepGrid) -> Any:
@@ -60,7 +59,7 @@ def scheduler_on_grid(scheduler: Any, grid: TimestepGrid) -> Any:
             )
         given: dict[str, Any] = {"sigmas": sigmas}
     elif "timesteps" in taken:
-        given = {"timesteps": [round(t) for t in grid.timesteps]}
+        given = {"timesteps": _listed_timesteps(scheduler, grid)}
     else:
         raise InvalidArgumentError(
             f"{name} takes neither timesteps nor sigmas, so it cannot step over a grid"
@@ -105,15 +104,27 @@ def _without_shift(scheduler: Any) -> Any:
     return copy.deepcopy(scheduler)
 
 
+def _listed_timesteps(scheduler: Any, grid: TimestepGrid) -> list[int]:
+    """The grid's timesteps as the scheduler lists them; many denoisers are given them over 1000."""
+    trained = int(_config(scheduler).get("num_train_timesteps", 1000))
+    factor = trained if max(map(abs, grid.timesteps)) <= 1 < trained else 1
+    return [round(factor * t) for t in grid.timesteps]
+
+
 def _check(planned: Any, grid: TimestepGrid, name: str) -> None:
-    """Refuses a scheduler that places its steps elsewhere."""
-    got = np.asarray(planned.timesteps.cpu(), dtype=float)
-    full = max(*map(abs, grid.timesteps), *np.abs(got), 1e-9)
-    wanted = np.asarray(grid.timesteps)
-    if len(got) != len(grid) or np.abs(got - wanted).max() > _TOLERANCE * full:
+    """Refuses a scheduler that places its steps elsewhere, by noise levels if they are known."""
+    got: Sequence[float] | None = None
+    if grid.noise_levels is not None:
+        got = levels_at(planned, range(len(planned.timesteps)))
+    wanted: Sequence[float] = grid.noise_levels or ()
+    if got is None:
+        got, wanted = planned.timesteps.tolist(), _listed_timesteps(planned, grid)
+    full = max(*map(abs, wanted), *map(abs, got), 1e-9)
+    far = (abs(a - b) > _TOLERANCE * full for a, b in zip(got, wanted, strict=False))
+    if len(got) != len(grid) or any(far):
         raise InvalidArgumentError(
-            f"{name} steps over {[round(float(t), 3) for t in got[:4]]}... instead of the grid's "
-            f"{[round(float(t), 3) for t in wanted[:4]]}...; {_ADVICE}"
+            f"{name} steps over {[round(x, 3) for x in got[:4]]}... instead of the grid's "
+            f"{[round(x, 3) for x in wanted[:4]]}...; {_ADVICE}"
         )
 
 

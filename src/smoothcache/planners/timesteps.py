@@ -31,7 +31,8 @@ class TimestepGrid:
     """Timesteps of a sampler with few steps.
 
     Attributes:
-        timesteps: In the unit of the noise scheduler, in running order [num_steps].
+        timesteps: As the denoiser is given them, in running order [num_steps]. A noise scheduler
+            may list them in another unit; ``scheduler_on_grid`` converts them.
         noise_levels: sigma / (alpha + sigma) at each of them [num_steps]; None if not known.
         steps: The steps of the calibrated sampler that these are [num_steps].
         order: Order of the solver that the grid is for.
@@ -81,7 +82,7 @@ def plan_timesteps(
     """Plans the timesteps of a sampler with fewer steps than the calibrated one.
 
     Needs no run of the model. Calibrate with many steps: the grid is chosen among those. Give the
-    grid to a pipeline with ``scheduler_on_grid``, or as its ``timesteps`` or ``sigmas``.
+    grid to a pipeline with ``scheduler_on_grid``, or pass ``grid.sigmas()`` as its ``sigmas``.
 
     Args:
         calibration: With trajectories, as ``calibrate`` records them.
